@@ -1,0 +1,5 @@
+"""``python -m relexio`` is ``relexio``."""
+
+from relexio.cli.main import main
+
+main()

@@ -1,0 +1,227 @@
+"""The Python API: a trajectory, its fits and predictions, as lazy Dask arrays. The command line does the same things."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from dask.delayed import delayed
+
+from relexio import graph, plan
+from relexio.checkpoints.layout import parse_steps
+from relexio.dtypes import NUMPY, to_native
+from relexio.errors import RequestError
+from relexio.extrapolate.methods import Recipe
+from relexio.fitting import Backtest, Fit, TensorFit, choose_window, fit
+from relexio.predict import Target, predict, restore
+from relexio.progress import silent
+from relexio.resources import Resources
+from relexio.trajectory.schema import Block, Tensor
+from relexio.trajectory.store import Store, open_store
+from relexio.trajectory.tiles import observed, tiles
+
+
+def open(path: str | Path) -> "Trajectory":
+    """Open a trajectory store. Raises MissingError or StoreError."""
+    return Trajectory(open_store(path))
+
+
+class Trajectory:
+    """Base and checkpoints of one training run with their real steps, read where and when they are needed."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __repr__(self) -> str:
+        return f"<Trajectory {self.path}: {len(self.tensors)} tensors, {len(self.steps)} steps>"
+
+    @property
+    def path(self) -> str:
+        """Where the store is."""
+        return self._store.address
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The stored training steps, ascending."""
+        return self._store.steps
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Tensor names in the order of the base's files."""
+        return tuple(tensor.name for tensor in self._store.tensors)
+
+    def delta(self, name: str) -> da.Array:
+        """theta_t - theta_0 of one tensor at every stored step, flattened: float64 [T, d], lazy, in blocks of elements.
+
+        Raises RequestError for an unknown tensor, or one that is not BF16, F16 or F32.
+        """
+        store, tensor = self._store, self._store.tensor(name)
+        if not tensor.kind.is_float:
+            raise RequestError(f"tensor {name} is {tensor.dtype}; deltas are those of BF16, F16 and F32 tensors")
+        parts = [
+            da.from_delayed(delayed(partial(_delta_block, store, block))(), (len(self.steps), block.size), np.float64)
+            for block in store.blocks(tensor)
+        ]
+        return da.concatenate(parts, axis=1) if parts else da.zeros((len(self.steps), 0))
+
+    def checkpoint(self, step: int | None = None) -> "Checkpoint":
+        """An observed checkpoint, or the base (None), exactly as it was. Raises RequestError for a step not stored."""
+        if step is not None:
+            self._store.find(step)
+        return Checkpoint(self._store, step)
+
+    def fit(
+        self,
+        window: str | Sequence[int] | None = None,
+        *,
+        method: str = "relex",
+        rank: int = 1,
+        strength: float = 1.0,
+        solver: str = "auto",
+        memory: int | str = plan.DEFAULT_MEMORY,
+        workers: int | None = None,
+        device: str = "auto",
+        device_memory: int | str | None = None,
+    ) -> "TrajectoryFit":
+        """Fit a method to a window (``"1:75"`` or steps; all stored ones by default), within ``memory`` bytes.
+
+        Raises RequestError for a window, rank or method that does not fit, BudgetError for too little memory.
+        """
+        resources = Resources(_bytes(memory), workers, device, None if device_memory is None else _bytes(device_memory))
+        text = window if isinstance(window, str) or window is None else ",".join(map(str, window))
+        steps = choose_window(self._store, None if text is None else parse_steps(text))
+        return TrajectoryFit(
+            fit(self._store, steps, Recipe(method, rank, strength), solver, resources, silent), resources
+        )
+
+
+class TrajectoryFit:
+    """A method fitted to a window of a trajectory."""
+
+    def __init__(self, fitted: Fit, resources: Resources) -> None:
+        self._fit, self._resources = fitted, resources
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The window."""
+        return self._fit.steps
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user of this fit should know."""
+        return list(self._fit.notes)
+
+    def weights(self, step: int) -> dict[str, np.ndarray]:
+        """The T weights of the observed deltas that make up the prediction, by tensor: float64 [T]."""
+        return {name: found[:, 0] for name, found in self._fit.weights([step]).items()}
+
+    def tensors(self) -> list[TensorFit]:
+        """Energy, line, changed share and backtest errors of every tensor."""
+        return self._fit.tensors()
+
+    def backtest(self) -> Backtest | None:
+        """The fit of the first two thirds of the window, judged at its last step; None for fewer than 3 steps."""
+        return self._fit.backtest()[0]
+
+    def skill(self, step: int) -> float | None:
+        """Skill of the prediction at a stored step outside the window: above 0 beats keeping the last checkpoint."""
+        return self._fit.errors_at(step).skill
+
+    def predict(self, step: int) -> "Prediction":
+        """The predicted checkpoint at a step. Raises RequestError for a step that the method cannot reach."""
+        return Prediction(self._fit, step, self._resources)
+
+
+class _Tensors(Mapping[str, da.Array]):
+    """Lazy arrays by tensor name, each in its own shape; bf16 comes as float32, exactly."""
+
+    _store: Store
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tensor.name for tensor in self._store.tensors)
+
+    def __len__(self) -> int:
+        return len(self._store.tensors)
+
+    def __getitem__(self, name: str) -> da.Array:
+        if name not in set(self):
+            raise KeyError(name)
+        tensor = self._store.tensor(name)
+        return _lazy(self._store, tensor, self._bits(tensor))
+
+    def _bits(self, tensor: Tensor) -> Callable[[Block], np.ndarray]:
+        raise NotImplementedError
+
+
+class Checkpoint(_Tensors):
+    """An observed checkpoint, or the base: tensors by name, read when computed."""
+
+    def __init__(self, store: Store, step: int | None) -> None:
+        self._store, self.step = store, step
+
+    def _bits(self, tensor: Tensor) -> Callable[[Block], np.ndarray]:
+        return partial(_observed_block, self._store, self.step)
+
+    def save(self, directory: str | Path, memory: int | str = plan.DEFAULT_MEMORY) -> None:
+        """Write it as it was: same shards, bytes and side files. Raises ExistsError if the directory exists."""
+        restore(self._store, self.step, Path(directory), Resources(_bytes(memory)), silent)
+
+
+class Prediction(_Tensors):
+    """A predicted checkpoint: tensors by name, computed when asked for."""
+
+    def __init__(self, fitted: Fit, step: int, resources: Resources) -> None:
+        self._fit, self._store, self._resources = fitted, fitted.store, resources
+        self.step = step
+        self._weights = fitted.weights([step])
+
+    def _bits(self, tensor: Tensor) -> Callable[[Block], np.ndarray]:
+        if tensor.name not in self._weights:
+            return partial(_observed_block, self._store, self._fit.steps[-1])
+        rows = plan.rows(len(self._fit.steps))
+        return partial(_predicted_block, self._store, self._fit.steps, self._weights[tensor.name], rows)
+
+    def save(self, directory: str | Path) -> None:
+        """Write the checkpoint as a Hugging Face directory. Raises ExistsError if it exists."""
+        predict(self._fit, [Target(self.step, Path(directory))], self._resources, silent)
+
+
+def _bytes(size: int | str) -> int:
+    return plan.parse_size(size) if isinstance(size, str) else size
+
+
+def _lazy(store: Store, tensor: Tensor, bits: Callable[[Block], np.ndarray]) -> da.Array:
+    if tensor.kind.is_float:
+        dtype = to_native(np.zeros(0, tensor.kind.bits), tensor.kind).dtype
+    else:
+        dtype = np.dtype(NUMPY.get(tensor.dtype, "u1"))
+    parts = []
+    for block in store.blocks(tensor):
+        count = (
+            block.size * tensor.kind.itemsize // (dtype.itemsize if not tensor.kind.is_float else tensor.kind.itemsize)
+        )
+        parts.append(da.from_delayed(delayed(partial(_native, bits, block, dtype))(), (count,), dtype))
+    flat = da.concatenate(parts) if parts else da.zeros((0,), dtype=dtype)
+    return flat.reshape(tensor.shape) if tensor.kind.is_float or tensor.dtype in NUMPY else flat
+
+
+def _native(bits: Callable[[Block], np.ndarray], block: Block, dtype: np.dtype[Any]) -> np.ndarray:
+    found = bits(block)
+    return to_native(found, block.kind) if block.kind.is_float else found.view(dtype)
+
+
+def _observed_block(store: Store, step: int | None, block: Block) -> np.ndarray:
+    return store.base_bits(block) if step is None else observed(store, block, step)
+
+
+def _predicted_block(store: Store, steps: tuple[int, ...], weights: np.ndarray, rows: int, block: Block) -> np.ndarray:
+    return graph.combine_block(store, block, steps, weights, rows, "cpu")[0]
+
+
+def _delta_block(store: Store, block: Block) -> np.ndarray:
+    result = np.zeros((len(store.steps), block.size))
+    for tile in tiles(store, block, store.steps, plan.rows(len(store.steps))):
+        result[:, tile.elements] = tile.deltas.T
+    return result

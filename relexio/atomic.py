@@ -1,0 +1,111 @@
+"""Stage, fsync, rename: nothing stands under its final name before it is whole."""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from relexio.errors import BusyError, ExistsError, StorageError
+
+#: What the name of anything unfinished ends with. Nobody else uses it, so the next run may remove it.
+PARTIAL = ".relexio-partial"
+
+
+def staging(path: Path) -> Path:
+    """Where ``path`` is built before it is whole: the same name with PARTIAL behind it."""
+    return path.with_name(path.name + PARTIAL)
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Make a finished staging directory durable and give it its name. Raises ExistsError if that is taken."""
+    sync_tree(staged)
+    try:
+        if final.exists():
+            raise ExistsError(f"{final} has appeared meanwhile; what was made stands in {staged}")
+        staged.rename(final)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and not isinstance(error, ExistsError):
+            raise ExistsError(f"{final} has appeared meanwhile; what was made stands in {staged}") from error
+        raise
+    sync(final.parent)
+
+
+def sync(path: Path) -> None:
+    """fsync one file or directory."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_tree(top: Path) -> None:
+    """fsync every file below a directory, then the directories from the inside out, then itself."""
+    for folder, _, files in os.walk(top, topdown=False):
+        for name in files:
+            sync(Path(folder, name))
+        sync(Path(folder))
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory that this program made, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+
+
+def empty_tree(directory: Path) -> None:
+    """Remove all that is in a directory of this program's, and keep the directory itself (and a lock on it)."""
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the one writer's lock of a directory; the kernel drops it when the process ends, however it ends.
+
+    Raises BusyError if another process holds it.
+    """
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BusyError(f"{directory}: another process is writing it; wait for it to end") from error
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system says about ``path`` into one clear StorageError."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StorageError) or not error.errno or type(error).__module__ != "builtins":
+            raise
+        where = error.filename or path
+        advice = {
+            errno.ENOSPC: f"free space on its disk ({free_bytes(path):,} bytes are left) and run the same command again",
+            errno.EDQUOT: "the quota is used up: free space and run the same command again",
+            errno.EROFS: "the file system is read-only: write elsewhere",
+            errno.EACCES: "no permission: check owner and mode",
+            errno.EPERM: "no permission: check owner and mode",
+        }.get(error.errno, "run the same command again when it is there")
+        failure = StorageError(f"{where}: {error.strerror}; {advice}")
+        failure.errno = error.errno
+        raise failure from error
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free on the file system that holds ``path`` or its nearest existing parent."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

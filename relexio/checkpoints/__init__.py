@@ -1,0 +1,1 @@
+"""Hugging Face checkpoint directories: finding, checking, reading, and writing them."""

@@ -1,0 +1,102 @@
+"""Finding the checkpoints of a run: directory names that trainers write, and the user's choice of steps."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from relexio.checkpoints.header import digits
+from relexio.checkpoints.read import INDEX, weight_files
+from relexio.errors import CheckpointError, MissingError, RequestError
+
+_STEP = re.compile(r"(?:global_step_?|checkpoint-|step_|step-)(\d{1,15})(?:_hf)?")
+_INSIDE = ("", "huggingface", "actor/huggingface", "actor")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which steps the user wants: inclusive ranges, as ``1:75``, ``10:300:10``, ``1,2,5`` or a mix; None for all."""
+
+    text: str
+    parts: tuple[range, ...]
+
+    def __contains__(self, step: int) -> bool:
+        return any(step in part for part in self.parts)
+
+    @property
+    def named(self) -> list[int]:
+        """The steps that are named one by one, and so must exist."""
+        return [part[0] for part in self.parts if len(part) == 1]
+
+
+def parse_steps(text: str) -> Selection:
+    """Parse a step expression. Raises RequestError with the accepted forms."""
+    parts = []
+    for piece in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,15})(?::(\d{1,15})(?::(\d{1,15}))?)?\s*", piece)
+        if not match:
+            raise RequestError(f"{text!r} is not a list of steps; write 1:75, 10:300:10 or 1,2,5")
+        first, last, stride = match.groups()
+        stop = int(last if last is not None else first)
+        if int(stride or 1) == 0 or stop < int(first):
+            raise RequestError(f"{piece!r} holds no step; write FIRST:LAST or FIRST:LAST:STRIDE, both ends included")
+        parts.append(range(int(first), stop + 1, int(stride or 1)))
+    return Selection(text, tuple(parts))
+
+
+def find_steps(root: Path, selection: Selection | None = None) -> tuple[dict[int, Path], list[str]]:
+    """The step directories below ``root`` by step, sorted, and the names of directories that are none.
+
+    Raises MissingError if there is no such directory, CheckpointError if two directories claim one step.
+    """
+    if not root.is_dir():
+        raise MissingError(f"{root}: no such directory")
+    found: dict[int, Path] = {}
+    others = []
+    for path in sorted(root.iterdir(), key=lambda p: digits(p.name)):
+        if not path.is_dir():
+            continue
+        match = _STEP.fullmatch(path.name)
+        if not match:
+            others.append(path.name)
+            continue
+        step = int(match[1])
+        if selection is not None and step not in selection:
+            continue
+        if step in found:
+            raise CheckpointError(f"two directories for step {step}: {found[step]} and {path}; move one away")
+        found[step] = path
+    return {step: model_directory(found[step]) for step in sorted(found)}, others
+
+
+def choose(root: Path | None, named: dict[int, Path], selection: Selection | None) -> tuple[dict[int, Path], list[str]]:
+    """All chosen step directories by step, those below ``root`` and those named one by one.
+
+    Raises CheckpointError if two claim one step, RequestError if nothing is chosen or a wanted step is not there.
+    """
+    steps, others = find_steps(root, selection) if root is not None else ({}, [])
+    for step, path in named.items():
+        if step in steps:
+            raise CheckpointError(f"two directories for step {step}: {steps[step]} and {path}; leave one out")
+        steps[step] = model_directory(path)
+    missing = [step for step in (selection.named if selection else []) if step not in steps]
+    if missing:
+        raise RequestError(f"{root}: no checkpoint for step {', '.join(map(str, missing))}")
+    if not steps:
+        hint = f" among the steps {selection.text}" if selection else ""
+        raise RequestError(
+            f"{root}: no checkpoint found{hint}; step directories are named global_step_N, global_stepN_hf, "
+            f"checkpoint-N, step_N or step-N; name others with --checkpoint STEP=PATH"
+        )
+    return dict(sorted(steps.items())), others
+
+
+def model_directory(path: Path) -> Path:
+    """The directory inside a step directory that holds the weights; the step directory itself if none does."""
+    for inside in _INSIDE:
+        candidate = path / inside if inside else path
+        if candidate.is_dir() and ((candidate / INDEX).is_file() or weight_files(candidate)):
+            return candidate
+    for inside in reversed(_INSIDE):
+        if (path / inside).is_dir():
+            return path / inside
+    return path

@@ -1,0 +1,169 @@
+"""One checkpoint directory: which files hold which tensors, and the side files that make it loadable."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from relexio.checkpoints.header import Entry, Shard, parse_json, read_shard
+from relexio.errors import CheckpointError, MissingError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+#: A head that some trainers write beside the embedding it is tied to, and others leave out.
+HEAD = "lm_head.weight"
+EMBEDDINGS = (
+    "model.embed_tokens.weight",
+    "model.language_model.embed_tokens.weight",
+    "embed_tokens.weight",
+    "transformer.wte.weight",
+)
+_SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".md", ".yaml", ".yml", ".vocab", ".bpe"}
+_SIDE_NAMES = {"LICENSE", "NOTICE"}
+_MAX_SIDE = 64 << 20  # bytes; tokenizers reach some 35 MB
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where the bytes of one tensor stand: the shard's path and the first byte."""
+
+    path: Path
+    start: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model directory at one training step (``step`` is None for the base)."""
+
+    path: Path
+    step: int | None
+    shards: tuple[Shard, ...]
+    index: bytes | None
+    side: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """How errors name it."""
+        return f"base {self.path}" if self.step is None else f"step {self.step} ({self.path})"
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """Every tensor by name, in file order."""
+        return {entry.name: entry for shard in self.shards for entry in shard.entries}
+
+    @cached_property
+    def locations(self) -> dict[str, Location]:
+        """Where every tensor stands."""
+        return {entry.name: Location(shard.path, entry.start) for shard in self.shards for entry in shard.entries}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.size for shard in self.shards)
+
+
+def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
+    """Read the headers and the list of side files of one checkpoint directory; no tensor is read.
+
+    Raises MissingError or CheckpointError, naming the directory and file, for anything that is not whole.
+    """
+    if not path.is_dir():
+        raise MissingError(f"{path}: no such directory")
+    index = path / INDEX
+    if index.is_file() and (path / SINGLE).is_file():
+        raise CheckpointError(f"{path}: holds both {SINGLE} and {INDEX}; remove the one that is not the model")
+    if index.is_file():
+        data = index.read_bytes()
+        shards = _sharded(path, data)
+    else:
+        data = None
+        shards = (read_shard(_single(path)),)
+    checkpoint = Checkpoint(path, step, shards, data, dict(_side_files(path)))
+    if not checkpoint.entries:
+        raise CheckpointError(f"{checkpoint.label}: its safetensors files hold no tensor")
+    return checkpoint
+
+
+def _single(path: Path) -> Path:
+    found = weight_files(path)
+    if path / SINGLE in found:
+        return path / SINGLE
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CheckpointError(f"{path}: {len(found)} safetensors files and no {INDEX}; a shard or the index is missing")
+    raise CheckpointError(f"{path}: {_no_weights(path)}")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a directory that can hold a whole model, sorted."""
+    return sorted(p for p in path.glob("*.safetensors") if p.is_file() and not p.name.startswith("adapter_"))
+
+
+def _no_weights(path: Path) -> str:
+    if (path / "adapter_model.safetensors").is_file():
+        return "holds a LoRA adapter, not a model; merge it into its base first (peft: merge_and_unload)"
+    shards = list(path.glob("**/model_world_size_*_rank_*.pt")) or list(
+        path.parent.glob("model_world_size_*_rank_*.pt")
+    )
+    if shards:
+        return "holds FSDP shards (torch), no safetensors; merge them first (verl: python -m verl.model_merger merge)"
+    if any(path.glob("**/*.distcp")):
+        return "holds a torch distributed checkpoint (DCP), no safetensors; convert it to Hugging Face format first"
+    if any(path.glob("*.bin")) or any(path.glob("*.pt")):
+        return "holds torch files and no safetensors; save it again with safe_serialization=True"
+    what = "a config and no weights" if (path / "config.json").is_file() else "no safetensors file"
+    return f"{what}; leave this step out with --steps, or save its weights as safetensors"
+
+
+def _sharded(path: Path, data: bytes) -> tuple[Shard, ...]:
+    index = path / INDEX
+    weight_map = parse_json(data, index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index}: has no weight_map from tensor names to file names")
+    shards = []
+    for name in dict.fromkeys(weight_map.values()):
+        if name != Path(name).name or name in ("", ".", "..") or "\\" in name or "\0" in name:
+            raise CheckpointError(f"{index}: names a shard outside its directory: {name!r}")
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path / name}: the index names this shard and it is not there; copy it again")
+        shards.append(read_shard(path / name))
+    found = {entry.name: shard.path.name for shard in shards for entry in shard.entries}
+    if sum(len(shard.entries) for shard in shards) != len(found):
+        raise CheckpointError(f"{path}: a tensor stands in two of its shards")
+    for tensor in sorted(weight_map.keys() | found.keys()):
+        if weight_map.get(tensor) != found.get(tensor):
+            raise CheckpointError(
+                f"{index}: tensor {tensor}: the index says {weight_map.get(tensor)}, the shards say {found.get(tensor)}"
+            )
+    return tuple(shards)
+
+
+def _side_files(path: Path) -> Iterator[tuple[str, Path]]:
+    """Small text files that belong to the model, two levels deep, by their path inside the checkpoint."""
+    for file in sorted([*path.glob("*"), *path.glob("*/*")]):
+        name = file.relative_to(path).as_posix()
+        wanted = file.suffix in _SIDE_SUFFIXES or file.name in _SIDE_NAMES
+        if wanted and not name.endswith(".index.json") and file.is_file() and file.stat().st_size <= _MAX_SIDE:
+            yield name, file
+
+
+def read_exactly(fd: int, start: int, out: memoryview, path: Path) -> None:
+    """Fill ``out`` with the file's bytes from ``start`` on. Raises CheckpointError if the file ends before."""
+    done = 0
+    while done < len(out):
+        count = os.preadv(fd, [out[done:]], start + done)
+        if count == 0:
+            raise CheckpointError(f"{path}: ended while it was read: its header promises more bytes; copy it again")
+        done += count
+
+
+def assert_unchanged(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if a shard is not the file any more whose header was read."""
+    for shard in checkpoint.shards:
+        stat = shard.path.stat()
+        if (stat.st_size, stat.st_mtime_ns) != (shard.size, shard.mtime_ns):
+            raise CheckpointError(
+                f"{shard.path}: changed while it was read; wait until training has written it, and run again"
+            )

@@ -1,0 +1,138 @@
+"""``relexio convert``."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from relexio.checkpoints.layout import Selection
+from relexio.cli import options
+from relexio.cli.show import note, stages, table
+
+_NAMED = "STEP=PATH"
+
+
+def _named(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[int, Path]:
+    found: dict[int, Path] = {}
+    for value in values:
+        step, sign, path = value.partition("=")
+        if not sign or not step.isascii() or not step.isdigit() or len(step) > 15 or not path:
+            raise click.BadParameter(f"{value!r} is not {_NAMED}, as in 40=runs/a/step40")
+        if int(step) in found:
+            raise click.BadParameter(f"step {int(step)} is given twice")
+        found[int(step)] = Path(path)
+    return found
+
+
+@click.command()
+@click.argument("checkpoints", required=False, type=click.Path(path_type=Path))
+@click.option("--base", type=click.Path(path_type=Path), help="The model before RL. Needed for a new trajectory.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The trajectory to make or add to.")
+@click.option("--steps", type=options.Steps(), help="Steps to take, e.g. 1:75, 10:300:10 or 1,2,5.  [default: all]")
+@click.option(
+    "--checkpoint", "named", multiple=True, metavar=_NAMED, callback=_named, help="One more checkpoint. Repeatable."
+)
+@options.memory
+@options.workers
+@options.dry_run
+@options.as_json
+def convert(
+    checkpoints: Path | None,
+    base: Path | None,
+    out: Path,
+    steps: Selection | None,
+    named: dict[int, Path],
+    memory: int,
+    workers: int | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Store a run's checkpoints as a trajectory: lossless, and small.
+
+    CHECKPOINTS is a directory of step directories (global_step_N, global_stepN_hf, checkpoint-N, step_N or step-N)
+    with safetensors weights in Hugging Face layout. Run again, it adds the steps that are new and rewrites nothing; after
+    an interruption it goes on where it was.
+    """
+    if checkpoints is None and not named:
+        raise click.UsageError("Give CHECKPOINTS, or --checkpoint STEP=PATH.")
+    from relexio import convert as verb
+    from relexio.resources import Resources
+
+    request = verb.Request(out, base, checkpoints, named, steps)
+    conversion = verb.prepare(request, Resources(memory, workers), stages)
+    for text in conversion.notes:
+        note(text)
+    if dry_run:
+        _show_plan(conversion, as_json)
+        return
+    done = verb.convert(conversion, stages)
+    for text in done.notes:
+        note(text)
+    _show_result(conversion, done, as_json)
+
+
+def _show_plan(conversion, as_json: bool) -> None:  # type: ignore[no-untyped-def]
+    from relexio import atomic
+    from relexio.plan import show
+    from relexio.trajectory.store import describe_steps
+
+    plan, free = conversion.executor.plan, atomic.free_bytes(conversion.out)
+    if as_json:
+        facts = {
+            "out": str(conversion.out),
+            "steps": list(conversion.steps),
+            "present": list(conversion.present),
+            "bytes_read": conversion.bytes_read,
+            "bytes_written_at_most": conversion.bytes_written_at_most,
+            "bytes_free": free,
+            "memory_projected": plan.projected,
+            "memory_allowed": plan.allowed,
+            "workers": plan.workers,
+        }
+        click.echo(json.dumps(facts))
+        return
+    table(
+        [
+            (
+                "to add",
+                describe_steps(conversion.steps) if conversion.steps else "nothing: every step is stored already",
+            ),
+            ("to read", show(conversion.bytes_read)),
+            ("disk", f"{show(conversion.bytes_written_at_most)} at the very most, {show(free)} free"),
+            ("memory", f"{show(plan.projected)} projected, {show(plan.allowed)} allowed, {plan.workers} workers"),
+        ]
+    )
+
+
+def _show_result(conversion, done, as_json: bool) -> None:  # type: ignore[no-untyped-def]
+    from relexio.inspect import sizes
+    from relexio.plan import show
+    from relexio.trajectory.store import describe_steps
+
+    found = sizes(done.store)
+    if as_json:
+        facts = {
+            "out": str(conversion.out),
+            "added": list(conversion.steps),
+            "steps": list(done.store.steps),
+            "resumed": done.resumed,
+            "bytes": asdict(found),
+        }
+        click.echo(json.dumps(facts))
+        return
+    table(
+        [
+            ("trajectory", str(conversion.out)),
+            (
+                "added",
+                describe_steps(conversion.steps) if conversion.steps else "nothing: every step is stored already",
+            ),
+            ("holds", describe_steps(done.store.steps)),
+            (
+                "size",
+                f"{show(found.steps)} for {show(found.checkpoints)} of checkpoints ({found.compression:.1f} times smaller), "
+                f"and {show(found.base)} for the base",
+            ),
+        ]
+    )

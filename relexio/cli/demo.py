@@ -1,0 +1,47 @@
+"""``relexio demo``."""
+
+from pathlib import Path
+
+import click
+
+from relexio.cli.show import stages, table, verdict
+
+
+@click.command()
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="A new directory for its files.  [default: relexio-demo]"
+)
+def demo(out: Path | None) -> None:
+    """Try everything on a real, tiny RLVR run that ships with relexio.
+
+    Writes its checkpoints, converts the first 50 steps, predicts step 200, and holds that against the checkpoint that
+    training really reached there.
+    """
+    from relexio.demo.run import TARGET, WINDOW_END, free_directory, run
+
+    directory = out or free_directory(Path("relexio-demo"))
+    found = run(directory, stages, lambda line: click.echo(f"$ {line}"))
+    click.echo()
+    table(
+        [
+            (
+                "run",
+                f"1.6 M parameters, GRPO on additions; a checkpoint every 5 steps up to {WINDOW_END}, and step {TARGET}",
+            ),
+            (
+                "in weights",
+                f"step {TARGET} as trained is {found.distance_kept:.3f} away from step {WINDOW_END}, "
+                f"and {found.distance:.3f} from the prediction (skill {found.skill:+.2f})",
+            ),
+            ("backtest", verdict(found.backtest)),
+            ("in task", _accuracies(found)),
+        ]
+    )
+    click.echo(f"\nAll of it is in {directory}; look around, and remove it when you are done.")
+
+
+def _accuracies(found) -> str:  # type: ignore[no-untyped-def]
+    if found.accuracy is None:
+        return "not measured: that takes torch and transformers (pip install torch transformers)"
+    names = ("base", "step 50", "predicted 200", "trained 200")
+    return "accuracy " + ", ".join(f"{name} {value:.1%}" for name, value in zip(names, found.accuracy, strict=True))

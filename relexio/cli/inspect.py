@@ -1,0 +1,80 @@
+"""``relexio inspect``."""
+
+import json
+from pathlib import Path
+
+import click
+
+from relexio.checkpoints.layout import Selection
+from relexio.cli import options
+from relexio.cli.show import stages, table
+
+
+@click.command()
+@click.argument("trajectory", type=click.Path(path_type=Path))
+@options.window
+@options.rank
+@options.memory
+@options.workers
+@options.as_json
+def inspect(
+    trajectory: Path, window: Selection | None, rank: int, memory: int, workers: int | None, as_json: bool
+) -> None:
+    """Show what a trajectory holds, and how each tensor moved.
+
+    energy is the share of the movement that --rank directions keep, r2 how straight the first one runs. High values
+    of both certify nothing: skill does, where a prediction inside the window beats keeping its last checkpoint (> 0).
+    """
+    from relexio.fitting import choose_window
+    from relexio.inspect import inspect as verb
+    from relexio.resources import Resources
+    from relexio.trajectory.store import open_store
+
+    store = open_store(trajectory)
+    found = verb(store, choose_window(store, window), rank, Resources(memory, workers), stages)
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+    else:
+        _show(found)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _show(found) -> None:  # type: ignore[no-untyped-def]
+    from relexio.plan import show
+    from relexio.trajectory.store import describe_steps
+
+    size, tested = found.sizes, found.backtest
+    last = found.window[-1]
+    table(
+        [
+            ("trajectory", found.store.address),
+            ("holds", describe_steps(found.store.steps)),
+            ("window", describe_steps(found.window)),
+            (
+                "size",
+                f"{show(size.steps)} for {show(size.checkpoints)} of checkpoints ({size.compression:.1f} times smaller)",
+            ),
+            ("", f"{show(size.base)} for the base, {show(size.cache)} of kept fits"),
+            ("changed", f"{found.changed[last]:.1%} of all elements at step {last}"),
+            ("energy", f"{_number(found.energy, '.3f')} of the movement is along rank {found.rank}"),
+            ("r2", f"{_number(found.r_squared, '.3f')}, the median of {len(found.moved)} tensors that changed"),
+            ("slope", f"{_number(found.slope, '.3g')} a step"),
+            (
+                "skill",
+                f"{_number(tested.errors.skill, '+.2f')}: fitted up to step {tested.last}, at step {tested.step}"
+                if tested
+                else "- (a backtest needs three steps)",
+            ),
+        ]
+    )
+    width = max(len(t.name) for t in found.tensors)
+    click.echo(f"\n{'tensor':<{width}}  {'elements':>11}  changed  energy     r2       slope   skill")
+    for t in found.tensors:
+        click.echo(
+            f"{t.name:<{width}}  {t.size:>11,}  {t.changed:>7.1%}  {_number(t.energy, '6.3f'):>6}  "
+            f"{_number(t.line.r_squared if t.line else None, '5.3f'):>5}  "
+            f"{_number(t.line.slope if t.line else None, '10.3g'):>10}  {_number(t.errors.skill, '+6.2f'):>6}"
+        )

@@ -1,0 +1,56 @@
+"""The ``relexio`` command and how its errors end."""
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from relexio.errors import RelexioError
+from relexio.version import __version__
+
+_COMMANDS = ("convert", "predict", "inspect", "demo")
+
+
+class _Lazy(click.Group):
+    """Loads a command's module when the command is used, so that ``relexio --help`` is fast."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command = getattr(importlib.import_module(f"relexio.cli.{cmd_name}"), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="relexio")
+def relexio_command() -> None:
+    """Predict later checkpoints of an RLVR run from its first ones.
+
+    convert turns a run's checkpoints into a small lossless store; predict fits the store and writes the checkpoint
+    that training would reach. Start with: relexio demo
+    """
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line. Exit codes: 0 done, 1 an error of the input or the machine, 2 wrong usage, 130 interrupted."""
+    try:
+        relexio_command(args=arguments, prog_name="relexio", standalone_mode=False)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; nothing half-written counts: run the same command again to go on", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+    except RelexioError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    sys.exit(0)

@@ -1,0 +1,66 @@
+"""Options and parameter types that several commands share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from relexio.checkpoints.layout import Selection, parse_steps
+from relexio.errors import RequestError
+from relexio.plan import parse_size
+
+
+class Size(click.ParamType[int]):
+    """Bytes: ``2GB``, ``512MiB``."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse; wrong text is wrong usage."""
+        try:
+            return value if isinstance(value, int) else parse_size(value)
+        except RequestError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Steps(click.ParamType[Selection]):
+    """Steps: ``1:75``, ``10:300:10``, ``1,2,5``."""
+
+    name = "steps"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Selection:
+        """Parse; wrong text is wrong usage."""
+        try:
+            return value if isinstance(value, Selection) else parse_steps(value)
+        except RequestError as error:
+            self.fail(str(error), param, ctx)
+
+
+memory = click.option(
+    "--memory", type=Size(), default="2GB", show_default=True, help="Resident memory to stay under, e.g. 512MB or 4GiB."
+)
+workers = click.option(
+    "--workers", type=click.IntRange(min=1), help="Blocks worked on at once.  [default: one for each core]"
+)
+dry_run = click.option("--dry-run", is_flag=True, help="Print the plan and stop: nothing is written.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+window = click.option(
+    "--window", type=Steps(), help="Stored steps to fit, e.g. 1:75, 10:300:10 or 1,2,5.  [default: all]"
+)
+rank = click.option(
+    "--rank", type=click.IntRange(min=1), default=1, show_default=True, help="Directions over time for each tensor."
+)
+
+
+def device(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--device`` and ``--device-memory``."""
+    command = click.option(
+        "--device-memory", type=Size(), help="Device memory to stay under.  [default: four fifths of what is free]"
+    )(command)
+    return click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+        help="Where blocks are computed.",
+    )(command)

@@ -1,0 +1,137 @@
+"""``relexio predict``."""
+
+import json
+from pathlib import Path
+
+import click
+
+from relexio.checkpoints.layout import Selection
+from relexio.cli import options
+from relexio.cli.show import note, stages, table, verdict
+
+
+@click.command()
+@click.argument("trajectory", type=click.Path(path_type=Path))
+@click.option(
+    "--step", "steps", type=click.IntRange(min=0), multiple=True, required=True, help="Step to predict. Repeatable."
+)
+@click.option("-o", "--out", required=True, help="Directory to write; with several steps one that holds {step}.")
+@options.window
+@click.option(
+    "--method",
+    type=click.Choice(["relex", "pinned", "reconstruct"]),
+    default="relex",
+    show_default=True,
+    help="relex: a line, from the base. pinned: its increment, from the last step. reconstruct: an observed step.",
+)
+@options.rank
+@click.option("--strength", type=float, default=1.0, show_default=True, help="Factor on the update.")
+@click.option(
+    "--solver",
+    type=click.Choice(["auto", "gram", "blocks"]),
+    default="auto",
+    show_default=True,
+    help="gram: one pass, kept for all later fits. blocks: a pass for each iteration, for very many steps.",
+)
+@options.device
+@options.memory
+@options.workers
+@options.dry_run
+@options.as_json
+def predict(
+    trajectory: Path,
+    steps: tuple[int, ...],
+    out: str,
+    window: Selection | None,
+    method: str,
+    rank: int,
+    strength: float,
+    solver: str,
+    device: str,
+    device_memory: int | None,
+    memory: int,
+    workers: int | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Write the checkpoint that training would reach at a later step.
+
+    Fits the stored steps of TRAJECTORY (once: the fit is kept there) and writes a Hugging Face directory with the
+    base's tensors, dtypes and shards.
+    """
+    if len(steps) > 1 and "{step}" not in out:
+        raise click.UsageError("Several steps need {step} in -o, as in -o 'pred/step-{step}'.")
+    from relexio import predict as verb
+    from relexio.extrapolate.methods import Recipe
+    from relexio.fitting import choose_window, fit
+    from relexio.resources import Resources
+    from relexio.trajectory.store import open_store
+
+    store = open_store(trajectory)
+    chosen, recipe = choose_window(store, window), Recipe(method, rank, strength)
+    targets = [verb.Target(step, Path(out.replace("{step}", str(step)))) for step in steps]
+    resources = Resources(memory, workers, device, device_memory)
+    prospect = verb.prospect(store, chosen, recipe, solver, targets, resources)
+    if dry_run:
+        _show_plan(chosen, targets, prospect, as_json)
+        return
+    fitted = fit(store, chosen, recipe, solver, resources, stages)
+    for text in fitted.notes:
+        note(text)
+    verb.predict(fitted, targets, resources, stages)
+    _show_result(fitted, targets, as_json)
+
+
+def _show_plan(window, targets, prospect, as_json: bool) -> None:  # type: ignore[no-untyped-def]
+    from relexio.plan import show
+    from relexio.trajectory.store import describe_steps
+
+    plan = prospect.plan
+    if as_json:
+        facts = {
+            "window": list(window),
+            "outputs": {str(t.step): str(t.out) for t in targets},
+            "fit_kept": prospect.kept,
+            "bytes_read": prospect.bytes_read,
+            "bytes_written": prospect.bytes_written,
+            "bytes_free": prospect.bytes_free,
+            "memory_projected": plan.projected,
+            "memory_allowed": plan.allowed,
+            "workers": plan.workers,
+            "device": prospect.device,
+        }
+        click.echo(json.dumps(facts))
+        return
+    table(
+        [
+            ("window", describe_steps(window)),
+            ("to write", ", ".join(str(target.out) for target in targets)),
+            ("fit", "kept in the store" if prospect.kept else "to be made, and kept in the store"),
+            ("to read", show(prospect.bytes_read)),
+            ("disk", f"{show(prospect.bytes_written)} needed, {show(prospect.bytes_free)} free"),
+            ("memory", f"{show(plan.projected)} projected, {show(plan.allowed)} allowed, {plan.workers} workers"),
+            ("device", prospect.device),
+        ]
+    )
+
+
+def _show_result(fitted, targets, as_json: bool) -> None:  # type: ignore[no-untyped-def]
+    from relexio.predict import provenance
+    from relexio.trajectory.store import describe_steps
+
+    if as_json:
+        facts = [{**provenance(fitted, target.step), "out": str(target.out)} for target in targets]
+        click.echo(json.dumps(facts[0] if len(facts) == 1 else facts))
+        return
+    recipe, last, tested = fitted.recipe, fitted.steps[-1], fitted.backtest()[0]
+    rows = [
+        ("window", describe_steps(fitted.steps)),
+        ("method", f"{recipe.method}, rank {recipe.rank}, strength {recipe.strength:g}"),
+        ("backtest", verdict(tested)),
+    ]
+    for target in targets:
+        times = f" ({target.step / last:.1f} times the last observed step)" if target.step > last else ""
+        rows.append(("wrote", f"{target.out}: step {target.step}{times}"))
+    table(rows)
+    if tested is not None and (tested.errors.skill or 0.0) <= 0.0:
+        note("no skill inside the window: evaluate this checkpoint before you trust it, or predict a nearer step")

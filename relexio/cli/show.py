@@ -1,0 +1,98 @@
+"""What the user sees: progress and notes on stderr, results on stdout."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from relexio.plan import show
+
+if TYPE_CHECKING:
+    from relexio.fitting import Backtest
+
+_PATIENCE = 1.0  # seconds before anything is said
+_EVERY = 10.0  # seconds between lines where stderr is not a terminal
+
+
+def note(text: str) -> None:
+    """One line on stderr."""
+    click.echo(f"note: {text}", err=True)
+
+
+def seconds(count: float) -> str:
+    """A duration for people."""
+    whole = int(count)
+    return (
+        f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}" if whole >= 3600 else f"{whole // 60}:{whole % 60:02}"
+    )
+
+
+@contextmanager
+def stages(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Progress of one stage: a bar on a terminal, else a line now and then; silent if it takes under a second."""
+    with (_bar if sys.stderr.isatty() else _lines)(name, total) as advance:
+        yield advance
+
+
+@contextmanager
+def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    begun = time.monotonic()
+    task = progress.add_task(name, total=total)
+
+    def advance(count: int) -> None:
+        progress.advance(task, count)
+        if not progress.live.is_started and time.monotonic() - begun > _PATIENCE:
+            progress.start()
+
+    try:
+        yield advance
+    finally:
+        progress.stop()
+
+
+@contextmanager
+def _lines(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    begun = time.monotonic()
+    done, due = 0, begun + _PATIENCE
+
+    def advance(count: int) -> None:
+        nonlocal done, due
+        done += count
+        now = time.monotonic()
+        if now >= due and 0 < done < total:
+            due = now + _EVERY
+            left = (now - begun) / done * (total - done)
+            rate = done / (now - begun)
+            click.echo(f"{name}: {show(done)} of {show(total)}, {show(rate)}/s, {seconds(left)} left", err=True)
+
+    yield advance
+
+
+def verdict(tested: "Backtest | None") -> str:
+    """One line on whether a recipe would have done well inside its window."""
+    if tested is None or tested.errors.skill is None:
+        return "none: it takes three observed steps, a method that extrapolates, and the gram solver"
+    skill = tested.errors.skill
+    said = "beats" if skill > 0 else "does not beat"
+    return f"fitted up to step {tested.last}, at step {tested.step} it {said} keeping step {tested.last} (skill {skill:+.2f})"
+
+
+def table(rows: list[tuple[str, str]]) -> None:
+    """Name and value, one line each, on stdout."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        click.echo(f"{name:<{width}}  {value}")

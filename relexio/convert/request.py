@@ -1,0 +1,146 @@
+"""Before anything is written: find the checkpoints, check that they belong together, and plan the memory."""
+
+import hashlib
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from relexio import graph, plan
+from relexio.checkpoints.layout import Selection, choose
+from relexio.checkpoints.read import Checkpoint, open_checkpoint
+from relexio.convert.check import Source, Table, fit_to_base, refuse_base_among
+from relexio.convert.encode import Reader
+from relexio.errors import CheckpointError, ExistsError, RequestError
+from relexio.progress import Stages
+from relexio.resources import Resources
+from relexio.trajectory.schema import Block, StoredShard, block_elements, chunk_rows, lay_out
+from relexio.trajectory.store import Store, describe_steps, open_store
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked of ``convert``: a directory of steps and steps by name, the base, and the store to write."""
+
+    out: Path
+    base: Path | None = None
+    root: Path | None = None
+    named: dict[int, Path] | None = None
+    selection: Selection | None = None
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a ``convert`` will do: into ``out``, from ``base`` (None: the store's own), the steps that are new."""
+
+    out: Path
+    store: Store | None
+    base: Source | None
+    sources: tuple[Source, ...]
+    block: int
+    executor: graph.Executor
+    present: tuple[int, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps to be added, ascending."""
+        return tuple(source.checkpoint.step for source in self.sources if source.checkpoint.step is not None)
+
+    @property
+    def read(self) -> tuple[Source, ...]:
+        """The checkpoints to be read: the new steps, and the base of a new store."""
+        return self.sources if self.store or self.base is None else (self.base, *self.sources)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the checkpoints to be read."""
+        return sum(source.checkpoint.nbytes for source in self.read)
+
+    @property
+    def bytes_written_at_most(self) -> int:
+        """Bytes to be written if nothing could be left out or compressed; RLVR steps take a small part of theirs."""
+        return self.bytes_read + self.bytes_read // 100 + (1 << 20)
+
+
+def prepare(request: Request, resources: Resources, stages: Stages) -> Conversion:
+    """Find, check and plan. Reads headers, and of tensors only what it takes to tell steps from the base; writes nothing.
+
+    Raises a RelexioError that names file, tensor and step for whatever cannot be converted as it is.
+    """
+    out = request.out
+    if out.exists() and not (out / "zarr.json").is_file():
+        raise ExistsError(f"{out}: exists and is not a trajectory; give another -o")
+    store = open_store(out) if out.exists() else None
+    if store is None and request.base is None:
+        raise RequestError(f"{out} does not exist yet: a new trajectory needs --base, the model before RL")
+    found, others = choose(request.root, request.named or {}, request.selection)
+    present = tuple(step for step in found if store and step in store.steps)
+    checkpoints = [open_checkpoint(path, step) for step, path in found.items() if step not in present]
+    base = open_checkpoint(request.base) if request.base else None
+    table = _table(store, base)
+    label = base.label if base else f"the base of {out}"
+    sources = tuple(fit_to_base(checkpoint, table, label) for checkpoint in checkpoints)
+    base_source = fit_to_base(base, table, f"the base of {out}") if base else None
+    if base_source is not None:
+        refuse_base_among(sources, base_source)
+        if store is not None:
+            _require_same_base(store, base_source, resources, stages)
+    entries = [(name, dtype, shape) for name, (dtype, shape) in table.items()]
+    block = store.block if store else block_elements(max((t.size for t in lay_out(entries, 1 << 62)), default=1))
+    notes = [f"not step directories, left out: {', '.join(others)}"] if others else []
+    if present:
+        notes.append(f"in the store already, left out: {describe_steps(present)}")
+    return Conversion(
+        out, store, base_source, sources, block, _executor(entries, block, sources, resources), present, tuple(notes)
+    )
+
+
+def _table(store: Store | None, base: Checkpoint | None) -> Table:
+    if store is not None:
+        return {tensor.name: (tensor.dtype, tensor.shape) for tensor in store.tensors}
+    return {entry.name: (entry.dtype, entry.shape) for entry in base.entries.values()} if base else {}
+
+
+def _executor(
+    entries: list[tuple[str, str, tuple[int, ...]]], block: int, sources: tuple[Source, ...], resources: Resources
+) -> graph.Executor:
+    """Where the blocks are encoded: on the CPU, within the memory. Raises BudgetError."""
+    tensors = [tensor for tensor in lay_out(entries, block) if tensor.size]
+    kinds = {tensor.kind for tensor in tensors}
+    steps = max(len(sources), 1)
+    chunk = max((chunk_rows(block, steps, kind) * kind.itemsize * steps for kind in kinds), default=1)
+    itemsize = max((kind.itemsize for kind in kinds), default=1)
+    side = max((file.stat().st_size for source in sources for file in source.checkpoint.side.values()), default=0)
+    need = plan.convert_need(block, itemsize, steps, chunk)
+    return graph.Executor(plan.make(need, resources.memory, resources.workers, shared=3 * side))
+
+
+def _require_same_base(store: Store, base: Source, resources: Resources, stages: Stages) -> None:
+    """Raise CheckpointError unless the named base is the store's: by its files' names, sizes and times, else by hashes."""
+    known = store.base()
+    now = tuple((s.path.name, s.size, s.mtime_ns) for s in base.checkpoint.shards)
+    if known.source == str(base.checkpoint.path.resolve()) and now == tuple(map(_stamp, known.shards)):
+        return
+
+    def differs(block: Block) -> np.ndarray:
+        bits = np.empty(block.size, block.kind.bits)
+        with ExitStack() as stack:
+            Reader(base, block, stack).read(0, bits)
+        stored = store.read(f"base/{block.kind.name}/digest", block.index)
+        return np.array([hashlib.sha256(bits).digest() != stored.tobytes()])
+
+    need = plan.convert_need(store.block, 4, 1, 0)
+    executor = graph.Executor(plan.make(need, resources.memory, resources.workers))
+    with stages("compare the base", base.checkpoint.nbytes) as advance:
+        found = graph.sums(store, 1, differs, executor, advance)
+    for name, different in found.items():
+        if different[0]:
+            raise CheckpointError(
+                f"{base.checkpoint.label}: tensor {name} differs from the base of {store.address}; leave --base out"
+            )
+
+
+def _stamp(shard: StoredShard) -> tuple[str, int, int]:
+    return shard.name, shard.size, shard.mtime_ns

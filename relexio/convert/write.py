@@ -1,0 +1,183 @@
+"""The order of work of ``convert``: describe what is coming, write the blocks, make them durable, commit."""
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from relexio import atomic, graph
+from relexio.checkpoints.read import Checkpoint, assert_unchanged
+from relexio.convert.encode import Job, encode_block
+from relexio.convert.request import Conversion
+from relexio.dtypes import is_buffer
+from relexio.errors import CheckpointError, RelexioError, StorageError
+from relexio.progress import Stages
+from relexio.trajectory.schema import Group, StoredCheckpoint, StoredShard
+from relexio.trajectory.store import Store, open_store, unfinished_store
+from relexio.trajectory.write import (
+    Files,
+    attribute,
+    commit,
+    content_hashes,
+    create_steps_group,
+    create_store,
+    set_attribute,
+    write_changed,
+)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A committed conversion: the store as it is now, whether an interrupted run was taken up, and notes."""
+
+    store: Store
+    resumed: bool
+    notes: tuple[str, ...]
+
+
+def convert(conversion: Conversion, stages: Stages) -> Converted:
+    """Write the new steps and commit them. The store is as it was, or not there, until the very end.
+
+    After an interruption the same call takes up what is whole. After an error nothing is left behind, save where the
+    disk failed: what was written so far then waits for the same call. Raises a RelexioError naming file, tensor, step.
+    """
+    if not conversion.sources:
+        if conversion.store is None:
+            raise CheckpointError(f"{conversion.out}: no step to convert")
+        return Converted(conversion.store, False, ())
+    with atomic.storage_errors(conversion.out), _workspace(conversion) as store:
+        group = Group(f"{len(store.groups):04d}", conversion.steps, ())
+        resumed = _begin(conversion, store, group)
+        base = conversion.base if conversion.store is None else None
+        job = Job(store, group, conversion.sources, base, conversion.executor.plan.tile_bytes, resumed)
+        _allow_files(2 * len(job.sources) * conversion.executor.plan.workers + 64)
+        with stages("convert", conversion.bytes_read) as advance:
+            width = len(conversion.read)
+            counts = graph.sums(store, width, partial(encode_block, job), conversion.executor, advance)
+        for source in conversion.read:
+            assert_unchanged(source.checkpoint)
+        write_changed(store, group, counts)
+        done, notes = _commit(conversion, store, group)
+    address = str(conversion.out)
+    return Converted(replace(done, address=address, _opened={}), resumed, notes)
+
+
+@contextmanager
+def _workspace(conversion: Conversion) -> Iterator[Store]:
+    """The store to write to, locked: the existing one, or a new one in a staging directory that is renamed at the end."""
+    if conversion.store is not None:
+        with atomic.locked(conversion.out):
+            store = open_store(conversion.out)  # another writer may have committed since
+            if store.groups != conversion.store.groups:
+                raise CheckpointError(f"{conversion.out}: another process has added steps meanwhile; run again")
+            with _clean_up(lambda: _drop_group(store)):
+                yield store
+        return
+    staged = atomic.staging(conversion.out)
+    staged.mkdir(parents=True, exist_ok=True)
+    with atomic.locked(staged):
+        with _clean_up(lambda: atomic.remove_tree(staged)):
+            yield _staged_store(conversion, staged)
+        atomic.publish(staged, conversion.out)
+
+
+@contextmanager
+def _clean_up(remove) -> Iterator[None]:  # type: ignore[no-untyped-def]
+    try:
+        yield
+    except RelexioError as error:
+        if not isinstance(error, StorageError):
+            remove()
+        raise
+
+
+def _drop_group(store: Store) -> None:
+    """Remove the group that was not committed."""
+    atomic.remove_tree(Path(store.address, "groups", f"{len(store.groups):04d}"))
+
+
+def _staged_store(conversion: Conversion, staged: Path) -> Store:
+    """The store in the staging directory: as an interrupted run left it if that was this same conversion, else new."""
+    entries = (
+        [(e.name, e.dtype, e.shape) for e in conversion.base.checkpoint.entries.values()] if conversion.base else []
+    )
+    found = unfinished_store(staged)
+    if (
+        found is not None
+        and found.block == conversion.block
+        and [(t.name, t.dtype, t.shape) for t in found.tensors] == entries
+    ):
+        return found
+    atomic.empty_tree(staged)
+    return create_store(str(staged), conversion.block, entries)
+
+
+def _begin(conversion: Conversion, store: Store, group: Group) -> bool:
+    """Create the group, its files, and the record of its sources; True if an interrupted run did so already."""
+    known = [name for old in store.groups for name in _names(*store.checkpoints(old).values())]
+    base = store.base() if conversion.store is not None else None
+    files = Files(store, group.path, [*known, *(_names(base) if base else [])])
+    records = [_record(source.checkpoint, files) for source in conversion.sources]
+    base_record = _record(conversion.base.checkpoint, files) if base is None and conversion.base else base
+    value = {"base": base_record.to_json() if base_record else None, "steps": [r.to_json() for r in records]}
+    if Path(store.address, group.path).exists():
+        if attribute(store, group.path, "sources") == value:
+            return True
+        atomic.remove_tree(Path(store.address, group.path))
+    create_steps_group(store, group)
+    files.write()
+    set_attribute(store, group.path, "sources", value)
+    return False
+
+
+def _names(*records: StoredCheckpoint) -> list[str]:
+    return [
+        name
+        for record in records
+        for name in (*record.side.values(), *(s.header for s in record.shards), record.index)
+        if name
+    ]
+
+
+def _record(checkpoint: Checkpoint, files: Files) -> StoredCheckpoint:
+    shards = tuple(StoredShard(s.path.name, s.size, s.mtime_ns, files.name(s.header)) for s in checkpoint.shards)
+    index = files.name(checkpoint.index) if checkpoint.index is not None else None
+    side = {name: files.name(path) for name, path in checkpoint.side.items()}
+    return StoredCheckpoint(checkpoint.step, str(checkpoint.path.resolve()), shards, index, side)
+
+
+def _commit(conversion: Conversion, store: Store, group: Group) -> tuple[Store, tuple[str, ...]]:
+    content = content_hashes(store, group.path, len(group.steps))
+    base = store.base_content if conversion.store else content_hashes(store, "base", 0)[0]
+    if base in content:
+        step = group.steps[content.index(base)]
+        raise CheckpointError(f"step {step}: is the base itself (bit for bit); leave it out with --steps")
+    atomic.sync_tree(Path(store.address, group.path))
+    done = commit(store, replace(group, content=tuple(content)), base)
+    atomic.sync(Path(store.address, "zarr.json"))
+    atomic.sync(Path(store.address))
+    return done, tuple(_notes(done))
+
+
+def _notes(store: Store) -> Iterator[str]:
+    """What the user should know of the steps just added."""
+    group = store.groups[-1]
+    seen: dict[str, int] = {h: s for old in store.groups[:-1] for s, h in zip(old.steps, old.content, strict=True)}
+    for step, content in zip(group.steps, group.content, strict=True):
+        if content in seen:
+            yield f"step {step} is bit for bit the same as step {seen[content]}"
+        seen.setdefault(content, step)
+    for tensor, counts in zip(store.tensors, store.changed(group), strict=True):
+        if counts.any() and not tensor.kind.is_float:
+            fate = "predictions carry over its last state" if is_buffer(tensor.dtype) else "it cannot be predicted"
+            yield f"{tensor.name} ({tensor.dtype}) changes; it is stored, and {fate}"
+
+
+def _allow_files(count: int) -> None:
+    """Raise the soft limit of open files to what the plan needs, as far as the hard limit allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        limit = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -1,0 +1,41 @@
+"""The one hierarchy of errors that relexio raises; each is also the built-in that it resembles."""
+
+
+class RelexioError(Exception):
+    """Base of every error that relexio raises on purpose. Its text says what, where, and what to do."""
+
+
+class CheckpointError(RelexioError, ValueError):
+    """A checkpoint directory or safetensors file that cannot be used as it is."""
+
+
+class MissingError(RelexioError, FileNotFoundError):
+    """A file or directory that was named and is not there."""
+
+
+class ExistsError(RelexioError, FileExistsError):
+    """An output that exists already; nothing is ever overwritten."""
+
+
+class StoreError(RelexioError, ValueError):
+    """A trajectory store that is damaged, unfinished, or of another format."""
+
+
+class RequestError(RelexioError, ValueError):
+    """A request that the data cannot answer: a step, window, rank, or tensor that is not there."""
+
+
+class BudgetError(RelexioError, ValueError):
+    """A memory budget too small for the smallest possible plan."""
+
+
+class DeviceError(RelexioError, ValueError):
+    """A device that was asked for and is not to be had."""
+
+
+class StorageError(RelexioError, OSError):
+    """The disk said no: full, read-only, not permitted, or gone."""
+
+
+class BusyError(RelexioError, BlockingIOError):
+    """Another process is writing the same store."""

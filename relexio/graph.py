@@ -1,0 +1,249 @@
+"""Dask graphs over blocks: gram, operator, combine. No paths, no click.
+
+A task opens the store by its address, reads one block a tile at a time, and gives back something small, or hands whole
+blocks to a sink. So tasks can run in any order, in any process, and again.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from dask.base import compute
+from dask.callbacks import Callback
+from dask.delayed import Delayed, delayed
+from threadpoolctl import threadpool_limits
+
+from relexio.backend import limited, out_of_memory, to_device, to_host, zeros
+from relexio.dtypes import Array, from_float64, nonfinite, to_float64
+from relexio.errors import BudgetError, RequestError
+from relexio.plan import Plan
+from relexio.trajectory.schema import Block, Tensor
+from relexio.trajectory.store import Store
+from relexio.trajectory.tiles import observed, tiles
+from relexio.trajectory.zarrs import limit_threads
+
+#: Takes (block, which target, element bits [size]) and puts them where they belong.
+Sink = Callable[[Block, int, np.ndarray], None]
+#: Told the bytes of each finished task.
+Progress = Callable[[int], None]
+_FOLD = 8
+
+
+@dataclass(frozen=True)
+class Executor:
+    """Where a graph runs: threads of this process, on one device, inside a plan."""
+
+    plan: Plan
+    device: str = "cpu"
+    device_memory: int = 0
+
+    def run(self, tasks: list[Delayed], sizes: dict[str, int], progress: Progress) -> list[Any]:
+        """Compute all tasks and return their results in order; ``sizes`` gives bytes by task key for the progress."""
+        limit_threads(self.plan.workers)
+        with threadpool_limits(1), limited(self.device, self.device_memory), _Reporter(sizes, progress):
+            return list(compute(*tasks, scheduler="threads", num_workers=self.plan.workers, optimize_graph=False))
+
+
+class _Reporter(Callback):
+    def __init__(self, sizes: dict[str, int], progress: Progress) -> None:
+        def done(key: str, *_: Any) -> None:
+            if key in sizes:
+                progress(sizes[key])
+
+        super().__init__(posttask=done)
+
+
+def task(function: Callable[..., Any], *parts: Any, key: str) -> Delayed:
+    """One node of a graph, under a key that progress can be told by; only ``parts`` may hold other nodes."""
+    return delayed(function, pure=False, traverse=False)(*parts, dask_key_name=key)
+
+
+def _shrinking(work: Callable[[int], Any], rows: int) -> Any:
+    """Run ``work(rows)``; where the device has no room for it, again with half the rows."""
+    while True:
+        try:
+            return work(rows)
+        except out_of_memory() as error:
+            if rows <= 64:
+                raise BudgetError("--device-memory is too small for the smallest tile; give more") from error
+            rows //= 2
+
+
+def gram_block(store: Store, block: Block, steps: tuple[int, ...], rows: int, device: str) -> np.ndarray:
+    """M M^T over one block: float64 [T, T]."""
+
+    def work(rows: int) -> np.ndarray:
+        total = zeros((len(steps), len(steps)), device)
+        for tile in tiles(store, block, steps, rows, device):
+            total += tile.deltas.T @ tile.deltas
+        return to_host(total)
+
+    return _shrinking(work, rows)
+
+
+def operator_block(
+    store: Store, block: Block, steps: tuple[int, ...], x: np.ndarray, rows: int, device: str
+) -> np.ndarray:
+    """M (M^T x) over one block, x [T, k]: float64 [T, k], without ever holding T x T."""
+
+    def work(rows: int) -> np.ndarray:
+        there = to_device(x, device)
+        total = zeros(x.shape, device)
+        for tile in tiles(store, block, steps, rows, device):
+            total += tile.deltas.T @ (tile.deltas @ there)
+        return to_host(total)
+
+    return _shrinking(work, rows)
+
+
+def combine_block(
+    store: Store, block: Block, steps: tuple[int, ...], weights: np.ndarray, rows: int, device: str
+) -> list[np.ndarray]:
+    """theta_0 + M^T w over one block for weights [T, S]: element bits [size] for each of the S targets.
+
+    Raises RequestError where a prediction is not finite though the base is.
+    """
+    base = store.base_bits(block)
+
+    def work(rows: int) -> list[np.ndarray]:
+        results = [base.copy() for _ in range(weights.shape[1])]
+        if not weights.any():
+            return results
+        weights_there = to_device(weights, device)
+        for tile in tiles(store, block, steps, rows, device):
+            values = tile.deltas @ weights_there
+            values += to_float64(tile.base, block.kind)[:, None]
+            bits = from_float64(values, block.kind)
+            _check_finite(bits, tile.base, block)
+            for target, result in enumerate(results):
+                result[tile.elements] = to_host(bits[:, target])
+        return results
+
+    return _shrinking(work, rows)
+
+
+def _check_finite(bits: Array, base: Array, block: Block) -> None:
+    bad = nonfinite(bits, block.kind) & ~nonfinite(base, block.kind)[:, None]
+    if bool(bad.any()):
+        raise RequestError(
+            f"tensor {block.tensor.name}: the prediction overflows {block.tensor.dtype} in {int(bad.sum())} elements; "
+            f"predict a nearer step or give a smaller --strength"
+        )
+
+
+def _write_block(
+    store: Store,
+    block: Block,
+    steps: tuple[int, ...],
+    weights: np.ndarray | None,
+    targets: int,
+    rows: int,
+    device: str,
+    sink: Sink,
+) -> None:
+    """Hand the block's result for every target to the sink; without weights, its bits at the window's last step."""
+    if weights is None:
+        results = [observed(store, block, steps[-1])] * targets
+    else:
+        results = combine_block(store, block, steps, weights, rows, device)
+    for target, bits in enumerate(results):
+        sink(block, target, bits)
+
+
+def _add(parts: list[np.ndarray]) -> np.ndarray:
+    return np.sum(parts, axis=0) if len(parts) > 1 else parts[0]
+
+
+def _fold(parts: list[Delayed], name: str) -> Delayed:
+    """The sum of the parts as a tree of fixed shape: the same digits for any number of workers."""
+    level = 0
+    while len(parts) > 1:
+        parts = [task(_add, parts[i : i + _FOLD], key=f"add-{name}-{level}-{i}") for i in range(0, len(parts), _FOLD)]
+        level += 1
+    return parts[0]
+
+
+def _sum_over_blocks(
+    store: Store, tensor: Tensor, steps: int, kernel: Callable[[Block], np.ndarray], sizes: dict[str, int]
+) -> Delayed:
+    parts = []
+    for block in store.blocks(tensor):
+        key = f"block-{block.kind.name}-{block.index}"
+        sizes[key] = block.size * block.kind.itemsize * steps
+        parts.append(task(partial(kernel, block), key=key))
+    return _fold(parts, tensor.name)
+
+
+def sums(
+    store: Store, steps: int, kernel: Callable[[Block], np.ndarray], executor: Executor, progress: Progress
+) -> dict[str, np.ndarray]:
+    """Run a kernel over every block of the store; the sum of its results for every tensor that has a block."""
+    sizes: dict[str, int] = {}
+    held = [tensor for tensor in store.tensors if store.blocks(tensor)]
+    tasks = [_sum_over_blocks(store, tensor, steps, kernel, sizes) for tensor in held]
+    results = executor.run(tasks, sizes, progress)
+    return {tensor.name: result for tensor, result in zip(held, results, strict=True)}
+
+
+def gram(
+    store: Store,
+    steps: tuple[int, ...],
+    keep: Callable[[Tensor, np.ndarray], None],
+    executor: Executor,
+    progress: Progress,
+) -> None:
+    """One pass: the Gram matrix of every fitted tensor, handed to ``keep`` as soon as its last block is in."""
+    sizes: dict[str, int] = {}
+
+    def kernel(block: Block) -> np.ndarray:
+        return gram_block(store, block, steps, executor.plan.rows(len(steps)), executor.device)
+
+    tasks = [
+        task(
+            partial(keep, tensor), _sum_over_blocks(store, tensor, len(steps), kernel, sizes), key=f"keep-{tensor.name}"
+        )
+        for tensor in store.fitted()
+    ]
+    executor.run(tasks, sizes, progress)
+
+
+def operator(
+    store: Store, x: dict[str, np.ndarray], steps: tuple[int, ...], executor: Executor, progress: Progress
+) -> dict[str, np.ndarray]:
+    """One pass: M (M^T x) for every tensor named in ``x`` ([T, k] each)."""
+    sizes: dict[str, int] = {}
+
+    def kernel(block: Block) -> np.ndarray:
+        return operator_block(
+            store, block, steps, x[block.tensor.name], executor.plan.rows(len(steps)), executor.device
+        )
+
+    tasks = [_sum_over_blocks(store, store.tensor(name), len(steps), kernel, sizes) for name in x]
+    return dict(zip(x, executor.run(tasks, sizes, progress), strict=True))
+
+
+def combine(
+    store: Store,
+    weights: dict[str, np.ndarray],
+    targets: int,
+    steps: tuple[int, ...],
+    sink: Sink,
+    executor: Executor,
+    progress: Progress,
+) -> None:
+    """One pass: every block of theta_0 + M^T w for weights [T, targets] by tensor, handed to the sink.
+
+    Tensors without weights (buffers) are handed over as they are at the last of ``steps``.
+    """
+    tasks, sizes = [], {}
+    rows = executor.plan.rows(len(steps))
+    for tensor in store.tensors:
+        for block in store.blocks(tensor):
+            key = f"combine-{tensor.kind.name}-{block.index}"
+            sizes[key] = block.size * block.kind.itemsize * targets
+            w = weights.get(tensor.name)
+            work = partial(_write_block, store, block, steps, w, targets, rows, executor.device, sink)
+            tasks.append(task(work, key=key))
+    executor.run(tasks, sizes, progress)

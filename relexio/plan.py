@@ -1,0 +1,133 @@
+"""Memory as a promise in bytes: how many workers, and how much each holds at a time. Pure arithmetic, before any read.
+
+Every figure is an upper bound for dense data (each element changed at each step), so that the promise does not depend
+on what RL did to the model. Peak resident size = what the process holds already + what its workers hold.
+"""
+
+import os
+import re
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from relexio.errors import BudgetError, RequestError
+
+DEFAULT_MEMORY = 2_000_000_000
+#: Threads, allocator slack, the scheduler, and libraries still to be loaded (measured: 20 to 35 MB).
+OVERHEAD = 64 << 20
+_TILES = (8 << 20, 4 << 20, 2 << 20, 1 << 20)
+_UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 1 << 10,
+    "MI": 1 << 20,
+    "GI": 1 << 30,
+    "TI": 1 << 40,
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``2GB``, ``512MiB``, ``1.5G`` or ``1000000``. Raises RequestError with the accepted forms."""
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*(?:([KMGT]I?)B?|B?)\s*", text.upper())
+    if not match or float(match[1]) <= 0:
+        raise RequestError(f"{text!r} is not a size; write 2GB, 512MiB or a number of bytes")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def resident_bytes() -> int:
+    """The peak resident size of this process so far."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if found:
+            return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a job runs: ``workers`` at once, each with tiles of ``tile_bytes``; bytes of memory projected and allowed."""
+
+    workers: int
+    tile_bytes: int
+    projected: int
+    allowed: int
+
+    def rows(self, steps: int) -> int:
+        """Changed elements of a float64 tile over ``steps``."""
+        return rows(steps, self.tile_bytes)
+
+
+def rows(steps: int, tile_bytes: int = _TILES[0]) -> int:
+    """Changed elements of a float64 tile of about ``tile_bytes`` over ``steps``."""
+    return max(64, tile_bytes // (8 * max(steps, 1)))
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one worker holds: ``fixed`` bytes, and ``per_tile`` bytes for every byte of a tile."""
+
+    fixed: int
+    per_tile: float
+
+    def bytes(self, tile: int) -> int:
+        """With tiles of that many bytes."""
+        return int(self.fixed + self.per_tile * tile)
+
+
+def convert_need(block: int, itemsize: int, steps: int, chunk: int) -> Need:
+    """A block of ``convert``: base bits and mask; per tile the bits read, gathered, and checked; chunks of ``chunk`` bytes."""
+    return Need(block * (itemsize + 2) + 4 * chunk + steps * 4096, 5.0)
+
+
+def fit_need(block: int, itemsize: int, groups: int, chunks: int, steps: int, whole: bool) -> Need:
+    """A block of a fit: bits, masks, places; the decoded chunk of every group (``chunks`` bytes); T x T if ``whole``."""
+    square = 4 * 8 * steps * steps if whole else 64 * 8 * steps
+    return Need(_block_bytes(block, itemsize, groups) + 2 * chunks + square, 4.0)
+
+
+def combine_need(block: int, itemsize: int, groups: int, chunks: int, steps: int, targets: int) -> Need:
+    """A block of the combine pass: as above, and its result for every target."""
+    held = 2 * block * itemsize * targets
+    return Need(_block_bytes(block, itemsize, groups) + 2 * chunks + held, 4.0 + 4.0 * targets / max(steps, 1))
+
+
+def _block_bytes(block: int, itemsize: int, groups: int) -> int:
+    return block * (2 * itemsize + groups + 1 + 8)
+
+
+def make(need: Need, memory: int, workers: int | None, shared: int = 0) -> Plan:
+    """The plan with most workers, then the largest tiles, that fits ``memory`` bytes.
+
+    ``shared`` bytes are held once. Raises BudgetError, naming projected and allowed bytes, where one worker does not fit.
+    """
+    held = resident_bytes() + OVERHEAD + shared
+    for count in range(workers or cores(), 0, -1):
+        for tile in _TILES:
+            projected = held + count * need.bytes(tile)
+            if projected <= memory:
+                return Plan(count, tile, projected, memory)
+    worker = need.bytes(_TILES[-1])
+    raise BudgetError(
+        f"--memory {show(memory)} is too small: {show(held + worker)} are needed with one worker "
+        f"({show(held)} for the program, {show(worker)} for the worker); give --memory {-(-(held + worker) // 10**6)}MB or more"
+    )
+
+
+def show(count: float) -> str:
+    """Bytes for people: ``1.5 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.5 else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

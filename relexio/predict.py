@@ -1,0 +1,241 @@
+"""``predict`` and restore: whole checkpoints streamed out of a trajectory; none has its name before it is whole."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from relexio import atomic, graph, plan
+from relexio.checkpoints.header import header_for_transformers
+from relexio.checkpoints.write import CARD, Output, OutputShard, begin, model_card, validate, write_files
+from relexio.errors import BudgetError, ExistsError, RequestError, StorageError
+from relexio.extrapolate.methods import Recipe
+from relexio.fitting import Fit, check_carried, choose_solver, is_kept
+from relexio.progress import Stages
+from relexio.resources import Resources
+from relexio.trajectory.schema import Block, StoredCheckpoint
+from relexio.trajectory.store import Store
+from relexio.trajectory.tiles import observed
+from relexio.version import __version__
+
+#: Side files of a training step that say nothing of the model.
+_NOT_CARRIED = {CARD, "trainer_state.json"}
+PROVENANCE = "relexio.json"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One checkpoint to be written: the step and the directory."""
+
+    step: int
+    out: Path
+
+
+@dataclass(frozen=True)
+class Sink:
+    """Puts a block's results into the checkpoints being written, one for each target."""
+
+    outputs: tuple[Output, ...]
+
+    def __call__(self, block: Block, target: int, bits: np.ndarray) -> None:
+        """Write one block of one target at its place."""
+        data = memoryview(np.ascontiguousarray(bits)).cast("B")
+        self.outputs[target].write(block.tensor.name, block.start * block.kind.itemsize, data)
+
+
+def check_targets(store: Store, targets: list[Target]) -> None:
+    """Raise ExistsError, RequestError or StorageError where the outputs cannot be written: taken, twice, or no room."""
+    if len({target.out.resolve() for target in targets}) != len(targets) or len({t.step for t in targets}) != len(
+        targets
+    ):
+        raise RequestError("two predictions with one step or one name; put {step} into -o, as in -o 'pred/step-{step}'")
+    for target in targets:
+        if target.out.exists():
+            raise ExistsError(f"{target.out}: exists; give another -o or remove it")
+    needed = bytes_of(store) * len(targets)
+    free = atomic.free_bytes(targets[0].out)
+    if needed > free:
+        raise StorageError(
+            f"{targets[0].out.parent}: {plan.show(needed)} are needed and {plan.show(free)} free; free space, or give another -o"
+        )
+
+
+def bytes_of(store: Store) -> int:
+    """Bytes of the shards of one checkpoint."""
+    return sum(shard.size for shard in store.base().shards)
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """What a ``predict`` will do: bytes to read and write, whether the fit is kept already, and the memory it takes."""
+
+    kept: bool
+    bytes_read: int
+    bytes_written: int
+    bytes_free: int
+    plan: plan.Plan
+    device: str
+
+
+def prospect(
+    store: Store, window: tuple[int, ...], recipe: Recipe, solver: str, targets: list[Target], resources: Resources
+) -> Prospect:
+    """Check a prediction and say what it takes; no tensor is read, nothing is written. Raises as ``predict`` does."""
+    recipe.check(np.array(window), [target.step for target in targets])
+    check_carried(store, window)
+    check_targets(store, targets)
+    chosen, executor = choose_solver(store, window, solver, resources)
+    kept = is_kept(store, window, recipe.rank, chosen)
+    combine, batch = _most_at_once(store, len(window), len(targets), resources)
+    plans = [combine.plan] if kept else [combine.plan, executor.plan]
+    passes = -(-len(targets) // batch) + (0 if kept else 1)
+    return Prospect(
+        kept,
+        passes * stored_bytes(store),
+        bytes_of(store) * len(targets),
+        atomic.free_bytes(targets[0].out),
+        max(plans, key=lambda p: p.projected),
+        combine.device,
+    )
+
+
+def stored_bytes(store: Store) -> int:
+    """Bytes of base and steps in the store."""
+    return sum(
+        p.stat().st_size for top in ("base", "groups") for p in Path(store.address, top).rglob("*") if p.is_file()
+    )
+
+
+def predict(fit: Fit, targets: list[Target], resources: Resources, stages: Stages) -> None:
+    """Write the predicted checkpoint of every target; as many in one pass over the store as the memory allows.
+
+    Raises RequestError for a target that the recipe cannot reach, ExistsError for an output that is there already.
+    """
+    store = fit.store
+    check_targets(store, targets)
+    weights = fit.weights([target.step for target in targets])
+    executor, batch = _most_at_once(store, len(fit.steps), len(targets), resources)
+    shards = list(_shards(store, store.base(), header_for_transformers))
+    with _staged(targets, shards) as outputs:
+        for target, output in zip(targets, outputs, strict=True):
+            _write_side_files(fit, target, Path(output.directory))
+        with stages("predict", bytes_of(store) * len(targets)) as advance:
+            for first in range(0, len(targets), batch):
+                sink = Sink(tuple(outputs[first : first + batch]))
+                some = {name: w[:, first : first + batch] for name, w in weights.items()}
+                graph.combine(store, some, len(sink.outputs), fit.steps, sink, executor, advance)
+
+
+def _most_at_once(store: Store, steps: int, count: int, resources: Resources) -> tuple[graph.Executor, int]:
+    """An executor, and how many of ``count`` targets it can make in one pass. Raises BudgetError if not even one."""
+    while True:
+        try:
+            return resources.for_combine(store, steps, count), count
+        except BudgetError:
+            if count == 1:
+                raise
+            count = (count + 1) // 2
+
+
+def restore(store: Store, step: int | None, out: Path, resources: Resources, stages: Stages) -> None:
+    """Write an observed step (None: the base) exactly as it was: same shard names, headers, bytes, and side files."""
+    targets = [Target(step or 0, out)]
+    check_targets(store, targets)
+    record = store.base() if step is None else store.checkpoints(store.find(step)[0])[step]
+    shards = list(_shards(store, record, bytes))
+    executor = resources.for_combine(store, 1, 1)
+    with _staged(targets, shards) as outputs:
+        sink = Sink((outputs[0].tied({tensor.name for tensor in store.tensors}),))
+        write_files(Path(outputs[0].directory), _files(store, record))
+
+        def work(block: Block) -> np.ndarray:
+            sink(block, 0, store.base_bits(block) if step is None else observed(store, block, step))
+            return np.zeros(1)
+
+        with stages("restore", sum(shard.size for shard in shards)) as advance:
+            graph.sums(store, 1, work, executor, advance)
+
+
+def _shards(store: Store, record: StoredCheckpoint, change: Callable[[bytes], bytes]) -> Iterator[OutputShard]:
+    for shard in record.shards:
+        header = store.file(shard.header)
+        yield OutputShard(shard.name, change(header), shard.size - 8 - len(header))
+
+
+@contextmanager
+def _staged(targets: list[Target], shards: list[OutputShard]) -> Iterator[list[Output]]:
+    """Staging directories with all files at full size; validated and renamed at the end, removed after an error."""
+    with ExitStack() as stack:
+        outputs, staged = [], []
+        for target in targets:
+            directory = atomic.staging(target.out)
+            stack.enter_context(atomic.storage_errors(target.out))
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(atomic.locked(directory))
+            stack.enter_context(_removed_after_error(directory))
+            atomic.empty_tree(directory)
+            outputs.append(begin(directory, shards))
+            staged.append(directory)
+        yield outputs
+        for target, directory in zip(targets, staged, strict=True):
+            validate(directory, shards)
+            atomic.publish(directory, target.out)
+
+
+@contextmanager
+def _removed_after_error(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:  # also Ctrl-C: a half-written prediction is of no use to the next run
+        atomic.remove_tree(directory)
+        raise
+
+
+def _files(store: Store, record: StoredCheckpoint) -> Iterator[tuple[str, bytes]]:
+    for name, array in record.side.items():
+        yield name, store.file(array)
+    if record.index is not None:
+        yield "model.safetensors.index.json", store.file(record.index)
+
+
+def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
+    """The base's side files, what only the last observed step has besides, a model card, and where it all came from."""
+    store, base = fit.store, fit.store.base()
+    last = store.checkpoints(store.find(fit.steps[-1])[0])[fit.steps[-1]]
+    extra = {name: array for name, array in last.side.items() if name not in base.side and name not in _NOT_CARRIED}
+    kept = {name: array for name, array in base.side.items() if name != CARD}
+    write_files(directory, _files(store, replace(base, side={**extra, **kept})))
+    facts = provenance(fit, target.step)
+    card = model_card(_model_name(base.source), facts, f"relexio {__version__}")
+    made = [(CARD, card.encode()), (PROVENANCE, (json.dumps(facts, indent=2) + "\n").encode())]
+    write_files(directory, made)
+
+
+def provenance(fit: Fit, step: int) -> dict[str, Any]:
+    """All that one needs to make the same prediction again, and the backtest that came with it."""
+    store, tested = fit.store, fit.backtest()[0]
+    group, column = store.find(fit.steps[-1])
+    return {
+        "step": step,
+        "method": fit.recipe.method,
+        "rank": fit.recipe.rank,
+        "strength": fit.recipe.strength,
+        "window": list(fit.steps),
+        "base": {"source": store.base().source, "sha256": store.base_content},
+        "last_observed": {"step": fit.steps[-1], "sha256": group.content[column]},
+        "backtest": None
+        if tested is None
+        else {"window": [tested.first, tested.last], "step": tested.step, "skill": tested.errors.skill},
+        "relexio": __version__,
+    }
+
+
+def _model_name(source: str) -> str:
+    """What a model card calls the base: its name on the Hub if it lies in the Hub's cache, else its directory's."""
+    cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots/", source)
+    return f"{cached[1]}/{cached[2]}" if cached else Path(source).name

@@ -1,0 +1,57 @@
+"""What a job may use, and the executor that keeps to it."""
+
+from dataclasses import dataclass
+
+from relexio import backend, graph, plan
+from relexio.trajectory.schema import chunk_rows
+from relexio.trajectory.store import Store
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Bytes of memory, worker threads (None for every core), device, bytes of device memory (None for most of it)."""
+
+    memory: int = plan.DEFAULT_MEMORY
+    workers: int | None = None
+    device: str = "auto"
+    device_memory: int | None = None
+
+    def for_gram(self, store: Store, steps: int, whole: bool = True) -> graph.Executor:
+        """An executor for the Gram pass over T = ``steps``, or for the matrix-free one. Raises BudgetError."""
+        shape = _Shape.of(store)
+        need = plan.fit_need(shape.block, shape.itemsize, shape.groups, shape.chunks, steps, whole)
+        return self._executor(need)
+
+    def for_combine(self, store: Store, steps: int, targets: int) -> graph.Executor:
+        """An executor for the pass that writes ``targets`` predictions. Raises BudgetError."""
+        shape = _Shape.of(store)
+        need = plan.combine_need(shape.block, shape.itemsize, shape.groups, shape.chunks, steps, targets)
+        return self._executor(need, shared=8 * steps * targets * len(store.tensors))
+
+    def _executor(self, need: plan.Need, shared: int = 0) -> graph.Executor:
+        device = backend.resolve(self.device)
+        limit = 0
+        if device == "cuda":
+            limit = self.device_memory or int(backend.free_device_bytes() * 0.8)
+        return graph.Executor(plan.make(need, self.memory, self.workers, shared), device, limit)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """The largest block of a store, in elements and bytes an element; groups, and bytes of one chunk of each."""
+
+    block: int
+    itemsize: int
+    groups: int
+    chunks: int
+
+    @classmethod
+    def of(cls, store: Store) -> "_Shape":
+        kinds = {tensor.kind for tensor in store.tensors if tensor.size}
+        block = min(store.block, max((tensor.size for tensor in store.tensors), default=1))
+        chunks = sum(
+            max((chunk_rows(store.block, len(group.steps), kind) * kind.itemsize for kind in kinds), default=0)
+            * len(group.steps)
+            for group in store.groups
+        )
+        return cls(block, max((kind.itemsize for kind in kinds), default=1), len(store.groups), chunks)

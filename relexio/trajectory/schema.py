@@ -1,0 +1,144 @@
+"""What a trajectory store says about itself: records, and their JSON in Zarr attributes."""
+
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from relexio.dtypes import KINDS, Kind, kind_of
+from relexio.errors import StoreError
+
+FORMAT = 1
+#: Elements of one block, for models whose largest tensor is at least that large.
+BLOCK = 1 << 20
+#: Raw bytes that one chunk of XOR bits holds at most.
+CHUNK_BYTES = 4 << 20
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of elements of one tensor: the unit of work. ``index`` counts blocks of the tensor's kind."""
+
+    tensor: "Tensor"
+    index: int
+    start: int
+    size: int
+
+    @property
+    def kind(self) -> Kind:
+        """How its elements are stored."""
+        return self.tensor.kind
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the base: dtype in safetensors' words, and its first block among those of its kind."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    first_block: int
+
+    @property
+    def kind(self) -> Kind:
+        """How its elements are stored."""
+        return kind_of(self.dtype)
+
+    @property
+    def size(self) -> int:
+        """Stored elements d: numbers for floats that can be fitted, bytes for everything else."""
+        return prod(self.shape) if self.kind.is_float else self.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in a checkpoint."""
+        from relexio.dtypes import BITS
+
+        return prod(self.shape) * BITS[self.dtype] // 8
+
+    def blocks(self, block: int) -> list[Block]:
+        """Its blocks of ``block`` elements, the last one shorter; none for an empty tensor."""
+        return [
+            Block(self, self.first_block + i, start, min(block, self.size - start))
+            for i, start in enumerate(range(0, self.size, block))
+        ]
+
+
+def lay_out(entries: list[tuple[str, str, tuple[int, ...]]], block: int) -> tuple[Tensor, ...]:
+    """Give every (name, dtype, shape) its blocks, one tensor after the other within each kind."""
+    following = dict.fromkeys(KINDS, 0)
+    tensors = []
+    for name, dtype, shape in entries:
+        tensor = Tensor(name, dtype, shape, following[kind_of(dtype).name])
+        following[tensor.kind.name] += len(tensor.blocks(block))
+        tensors.append(tensor)
+    return tuple(tensors)
+
+
+def block_elements(largest: int) -> int:
+    """Elements of a block for a model whose largest tensor has ``largest``: a power of two, at most BLOCK."""
+    return min(BLOCK, max(1024, 1 << max(largest - 1, 0).bit_length()))
+
+
+def chunk_rows(block: int, steps: int, kind: Kind) -> int:
+    """Rows (changed elements) of one XOR chunk: a power of two that divides the block, at most CHUNK_BYTES and 128 Ki."""
+    fitting = max(1, CHUNK_BYTES // (max(steps, 1) * kind.itemsize))
+    return min(block, 1 << 17, 1 << (fitting.bit_length() - 1))
+
+
+@dataclass(frozen=True)
+class StoredShard:
+    """One safetensors file of a source checkpoint: enough to write it again, and to see that it is still the same."""
+
+    name: str
+    size: int
+    mtime_ns: int
+    header: str
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """Where a checkpoint came from, and its files. ``header``, ``index`` and ``side`` name arrays of file bytes."""
+
+    step: int | None
+    source: str
+    shards: tuple[StoredShard, ...]
+    index: str | None
+    side: dict[str, str]
+
+    def to_json(self) -> Json:
+        """As it stands in Zarr attributes."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Json) -> "StoredCheckpoint":
+        """From Zarr attributes."""
+        shards = tuple(StoredShard(**shard) for shard in value["shards"])
+        return cls(value["step"], value["source"], shards, value["index"], dict(value["side"]))
+
+
+@dataclass(frozen=True)
+class Group:
+    """The steps that one ``convert`` added, side by side in its arrays; ``content`` holds a hash for each."""
+
+    name: str
+    steps: tuple[int, ...]
+    content: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        """Its Zarr path."""
+        return f"groups/{self.name}"
+
+
+def check_format(attributes: Json, address: str) -> Json:
+    """The store's own record. Raises StoreError if this is no trajectory, or one of a newer format."""
+    record = attributes.get("relexio")
+    if not isinstance(record, dict) or not isinstance(record.get("format"), int):
+        raise StoreError(f"{address}: a Zarr group, but no relexio trajectory")
+    if record["format"] > FORMAT:
+        raise StoreError(
+            f"{address}: has store format {record['format']}, this relexio reads up to {FORMAT}; upgrade relexio"
+        )
+    return record

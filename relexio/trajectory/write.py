@@ -1,0 +1,128 @@
+"""Building a trajectory store: base, groups of steps, files, and the commit marker, in that order."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from relexio.dtypes import KINDS
+from relexio.errors import StoreError
+from relexio.trajectory.schema import FORMAT, Group, chunk_rows, lay_out
+from relexio.trajectory.store import Store, damage, kinds_of
+from relexio.trajectory.zarrs import AnyArray, create, create_base, create_steps, open_group
+
+
+def create_store(address: str, block: int, entries: list[tuple[str, str, tuple[int, ...]]]) -> Store:
+    """A new store at an address that does not exist: the base's empty arrays and tensor table, no step.
+
+    ``entries`` are (name, dtype, shape) of the base's tensors in file order; ``block`` elements make a block.
+    """
+    tensors = lay_out(entries, block)
+    root = open_group(address, "w-")
+    base = root.create_group("base")
+    for kind, blocks in kinds_of(tensors, block).items():
+        create_base(base, KINDS[kind], blocks, block)
+    base.attrs["tensors"] = [{**asdict(t), "shape": list(t.shape)} for t in tensors]
+    root.create_group("groups")
+    store = Store(address, block, tensors, (), "")
+    _write_marker(store, ())
+    return store
+
+
+def _write_marker(store: Store, groups: tuple[Group, ...]) -> None:
+    record: Any = {
+        "format": FORMAT,
+        "block": store.block,
+        "base_content": store.base_content,
+        "groups": [asdict(group) for group in groups],
+    }
+    open_group(store.address, "r+").attrs["relexio"] = record
+
+
+def create_steps_group(store: Store, group: Group) -> None:
+    """The empty arrays of a new group; nothing refers to it yet."""
+    made = open_group(store.address, "r+").create_group(group.path)
+    for name, blocks in kinds_of(store.tensors, store.block).items():
+        kind, count = KINDS[name], len(group.steps)
+        create_steps(made, kind, blocks, store.block, count, chunk_rows(store.block, count, kind))
+
+
+class Files:
+    """Names for file contents below a group, each content once; contents that earlier groups hold keep their name."""
+
+    def __init__(self, store: Store, path: str, known: Iterable[str]) -> None:
+        self._store, self._path = store, path
+        self._names = {name.rsplit("/", 1)[1]: name for name in known}
+        self._new: dict[str, bytes | Path] = {}
+
+    def name(self, data: bytes | Path) -> str:
+        """The name of the array that holds, or after ``write`` will hold, these bytes or this file's."""
+        digest = hashlib.sha256(_content(data)).hexdigest()[:32]
+        if digest not in self._names:
+            self._names[digest] = f"{self._path}/files/{digest}"
+            self._new[digest] = data
+        return self._names[digest]
+
+    def write(self) -> None:
+        """Store all new contents, one in memory at a time."""
+        group = open_group(self._store.address, "r+").require_group(f"{self._path}/files")
+        for digest, data in self._new.items():
+            content = np.frombuffer(_content(data), np.uint8)
+            array = create(group, digest, content.shape, content.shape, "|u1", ("byte",))
+            if len(content):
+                array[:] = content
+
+
+def _content(data: bytes | Path) -> bytes:
+    return data if isinstance(data, bytes) else data.read_bytes()
+
+
+def write_changed(store: Store, group: Group, counts: dict[str, np.ndarray]) -> None:
+    """Store how many elements of each tensor changed at each step of a group: int64 [K] by tensor, absent for none."""
+    table = np.zeros((len(store.tensors), len(group.steps)), np.int64)
+    for row, tensor in zip(table, store.tensors, strict=True):
+        row[:] = counts.get(tensor.name, 0)
+    where = open_group(store.address, "r+")[group.path]
+    if not isinstance(where, zarr.Group):
+        raise StoreError(f"{store.address}: {group.path} is not a group; the store is damaged")
+    create(where, "changed", table.shape, table.shape, "<i8", ("tensor", "step"))[:] = table
+
+
+def content_hashes(store: Store, path: str, steps: int) -> list[str]:
+    """SHA-256 over the digests of all blocks, kind by kind, for the base (``steps`` = 0: one hash) or each step."""
+    hashes = [hashlib.sha256() for _ in range(max(steps, 1))]
+    for kind, blocks in kinds_of(store.tensors, store.block).items():
+        for first in range(0, blocks, 256):
+            found = store.read(f"{path}/{kind}/digest", slice(first, first + 256))
+            found = found.reshape(len(found), len(hashes), 32)
+            for column, hashed in enumerate(hashes):
+                hashed.update(found[:, column].tobytes())
+    return [hashed.hexdigest() for hashed in hashes]
+
+
+def set_attribute(store: Store, path: str, name: str, value: Any) -> None:
+    """Set one attribute of a Zarr group of the store."""
+    found = open_group(store.address, "r+")[path]
+    found.attrs[name] = value
+
+
+def attribute(store: Store, path: str, name: str) -> Any:
+    """One attribute of a Zarr group of the store, None where it is not set."""
+    with damage(f"{store.address}: attributes of {path}"):
+        return open_group(store.address, "r")[path].attrs.get(name)
+
+
+def writable(store: Store, path: str) -> AnyArray:
+    """An array of the store, opened for writing."""
+    return store.array(path, "r+")
+
+
+def commit(store: Store, group: Group, base_content: str) -> Store:
+    """Write the commit marker with one more group; from here on its steps exist."""
+    done = Store(store.address, store.block, store.tensors, (*store.groups, group), base_content)
+    _write_marker(done, done.groups)
+    return done

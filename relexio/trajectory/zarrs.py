@@ -1,0 +1,77 @@
+"""Zarr as this project uses it: standard codecs, checksums, and a missing chunk is damage, never zeros."""
+
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.abc.store import ByteRequest
+from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import LocalStore, WrapperStore
+
+from relexio.dtypes import Kind
+from relexio.errors import StoreError
+
+#: A Zarr array of any metadata version.
+AnyArray = zarr.Array[Any]
+
+
+class StrictStore(WrapperStore[Any]):
+    """A Zarr store in which reading a chunk that is not there is an error."""
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """The value of a key; raises StoreError for a missing chunk."""
+        value = await super().get(key, prototype, byte_range)
+        if value is None and ("/c/" in key or key.endswith("/c")):
+            raise StoreError(f"{self._store.root}: chunk {key} is missing; the store is damaged")
+        return value
+
+
+def limit_threads(workers: int) -> None:
+    """Let Zarr decode with as many threads as there are workers, so that memory and cores stay within the plan."""
+    zarr.config.set({"threading.max_workers": max(workers, 1), "async.concurrency": max(workers, 1)})
+
+
+def open_group(address: str, mode: str) -> zarr.Group:
+    """The root group at ``address``: mode ``r``, ``r+`` or ``w-``."""
+    store = StrictStore(LocalStore(address, read_only=mode == "r"))
+    if mode == "w-":
+        return zarr.create_group(store, zarr_format=3)
+    return zarr.open_group(store, mode=mode, zarr_format=3)  # type: ignore[arg-type]
+
+
+def create(
+    group: zarr.Group, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, names: tuple[str, ...]
+) -> AnyArray:
+    """A new array: little-endian, Blosc (zstd 1, byte shuffle), crc32c, every written chunk kept."""
+    item = np.dtype(dtype).itemsize
+    return group.create_array(
+        name,
+        shape=shape,
+        chunks=tuple(max(1, c) for c in chunks),
+        dtype=dtype,
+        fill_value=0,
+        dimension_names=names,
+        compressors=[
+            BloscCodec(
+                cname="zstd", clevel=1, shuffle="shuffle" if item > 1 else "noshuffle", typesize=item, blocksize=1 << 20
+            ),
+            Crc32cCodec(),
+        ],
+        config={"write_empty_chunks": True},
+    )
+
+
+def create_base(base: zarr.Group, kind: Kind, blocks: int, block: int) -> None:
+    """The arrays of the base for one kind: ``bits`` [blocks * block] and ``digest`` [blocks, 32]."""
+    group = base.create_group(kind.name)
+    create(group, "bits", (blocks * block,), (block,), kind.bits, ("element",))
+    create(group, "digest", (blocks, 32), (1, 32), "|u1", ("block", "byte"))
+
+
+def create_steps(steps: zarr.Group, kind: Kind, blocks: int, block: int, count: int, rows: int) -> None:
+    """The arrays of a group of ``count`` steps for one kind (docs/store.md)."""
+    group = steps.create_group(kind.name)
+    create(group, "mask", (blocks * block // 8,), (block // 8,), "|u1", ("element_byte",))
+    create(group, "xor", (blocks * block, count), (rows, count), kind.bits, ("changed_element", "step"))
+    create(group, "digest", (blocks, count, 32), (1, count, 32), "|u1", ("block", "step", "byte"))

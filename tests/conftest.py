@@ -1,0 +1,47 @@
+"""What every test shares: an in-process command line, and a subprocess one."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from relexio.cli.main import main
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Relexio = Callable[..., Outcome]
+
+
+@pytest.fixture
+def relexio(capsys: pytest.CaptureFixture[str]) -> Relexio:
+    """The command line, in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return Outcome(int(end.value.code or 0), out, err)
+
+    return run
+
+
+def in_process(*arguments: object, timeout: float = 120) -> Outcome:
+    """The command line, in a fresh process."""
+    command = [sys.executable, "-m", "relexio", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory, by relative path."""
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
