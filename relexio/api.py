@@ -122,11 +122,14 @@ class TrajectoryFit:
         return self._fit.tensors()
 
     def backtest(self) -> Backtest | None:
-        """The fit of the first two thirds of the window, judged at its last step; None for fewer than 3 steps."""
-        return self._fit.backtest()[0]
+        """The fit of the first two thirds of the window, judged at its last step; None where that cannot be done."""
+        return self._fit.backtest
 
     def skill(self, step: int) -> float | None:
-        """Skill of the prediction at a stored step outside the window: above 0 beats keeping the last checkpoint."""
+        """Skill of the prediction at a stored step outside the window: above 0 beats keeping the last checkpoint.
+
+        Raises RequestError for a step that is not stored, and without the ``gram`` solver.
+        """
         return self._fit.errors_at(step).skill
 
     def predict(self, step: int) -> "Prediction":

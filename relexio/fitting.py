@@ -8,6 +8,7 @@ it keeps the top eigenpairs of one window, and M M^T is what they make up.
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -189,26 +190,42 @@ class Fit:
             found[tensor.name] = np.stack([self.recipe.weights(gram, steps, s) for s in targets], axis=1)
         return found
 
-    def backtest(self, recipe: Recipe | None = None) -> tuple[Backtest | None, dict[str, Errors]]:
-        """Fit on the first two thirds of the window, predict its last step; pooled and by tensor.
+    @property
+    def backtest(self) -> Backtest | None:
+        """The recipe fitted to the first two thirds of the window and judged at its last step, over all tensors.
 
-        None where that cannot be done: fewer than 3 steps, or a solver that keeps no whole Gram matrix.
+        None where that cannot be done: fewer than 3 steps, a rank above the shorter window, a method that does not
+        extrapolate, or a solver that keeps no whole Gram matrix.
         """
-        recipe = recipe or self.recipe
+        window = self._backtest_window
+        if window is None:
+            return None
+        return Backtest(self.steps[0], self.steps[window - 1], self.steps[-1], sum(self._held_out.values(), Errors()))
+
+    @property
+    def _backtest_window(self) -> int | None:
         window = backtest_window(len(self.steps))
-        possible = self.grams.whole and METHODS[recipe.method].extrapolates
-        if window is None or not possible or recipe.rank > window:
-            return None, {}
-        steps, last = np.array(self.steps), len(self.steps) - 1
-        errors = {
-            tensor.name: held_out(self.grams.of(tensor, self.steps), steps, window, last, recipe)
+        possible = self.grams.whole and METHODS[self.recipe.method].extrapolates
+        return window if window is not None and possible and self.recipe.rank <= window else None
+
+    @cached_property
+    def _held_out(self) -> dict[str, Errors]:
+        window, steps = self._backtest_window, np.array(self.steps)
+        if window is None:
+            return {}
+        return {
+            tensor.name: held_out(self.grams.of(tensor, self.steps), steps, window, len(steps) - 1, self.recipe)
             for tensor in self.store.fitted()
         }
-        pooled = sum(errors.values(), Errors())
-        return Backtest(self.steps[0], self.steps[window - 1], self.steps[last], pooled), errors
 
     def errors_at(self, step: int) -> Errors:
-        """Errors of the prediction at a stored step outside the window, over all tensors."""
+        """Errors of the prediction at a stored step outside the window, over all tensors.
+
+        Raises RequestError where the step is not stored, or the solver has kept no Gram matrix of it.
+        """
+        self.store.find(step)
+        if step not in self.grams.steps or not self.grams.whole:
+            raise RequestError(f"errors at step {step} need the gram solver")
         everything = (*self.steps, step)
         count = len(self.steps)
         grams = (self.grams.of(tensor, everything) for tensor in self.store.fitted())
@@ -216,8 +233,8 @@ class Fit:
 
     def tensors(self) -> list[TensorFit]:
         """Every tensor's figures, in the order of the checkpoint; those that cannot be fitted have only ``changed``."""
-        errors, shares = self.backtest()[1], changed_shares(self.store, self.steps)
-        return [self._tensor(t, shares[t.name], errors.get(t.name, Errors())) for t in self.store.tensors]
+        shares = changed_shares(self.store, self.steps)
+        return [self._tensor(t, shares[t.name], self._held_out.get(t.name, Errors())) for t in self.store.tensors]
 
     def _tensor(self, tensor: Tensor, share: float, errors: Errors) -> TensorFit:
         if not tensor.kind.is_float or not share:

@@ -101,7 +101,7 @@ def inspect(store: Store, window: tuple[int, ...], rank: int, resources: Resourc
     """
     if len(window) > 1:
         fitted = fit(store, window, Recipe(rank=rank), "gram", resources, stages)
-        tensors, backtest = fitted.tensors(), fitted.backtest()[0]
+        tensors, backtest = fitted.tensors(), fitted.backtest
     else:
         shares = changed_shares(store, window)
         tensors = [TensorFit(t.name, t.size, shares[t.name], errors=Errors()) for t in store.tensors]

@@ -1,7 +1,7 @@
 """Top eigenpairs of a T x T operator A = M M^T by block power iteration, one application of A at a time.
 
 Plain power iteration throws its past iterates away. Keeping them (a block Krylov space, with a Rayleigh-Ritz step
-in it) finds the same directions in far fewer applications, and needs at most T / block of them however small the gap.
+in it) finds the same directions in far fewer applications, and needs at most about T of them however small the gap.
 That matters to the ``blocks`` solver, for which one application is one pass over the data.
 """
 

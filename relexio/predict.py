@@ -218,7 +218,7 @@ def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
 
 def provenance(fit: Fit, step: int) -> dict[str, Any]:
     """All that one needs to make the same prediction again, and the backtest that came with it."""
-    store, tested = fit.store, fit.backtest()[0]
+    store, tested = fit.store, fit.backtest
     group, column = store.find(fit.steps[-1])
     return {
         "step": step,
@@ -226,8 +226,8 @@ def provenance(fit: Fit, step: int) -> dict[str, Any]:
         "rank": fit.recipe.rank,
         "strength": fit.recipe.strength,
         "window": list(fit.steps),
-        "base": {"source": store.base().source, "sha256": store.base_content},
-        "last_observed": {"step": fit.steps[-1], "sha256": group.content[column]},
+        "base": {"source": store.base().source, "content": store.base_content},
+        "last_observed": {"step": fit.steps[-1], "content": group.content[column]},
         "backtest": None
         if tested is None
         else {"window": [tested.first, tested.last], "step": tested.step, "skill": tested.errors.skill},

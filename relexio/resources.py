@@ -1,6 +1,6 @@
 """What a job may use, and the executor that keeps to it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from relexio import backend, graph, plan
 from relexio.trajectory.schema import chunk_rows
@@ -9,18 +9,22 @@ from relexio.trajectory.store import Store
 
 @dataclass(frozen=True)
 class Resources:
-    """Bytes of memory, worker threads (None for every core), device, bytes of device memory (None for most of it)."""
+    """Bytes of memory, worker threads (None for every core), device, bytes of device memory (None for most of it).
+
+    ``held`` is what the program held when it was asked for the job: what one pass leaves to the next is not counted twice.
+    """
 
     memory: int = plan.DEFAULT_MEMORY
     workers: int | None = None
     device: str = "auto"
     device_memory: int | None = None
+    held: int = field(default_factory=plan.resident_bytes)
 
     def for_gram(self, store: Store, steps: int, whole: bool = True) -> graph.Executor:
         """An executor for the Gram pass over T = ``steps``, or for the matrix-free one. Raises BudgetError."""
         shape = _Shape.of(store)
         need = plan.fit_need(shape.block, shape.itemsize, shape.groups, shape.chunks, steps, whole)
-        return self._executor(need)
+        return self._executor(need, shared=4 * 8 * steps * steps)  # one Gram matrix at a time, and its copies
 
     def for_combine(self, store: Store, steps: int, targets: int) -> graph.Executor:
         """An executor for the pass that writes ``targets`` predictions. Raises BudgetError."""
@@ -28,12 +32,16 @@ class Resources:
         need = plan.combine_need(shape.block, shape.itemsize, shape.groups, shape.chunks, steps, targets)
         return self._executor(need, shared=8 * steps * targets * len(store.tensors))
 
+    def plan_for(self, need: plan.Need, shared: int = 0) -> plan.Plan:
+        """The plan for a job of that need. Raises BudgetError."""
+        return plan.make(need, self.memory, self.held, self.workers, shared)
+
     def _executor(self, need: plan.Need, shared: int = 0) -> graph.Executor:
         device = backend.resolve(self.device)
         limit = 0
         if device == "cuda":
             limit = self.device_memory or int(backend.free_device_bytes() * 0.8)
-        return graph.Executor(plan.make(need, self.memory, self.workers, shared), device, limit)
+        return graph.Executor(self.plan_for(need, shared), device, limit)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from relexio.errors import RelexioError
+from relexio.plan import use_one_arena
 from relexio.version import __version__
 
 _COMMANDS = ("convert", "predict", "inspect", "demo")
@@ -38,6 +39,7 @@ def relexio_command() -> None:
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line. Exit codes: 0 done, 1 an error of the input or the machine, 2 wrong usage, 130 interrupted."""
+    use_one_arena()
     try:
         relexio_command(args=arguments, prog_name="relexio", standalone_mode=False)
     except click.exceptions.Exit as end:

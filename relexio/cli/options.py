@@ -10,7 +10,7 @@ from relexio.errors import RequestError
 from relexio.plan import parse_size
 
 
-class Size(click.ParamType[int]):
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
     """Bytes: ``2GB``, ``512MiB``."""
 
     name = "size"
@@ -23,7 +23,7 @@ class Size(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
-class Steps(click.ParamType[Selection]):
+class Steps(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
     """Steps: ``1:75``, ``10:300:10``, ``1,2,5``."""
 
     name = "steps"

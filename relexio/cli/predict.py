@@ -123,7 +123,7 @@ def _show_result(fitted, targets, as_json: bool) -> None:  # type: ignore[no-unt
         facts = [{**provenance(fitted, target.step), "out": str(target.out)} for target in targets]
         click.echo(json.dumps(facts[0] if len(facts) == 1 else facts))
         return
-    recipe, last, tested = fitted.recipe, fitted.steps[-1], fitted.backtest()[0]
+    recipe, last, tested = fitted.recipe, fitted.steps[-1], fitted.backtest
     rows = [
         ("window", describe_steps(fitted.steps)),
         ("method", f"{recipe.method}, rank {recipe.rank}, strength {recipe.strength:g}"),

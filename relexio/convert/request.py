@@ -114,7 +114,7 @@ def _executor(
     itemsize = max((kind.itemsize for kind in kinds), default=1)
     side = max((file.stat().st_size for source in sources for file in source.checkpoint.side.values()), default=0)
     need = plan.convert_need(block, itemsize, steps, chunk)
-    return graph.Executor(plan.make(need, resources.memory, resources.workers, shared=3 * side))
+    return graph.Executor(resources.plan_for(need, shared=3 * side))
 
 
 def _require_same_base(store: Store, base: Source, resources: Resources, stages: Stages) -> None:
@@ -132,7 +132,7 @@ def _require_same_base(store: Store, base: Source, resources: Resources, stages:
         return np.array([hashlib.sha256(bits).digest() != stored.tobytes()])
 
     need = plan.convert_need(store.block, 4, 1, 0)
-    executor = graph.Executor(plan.make(need, resources.memory, resources.workers))
+    executor = graph.Executor(resources.plan_for(need))
     with stages("compare the base", base.checkpoint.nbytes) as advance:
         found = graph.sums(store, 1, differs, executor, advance)
     for name, different in found.items():

@@ -63,6 +63,4 @@ def run(directory: Path, stages: Stages, say: Callable[[str], None]) -> Outcome:
             accuracy(path, data.problems) for path in (data.base, data.step(WINDOW_END), out, data.step(TARGET))
         )
         measured = (base, kept, predicted, trained)
-    return Outcome(
-        math.sqrt(errors.predicted), math.sqrt(errors.kept), errors.skill or 0.0, fitted.backtest()[0], measured
-    )
+    return Outcome(math.sqrt(errors.predicted), math.sqrt(errors.kept), errors.skill or 0.0, fitted.backtest, measured)

@@ -109,7 +109,7 @@ class StoredCheckpoint:
 
     def to_json(self) -> Json:
         """As it stands in Zarr attributes."""
-        return asdict(self)
+        return {**asdict(self), "shards": [asdict(shard) for shard in self.shards]}
 
     @classmethod
     def from_json(cls, value: Json) -> "StoredCheckpoint":

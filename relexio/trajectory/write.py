@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 
 from relexio.dtypes import KINDS
-from relexio.errors import StoreError
 from relexio.trajectory.schema import FORMAT, Group, chunk_rows, lay_out
 from relexio.trajectory.store import Store, damage, kinds_of
 from relexio.trajectory.zarrs import AnyArray, create, create_base, create_steps, open_group
@@ -45,10 +43,11 @@ def _write_marker(store: Store, groups: tuple[Group, ...]) -> None:
 
 def create_steps_group(store: Store, group: Group) -> None:
     """The empty arrays of a new group; nothing refers to it yet."""
-    made = open_group(store.address, "r+").create_group(group.path)
+    made, count = open_group(store.address, "r+").create_group(group.path), len(group.steps)
     for name, blocks in kinds_of(store.tensors, store.block).items():
-        kind, count = KINDS[name], len(group.steps)
-        create_steps(made, kind, blocks, store.block, count, chunk_rows(store.block, count, kind))
+        create_steps(made, KINDS[name], blocks, store.block, count, chunk_rows(store.block, count, KINDS[name]))
+    table = (len(store.tensors), count)
+    create(made, "changed", table, table, "<i8", ("tensor", "step"))
 
 
 class Files:
@@ -86,10 +85,7 @@ def write_changed(store: Store, group: Group, counts: dict[str, np.ndarray]) -> 
     table = np.zeros((len(store.tensors), len(group.steps)), np.int64)
     for row, tensor in zip(table, store.tensors, strict=True):
         row[:] = counts.get(tensor.name, 0)
-    where = open_group(store.address, "r+")[group.path]
-    if not isinstance(where, zarr.Group):
-        raise StoreError(f"{store.address}: {group.path} is not a group; the store is damaged")
-    create(where, "changed", table.shape, table.shape, "<i8", ("tensor", "step"))[:] = table
+    writable(store, f"{group.path}/changed")[:] = table
 
 
 def content_hashes(store: Store, path: str, steps: int) -> list[str]:

@@ -1,0 +1,49 @@
+"""Shorthands over the package for tests: convert a made-up run, fit, predict, with blocks small enough to be many."""
+
+from pathlib import Path
+
+import pytest
+from make import Run
+
+from relexio.checkpoints.layout import parse_steps
+from relexio.convert import Request, convert, prepare
+from relexio.extrapolate.methods import Recipe
+from relexio.fitting import Fit, choose_window, fit
+from relexio.predict import Target, predict
+from relexio.progress import silent
+from relexio.resources import Resources
+from relexio.trajectory import schema
+from relexio.trajectory.store import Store
+
+CPU = Resources(device="cpu")
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch, block: int, chunk_bytes: int = schema.CHUNK_BYTES) -> None:
+    """Let new stores have blocks of at most ``block`` elements and chunks of ``chunk_bytes``."""
+    monkeypatch.setattr("relexio.convert.request.block_elements", lambda largest: block)
+    monkeypatch.setattr(schema, "CHUNK_BYTES", chunk_bytes)
+
+
+def store_run(run: Run, out: Path, steps: str | None = None, resources: Resources = CPU) -> Store:
+    """Convert a run into a new store, or add to one."""
+    base = None if out.exists() else run.base_path
+    request = Request(out, base, run.steps_path, {}, parse_steps(steps) if steps else None)
+    return convert(prepare(request, resources, silent), silent).store
+
+
+def fit_run(
+    store: Store,
+    recipe: Recipe | None = None,
+    window: str | None = None,
+    solver: str = "gram",
+    resources: Resources = CPU,
+) -> Fit:
+    """Fit a recipe to a window of a store."""
+    chosen = choose_window(store, parse_steps(window) if window else None)
+    return fit(store, chosen, recipe or Recipe(), solver, resources, silent)
+
+
+def predict_run(fitted: Fit, step: int, out: Path, resources: Resources = CPU) -> Path:
+    """Write one predicted checkpoint."""
+    predict(fitted, [Target(step, out)], resources, silent)
+    return out

@@ -1,0 +1,153 @@
+"""The docs are true: cli.md is what the commands print, links lead somewhere, and examples run and print what they say."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from relexio.checkpoints.layout import parse_steps
+from relexio.cli.main import relexio_command
+from relexio.convert import Request, convert, prepare
+from relexio.demo.data import TARGET, WINDOW_END, unpack
+from relexio.progress import silent
+from relexio.resources import Resources
+
+ROOT = Path(__file__).parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [page for page in (ROOT / "README.md", *DOCS) if page.is_file()]
+RUN = [ROOT / "docs" / "python.md", ROOT / "docs" / "store.md"]
+#: A block of Python, and the block of text right behind it, if there is one: what it prints.
+EXAMPLE = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^(```+).*?^\1", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)|^\[[^\]]+\]:\s*(\S+)", re.MULTILINE)
+
+
+def named(page: Path) -> str:
+    return page.name
+
+
+@pytest.fixture(scope="module")
+def cli_docs() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("cli_docs", ROOT / "tools" / "cli_docs.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("columns", ["40", "200"])
+def test_cli_page_is_current_on_any_terminal(
+    cli_docs: ModuleType, monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert cli_docs.main(["--check"]) == 0
+
+
+def test_cli_check_tells_a_page_that_is_not_current(
+    cli_docs: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli_docs, "PAGE", tmp_path / "cli.md")
+    assert cli_docs.main(["--check"]) == 1
+    assert "python tools/cli_docs.py" in capsys.readouterr().err
+    assert cli_docs.main([]) == 0
+    assert cli_docs.main(["--check"]) == 0
+    with open(tmp_path / "cli.md", "a", encoding="utf-8") as file:
+        file.write("edited\n")
+    assert cli_docs.main(["--check"]) == 1
+
+
+def test_every_command_has_a_section() -> None:
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    for name in relexio_command.list_commands(None):  # type: ignore[arg-type]
+        assert f"\n## relexio {name}\n\n```text\nUsage: relexio {name} " in text
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ +(.+?) *$", FENCED.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    for inline, reference in LINK.findall(FENCED.sub("", page.read_text(encoding="utf-8"))):
+        path, _, anchor = (inline or reference).partition("#")
+        if re.match(r"[a-z]+:", path):
+            continue
+        target = (page.parent / path) if path else page
+        assert target.exists(), f"{page.name}: {path} is not there"
+        assert not anchor or target.suffix != ".md" or anchor in anchors(target), (
+            f"{page.name}: #{anchor} in {target.name}"
+        )
+
+
+def test_every_dependency_is_explained() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    text = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
+    extras = project["optional-dependencies"]
+    required = [*project["dependencies"], *(name for extra in extras.values() for name in extra)]
+    for requirement in required:
+        name, bound = re.fullmatch(r"([A-Za-z0-9_-]+)(?:\[\w+\])?(.*)", requirement).groups()  # type: ignore[union-attr]
+        assert f"| `{name}" in text or f", `{name}`" in text, f"{name} is not in docs/dependencies.md"
+        assert re.fullmatch(r">=[\d.]+", bound), f"{requirement}: lower bounds only"
+    for extra in extras:
+        assert f"`{extra}`" in text
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in which ``relexio demo`` could have run: checkpoints and store in relexio-demo."""
+    place = tmp_path_factory.mktemp("docs")
+    run = unpack(place / "relexio-demo")
+    store = place / "relexio-demo" / "run.zarr"
+    for base, steps in ((run.base, f"1:{WINDOW_END}"), (None, str(TARGET))):
+        convert(prepare(Request(store, base, run.checkpoints, {}, parse_steps(steps)), Resources(), silent), silent)
+    return place
+
+
+def examples(page: Path) -> Iterator[tuple[int, str, str | None]]:
+    text = page.read_text(encoding="utf-8")
+    for match in EXAMPLE.finditer(text):
+        yield text.count("\n", 0, match.start(1)), match[1], match[2]
+
+
+@pytest.mark.parametrize("page", RUN, ids=named)
+def test_examples_run_and_print_what_they_say(page: Path, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo)
+    names: dict[str, object] = {"__name__": "__main__"}
+    found = list(examples(page))
+    assert found
+    for line, code, said in found:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile("\n" * line + code, str(page), "exec"), names)
+        assert out.getvalue() == (said or ""), f"{page.name}, line {line + 1}"
+
+
+def test_json_of_the_store_page_is_what_a_store_holds(demo: Path) -> None:
+    blocks = re.findall(r"^```json\n(.*?)^```\n", (ROOT / "docs" / "store.md").read_text(encoding="utf-8"), re.M | re.S)
+    codecs, marker, tensors, sources = map(json.loads, blocks)
+    store = demo / "relexio-demo" / "run.zarr"
+
+    def metadata(path: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((store / path / "zarr.json").read_text())
+        return found
+
+    assert codecs == metadata("base/bf16/bits")["codecs"]
+    root = metadata("")["attributes"]["relexio"]
+    assert marker == {**root, "groups": root["groups"][1:]}
+    assert tensors == metadata("base")["attributes"]["tensors"][:2]
+    made = metadata("groups/0000")["attributes"]["sources"]
+    assert sources.keys() == made.keys()
+    assert sources["base"].keys() == made["base"].keys()
+    assert sources["base"]["shards"][0].keys() == made["base"]["shards"][0].keys()
+    assert sources["base"]["shards"][0]["header"] == made["base"]["shards"][0]["header"]
+    assert sources["base"]["side"].items() <= made["base"]["side"].items()

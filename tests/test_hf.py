@@ -1,0 +1,77 @@
+"""Predicted checkpoints load in transformers unchanged, and the demo's accuracies are what training reached."""
+
+from pathlib import Path
+
+import pytest
+from steps import fit_run, predict_run, store_run
+
+pytest.importorskip("torch", reason="needs torch: pip install -e '.[hf]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[hf]'")
+pytestmark = [
+    pytest.mark.hf,
+    pytest.mark.filterwarnings("default"),  # theirs, not ours
+]
+
+
+def train(root: Path, tied: bool, dtype: str, shard: str):  # type: ignore[no-untyped-def]
+    """Checkpoints that transformers itself saves, of a tiny model that moves along a line."""
+    import torch
+    from make import Run
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied, dtype=dtype,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).to(getattr(torch, dtype))
+    words = Tokenizer(WordLevel({str(i): i for i in range(64)}, unk_token="0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0", pad_token="1")
+    pull = {name: torch.randn_like(p) * 1e-3 for name, p in model.named_parameters()}
+    paths = {}
+    for step in (0, 10, 20, 30):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter += pull[name] * (10 if step else 0)
+        paths[step] = root / ("base" if step == 0 else f"steps/checkpoint-{step}")
+        model.save_pretrained(paths[step], max_shard_size=shard)
+        tokenizer.save_pretrained(paths[step])
+    run = Run.__new__(Run)
+    run.base_path, run.steps_path = paths[0], root / "steps"
+    return run
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(("tied", "shard"), [(True, "1GB"), (False, "20KB")])
+def test_a_prediction_loads(tmp_path: Path, tied: bool, dtype: str, shard: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = train(tmp_path, tied, dtype, shard)
+    out = predict_run(fit_run(store_run(run, tmp_path / "run.zarr")), 60, tmp_path / "out")
+    assert sorted(p.name for p in out.glob("*.safetensors*")) == sorted(
+        p.name for p in run.base_path.glob("*.safetensors*")
+    )
+    model, info = AutoModelForCausalLM.from_pretrained(out, dtype="auto", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert next(model.parameters()).dtype == getattr(torch, dtype)
+    last = AutoModelForCausalLM.from_pretrained(run.steps_path / "checkpoint-30", dtype="auto")
+    assert (model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()) == tied
+    moved = [(a - b).abs().max() for a, b in zip(model.parameters(), last.parameters(), strict=True)]
+    assert max(moved) > 0
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer("5 7")["input_ids"] == [5, 7]
+    assert model(torch.tensor([[5, 7]])).logits.isfinite().all()
+
+
+def test_the_demo_predicts_accuracy(tmp_path: Path) -> None:
+    from relexio.demo.run import run
+    from relexio.progress import silent
+
+    found = run(tmp_path / "demo", silent, lambda line: None)
+    assert found.accuracy is not None
+    base, kept, predicted, trained = found.accuracy
+    assert base < kept < predicted, "the prediction is better than all that it was made from"
+    assert trained - predicted < 0.1

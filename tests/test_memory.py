@@ -1,0 +1,86 @@
+"""Peak resident memory of every command, in a fresh process, stays under what the user allowed."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from make import BF16, save_file
+
+from relexio.plan import parse_size
+
+#: Runs the command line, then says the highest resident size that the kernel saw.
+MEASURED = """
+import atexit, re, sys
+from pathlib import Path
+from relexio.cli.main import main
+atexit.register(lambda: print("PEAK", re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1], file=sys.stderr))
+main(sys.argv[1:])
+"""
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+
+
+def peak(*arguments: object) -> int:
+    """Bytes resident at most while a command ran in a process of its own."""
+    command = [sys.executable, "-c", MEASURED, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return int(re.search(r"PEAK (\d+)", done.stderr)[1]) * 1024  # type: ignore[index]
+
+
+def write_dense_run(root: Path, elements: int, steps: int, dtype: np.dtype, cadence: int = 1) -> None:
+    """A run of one tensor in which every element changes at every step: the worst case for memory."""
+    rng = np.random.default_rng(0)
+    width = 2 if dtype != np.float32 else 4
+    bits = np.dtype(f"u{width}")
+    base = (0.02 * rng.standard_normal(elements)).astype(dtype)
+    flip = rng.integers(1, 64, elements, dtype=bits)
+    for step in range(steps + 1):
+        values = (base.view(bits) ^ (flip + bits.type(step % 8) if step else bits.type(0))).view(dtype)
+        directory = root / "base" if step == 0 else root / "steps" / f"global_step_{step * cadence}"
+        directory.mkdir(parents=True)
+        save_file(directory / "model.safetensors", {"w": values})
+
+
+def check(tmp_path: Path, allowed: str, dense: int) -> None:
+    run, budget = tmp_path / "run.zarr", parse_size(allowed)
+    assert dense >= 5 * budget, "the case must be one that cannot be held in memory"
+    options = ("--memory", allowed, "--workers", 2)
+    convert = ("convert", tmp_path / "steps", "--base", tmp_path / "base", "-o", run, *options)
+    predict = ("predict", run, "--step", 5000, "-o", tmp_path / "out", *options)
+    again = ("predict", run, "--step", 6000, "--solver", "blocks", "-o", tmp_path / "again", *options)
+    for command in (convert, predict, again, ("inspect", run, *options)):
+        found = peak(*command)
+        assert found <= budget, f"{command[0]}: {found / 1e6:.0f} MB where {allowed} are allowed"
+
+
+def test_window_of_many_elements(tmp_path: Path) -> None:
+    write_dense_run(tmp_path, 9_000_000, 40, BF16)
+    check(tmp_path, "256MB", dense=9_000_000 * 40 * 4)
+
+
+@pytest.mark.slow
+def test_window_of_300_steps(tmp_path: Path) -> None:
+    write_dense_run(tmp_path, 1_400_000, 300, BF16)
+    check(tmp_path, "320MB", dense=1_400_000 * 300 * 4)
+
+
+@pytest.mark.slow
+def test_fp32_at_half_a_gigabyte(tmp_path: Path) -> None:
+    write_dense_run(tmp_path, 16_000_000, 40, np.dtype("float32"))
+    check(tmp_path, "512MB", dense=16_000_000 * 40 * 4)
+
+
+@pytest.mark.slow
+def test_steps_added_one_at_a_time(tmp_path: Path) -> None:
+    """Many groups of one step each: every group's chunk is held at once."""
+    write_dense_run(tmp_path, 3_000_000, 30, BF16)
+    run = tmp_path / "run.zarr"
+    for step in range(1, 31):
+        extra = ("--base", tmp_path / "base") if step == 1 else ()
+        peak("convert", tmp_path / "steps", *extra, "--steps", step, "-o", run, "--memory", "256MB")
+    for command in (("predict", run, "--step", 900, "-o", tmp_path / "out"), ("inspect", run)):
+        assert peak(*command, "--memory", "256MB") <= 256_000_000
