@@ -4,7 +4,9 @@ A task opens the store by its address, reads one block a tile at a time, and giv
 blocks to a sink. So tasks can run in any order, in any process, and again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,8 +44,23 @@ class Executor:
     def run(self, tasks: list[Delayed], sizes: dict[str, int], progress: Progress) -> list[Any]:
         """Compute all tasks and return their results in order; ``sizes`` gives bytes by task key for the progress."""
         limit_threads(self.plan.workers)
-        with threadpool_limits(1), limited(self.device, self.device_memory), _Reporter(sizes, progress):
-            return list(compute(*tasks, scheduler="threads", num_workers=self.plan.workers, optimize_graph=False))
+        with (
+            threadpool_limits(1),
+            limited(self.device, self.device_memory),
+            _Reporter(sizes, progress),
+            _pool(self.plan.workers) as pool,
+        ):
+            return list(compute(*tasks, scheduler="threads", pool=pool, optimize_graph=False))
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Worker threads, all of them done when it ends: after an error too nothing is written any more."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Reporter(Callback):
@@ -113,7 +130,8 @@ def combine_block(
             return results
         weights_there = to_device(weights, device)
         for tile in tiles(store, block, steps, rows, device):
-            values = tile.deltas @ weights_there
+            with np.errstate(over="ignore", invalid="ignore"):  # told below, by name
+                values = tile.deltas @ weights_there
             values += to_float64(tile.base, block.kind)[:, None]
             bits = from_float64(values, block.kind)
             _check_finite(bits, tile.base, block)

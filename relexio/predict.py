@@ -13,7 +13,7 @@ import numpy as np
 from relexio import atomic, graph, plan
 from relexio.checkpoints.header import header_for_transformers
 from relexio.checkpoints.write import CARD, Output, OutputShard, begin, model_card, validate, write_files
-from relexio.errors import BudgetError, ExistsError, RequestError, StorageError
+from relexio.errors import BudgetError, ExistsError, RequestError, StorageError, StoreError
 from relexio.extrapolate.methods import Recipe
 from relexio.fitting import Fit, check_carried, choose_solver, is_kept
 from relexio.progress import Stages
@@ -163,6 +163,8 @@ def restore(store: Store, step: int | None, out: Path, resources: Resources, sta
 
 def _shards(store: Store, record: StoredCheckpoint, change: Callable[[bytes], bytes]) -> Iterator[OutputShard]:
     for shard in record.shards:
+        if shard.name != Path(shard.name).name or shard.name in ("", ".", ".."):
+            raise StoreError(f"{store.address}: names a shard outside its directory: {shard.name!r}")
         header = store.file(shard.header)
         yield OutputShard(shard.name, change(header), shard.size - 8 - len(header))
 

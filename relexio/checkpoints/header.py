@@ -76,7 +76,9 @@ def parse_header(header: bytes, size: int, path: Path | str) -> tuple[Entry, ...
     Raises CheckpointError unless the tensors fill the file exactly: no gap, no overlap, sizes as dtype and shape say.
     """
     table = parse_json(header, path)
-    table.pop("__metadata__", None)
+    metadata = table.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise CheckpointError(f"{path}: its __metadata__ is not a table of texts")
     first = 8 + len(header)
     entries = sorted(
         (_entry(name, value, first, path) for name, value in table.items()), key=lambda e: (e.start, e.end)
@@ -98,6 +100,7 @@ def parse_json(data: bytes, path: Path | str) -> dict[str, Any]:
     """A JSON object without duplicate keys. Raises CheckpointError naming the file."""
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        json.dumps(value, ensure_ascii=False).encode()  # refuses lone surrogates, as every other reader will
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(value, dict):
@@ -130,7 +133,7 @@ def _entry(name: str, value: Any, first: int, path: Path | str) -> Entry:
     bits = prod(shape) * BITS[dtype]
     if bits % 8 or offsets[1] - offsets[0] != bits // 8:
         raise CheckpointError(
-            f"{where}: {dtype} of shape {shape} needs {bits / 8:g} bytes, its data_offsets hold {offsets[1] - offsets[0]}"
+            f"{where}: {dtype} of shape {str(shape)[:80]} does not fit the {offsets[1] - offsets[0]} bytes of its data_offsets"
         )
     return Entry(name, dtype, tuple(shape), first + offsets[0], first + offsets[1])
 
@@ -148,4 +151,4 @@ def header_for_transformers(header: bytes) -> bytes:
 
 def digits(text: str) -> tuple[Any, ...]:
     """A sort key that puts ``shard-2`` before ``shard-10``."""
-    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text))
+    return tuple(int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text))

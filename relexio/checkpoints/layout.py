@@ -80,7 +80,8 @@ def choose(root: Path | None, named: dict[int, Path], selection: Selection | Non
         steps[step] = model_directory(path)
     missing = [step for step in (selection.named if selection else []) if step not in steps]
     if missing:
-        raise RequestError(f"{root}: no checkpoint for step {', '.join(map(str, missing))}")
+        where = f"{root}: " if root is not None else ""
+        raise RequestError(f"{where}no checkpoint for step {', '.join(map(str, missing))}")
     if not steps:
         hint = f" among the steps {selection.text}" if selection else ""
         raise RequestError(

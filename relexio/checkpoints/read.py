@@ -122,11 +122,11 @@ def _sharded(path: Path, data: bytes) -> tuple[Shard, ...]:
     weight_map = parse_json(data, index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index}: has no weight_map from tensor names to file names")
-    shards = []
+    shards, present = [], {file.name for file in path.iterdir() if file.is_file()}
     for name in dict.fromkeys(weight_map.values()):
         if name != Path(name).name or name in ("", ".", "..") or "\\" in name or "\0" in name:
             raise CheckpointError(f"{index}: names a shard outside its directory: {name!r}")
-        if not (path / name).is_file():
+        if name not in present:
             raise CheckpointError(f"{path / name}: the index names this shard and it is not there; copy it again")
         shards.append(read_shard(path / name))
     found = {entry.name: shard.path.name for shard in shards for entry in shard.entries}

@@ -7,7 +7,7 @@ import click
 
 from relexio.checkpoints.layout import Selection
 from relexio.cli import options
-from relexio.cli.show import stages, table
+from relexio.cli.show import printable, stages, table
 
 
 @click.command()
@@ -74,7 +74,7 @@ def _show(found) -> None:  # type: ignore[no-untyped-def]
     click.echo(f"\n{'tensor':<{width}}  {'elements':>11}  changed  energy     r2       slope   skill")
     for t in found.tensors:
         click.echo(
-            f"{t.name:<{width}}  {t.size:>11,}  {t.changed:>7.1%}  {_number(t.energy, '6.3f'):>6}  "
+            f"{printable(t.name):<{width}}  {t.size:>11,}  {t.changed:>7.1%}  {_number(t.energy, '6.3f'):>6}  "
             f"{_number(t.line.r_squared if t.line else None, '5.3f'):>5}  "
             f"{_number(t.line.slope if t.line else None, '10.3g'):>10}  {_number(t.errors.skill, '+6.2f'):>6}"
         )

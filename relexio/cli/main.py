@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from relexio.cli.show import printable
 from relexio.errors import RelexioError
 from relexio.plan import use_one_arena
 from relexio.version import __version__
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> Any:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
-    except RelexioError as error:
-        click.echo(f"error: {error}", err=True)
+    except (RelexioError, OSError) as error:
+        click.echo(f"error: {printable(str(error))}", err=True)
         sys.exit(1)
     sys.exit(0)

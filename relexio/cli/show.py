@@ -19,7 +19,12 @@ _EVERY = 10.0  # seconds between lines where stderr is not a terminal
 
 def note(text: str) -> None:
     """One line on stderr."""
-    click.echo(f"note: {text}", err=True)
+    click.echo(f"note: {printable(text)}", err=True)
+
+
+def printable(text: str) -> str:
+    """Text with whatever could move the cursor spelled out: names come from files."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def seconds(count: float) -> str:
@@ -95,4 +100,4 @@ def table(rows: list[tuple[str, str]]) -> None:
     """Name and value, one line each, on stdout."""
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        click.echo(f"{name:<{width}}  {value}")
+        click.echo(printable(f"{name:<{width}}  {value}"))

@@ -108,16 +108,16 @@ class _Encoder:
         kind = self.block.kind
         if not kind.is_float:
             return
+        if nonfinite(base, kind).any():
+            raise CheckpointError(
+                f"base: tensor {self.block.tensor.name}: NaN or Inf in an element that training changes; give another --base"
+            )
         bad = nonfinite(rows ^ base[:, None], kind) & (rows != 0)
         if bad.any():
             checkpoint = self.job.sources[int(bad.any(axis=0).argmax())].checkpoint
             raise CheckpointError(
                 f"{checkpoint.label}: tensor {self.block.tensor.name}: NaN or Inf where the base has numbers; "
                 f"leave this step out with --steps"
-            )
-        if nonfinite(base, kind).any():
-            raise CheckpointError(
-                f"base: tensor {self.block.tensor.name}: NaN or Inf in an element that training changes; give another --base"
             )
 
     def _append(self, rows: np.ndarray) -> None:

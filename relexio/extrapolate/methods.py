@@ -70,6 +70,9 @@ METHODS = {
 }
 
 
+_MOST_STRENGTH = 1e100  # its square is still a float64
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to predict: method, rank, and strength lambda (1 is the method as published)."""
@@ -91,8 +94,8 @@ class Recipe:
             raise RequestError(
                 f"--rank {self.rank} does not fit a window of {len(steps)} steps; give 1 to {len(steps)}"
             )
-        if not np.isfinite(self.strength):
-            raise RequestError(f"--strength {self.strength} is not a finite number")
+        if not abs(self.strength) <= _MOST_STRENGTH:
+            raise RequestError(f"--strength {self.strength} is not a number of reasonable size")
         for target in targets:
             if target < 0 or target > 10**15:
                 raise RequestError(f"--step {target} is not a training step")

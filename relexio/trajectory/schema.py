@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from relexio.dtypes import KINDS, Kind, kind_of
+from relexio.dtypes import BITS, KINDS, Kind, kind_of
 from relexio.errors import StoreError
 
 FORMAT = 1
@@ -40,6 +40,14 @@ class Tensor:
     shape: tuple[int, ...]
     first_block: int
 
+    @classmethod
+    def from_json(cls, value: Json) -> "Tensor":
+        """From Zarr attributes. Raises ValueError for what no writer writes."""
+        found = cls(value["name"], value["dtype"], tuple(value["shape"]), value["first_block"])
+        _require(isinstance(found.name, str) and found.dtype in BITS, "a tensor has a name and a known dtype")
+        _require(all(map(_is_count, (*found.shape, found.first_block))), "a shape is a list of sizes")
+        return found
+
     @property
     def kind(self) -> Kind:
         """How its elements are stored."""
@@ -53,8 +61,6 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor in a checkpoint."""
-        from relexio.dtypes import BITS
-
         return prod(self.shape) * BITS[self.dtype] // 8
 
     def blocks(self, block: int) -> list[Block]:
@@ -114,8 +120,19 @@ class StoredCheckpoint:
     @classmethod
     def from_json(cls, value: Json) -> "StoredCheckpoint":
         """From Zarr attributes."""
-        shards = tuple(StoredShard(**shard) for shard in value["shards"])
-        return cls(value["step"], value["source"], shards, value["index"], dict(value["side"]))
+        shards = tuple(StoredShard(s["name"], s["size"], s["mtime_ns"], s["header"]) for s in value["shards"])
+        found = cls(value["step"], value["source"], shards, value["index"], dict(value["side"]))
+        texts = [
+            found.source,
+            found.index or "",
+            *found.side,
+            *found.side.values(),
+            *(s.name + s.header for s in shards),
+        ]
+        _require(all(isinstance(text, str) for text in texts), "names and sources are texts")
+        _require(all(_is_count(s.size) and _is_count(s.mtime_ns) for s in shards), "sizes and times are numbers")
+        _require(found.step is None or _is_count(found.step), "a step is a number")
+        return found
 
 
 @dataclass(frozen=True)
@@ -130,6 +147,26 @@ class Group:
     def path(self) -> str:
         """Its Zarr path."""
         return f"groups/{self.name}"
+
+    @classmethod
+    def from_json(cls, value: Json) -> "Group":
+        """From Zarr attributes. Raises ValueError for what no writer writes."""
+        found = cls(value["name"], tuple(value["steps"]), tuple(value["content"]))
+        _require(isinstance(found.name, str) and found.name.isalnum(), "a group's name is a number")
+        _require(
+            all(map(_is_count, found.steps)) and len(set(found.steps)) == len(found.steps) > 0, "steps are numbers"
+        )
+        _require([type(text) for text in found.content] == [str] * len(found.steps), "every step has a content hash")
+        return found
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _require(right: bool, rule: str) -> None:
+    if not right:
+        raise ValueError(f"not as it was written: {rule}")
 
 
 def check_format(attributes: Json, address: str) -> Json:

@@ -12,7 +12,7 @@ import zarr
 
 from relexio.dtypes import KINDS
 from relexio.errors import MissingError, RequestError, StoreError
-from relexio.trajectory.schema import Block, Group, StoredCheckpoint, Tensor, check_format
+from relexio.trajectory.schema import Block, Group, StoredCheckpoint, Tensor, check_format, lay_out
 from relexio.trajectory.zarrs import AnyArray, open_group
 
 T = TypeVar("T")
@@ -100,11 +100,16 @@ class Store:
 
     def changed(self, group: Group) -> np.ndarray:
         """How many elements of each tensor differ from the base at each step of a group: int64 [tensors, K]."""
-        return self.read(f"{group.path}/changed", slice(None))
+        found = self.read(f"{group.path}/changed", slice(None))
+        if found.shape != (len(self.tensors), len(group.steps)):
+            raise StoreError(f"{self.address}: {group.path}/changed does not fit the tensors; the store is damaged")
+        return found
 
     def checkpoints(self, group: Group) -> dict[int, StoredCheckpoint]:
         """The source checkpoints of a group, by step."""
         records = self._sources(group, lambda value: list(map(StoredCheckpoint.from_json, value["steps"])))
+        if tuple(record.step for record in records) != group.steps:
+            raise StoreError(f"{self.address}: sources of {group.path} do not fit its steps; the store is damaged")
         return {record.step: record for record in records if record.step is not None}
 
     def base(self) -> StoredCheckpoint:
@@ -127,7 +132,15 @@ def damage(what: str) -> Iterator[None]:
         yield
     except StoreError:
         raise
-    except (ValueError, KeyError, TypeError, RuntimeError, FileNotFoundError, AttributeError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        FileNotFoundError,
+    ) as error:
         raise StoreError(f"{what}: damaged ({type(error).__name__}: {error})") from error
 
 
@@ -160,9 +173,12 @@ def _open(address: str) -> Store:
     with damage(address):
         root = open_group(address, "r")
         record = check_format(dict(root.attrs), address)
-        groups = tuple(Group(g["name"], tuple(g["steps"]), tuple(g["content"])) for g in record["groups"])
+        groups = tuple(map(Group.from_json, record["groups"]))
         table: Any = root["base"].attrs["tensors"]
-        tensors = tuple(Tensor(t["name"], t["dtype"], tuple(t["shape"]), t["first_block"]) for t in table)
+        tensors = tuple(map(Tensor.from_json, table))
+        entries = [(t.name, t.dtype, t.shape) for t in tensors]
+        if lay_out(entries, int(record["block"])) != tensors:
+            raise StoreError(f"{address}: its tensors do not lie one after the other; the store is damaged")
         return Store(address, int(record["block"]), tensors, groups, str(record["base_content"]))
 
 
