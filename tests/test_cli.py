@@ -1,0 +1,144 @@
+"""What the command line prints: plans, results, JSON; the demo; the Python API beside it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Relexio, in_process, snapshot
+from make import BF16, Run, deltas, load_checkpoint, make_run
+from steps import fit_run, predict_run, store_run
+
+import relexio as package
+from relexio.errors import RequestError
+from relexio.plan import parse_size
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return make_run(tmp_path, steps=(10, 20, 30, 40, 50))
+
+
+def test_convert_tells_what_it_will_do_and_did(run: Run, tmp_path: Path, relexio: Relexio) -> None:
+    out = tmp_path / "run.zarr"
+    (run.steps_path / "best_global_step_7").mkdir()
+    command = ("convert", run.steps_path, "--base", run.base_path, "--steps", "10:30", "-o", out)
+    plan = relexio(*command, "--dry-run")
+    assert plan.code == 0 and "steps 10, 20, 30" in plan.out and "allowed" in plan.out and "free" in plan.out
+    assert "best_global_step_7" in plan.err
+    assert not out.exists() and not list(tmp_path.glob("*.relexio-partial"))
+    facts = json.loads(relexio(*command, "--dry-run", "--json").out)
+    assert facts["steps"] == [10, 20, 30] and facts["memory_projected"] <= facts["memory_allowed"]
+    done = json.loads(relexio(*command, "--json").out)
+    assert done["added"] == [10, 20, 30] and not done["resumed"]
+    assert done["bytes"]["checkpoints"] == sum(
+        (run.steps_path / f"global_step_{s}" / "model.safetensors").stat().st_size for s in (10, 20, 30)
+    )
+    again = relexio(*command)
+    assert "every step is stored already" in again.out and again.code == 0
+
+
+def test_predict_tells_what_it_will_do_and_did(run: Run, tmp_path: Path, relexio: Relexio) -> None:
+    store_run(run, tmp_path / "run.zarr")
+    command = ("predict", tmp_path / "run.zarr", "--step", 100, "-o", tmp_path / "out")
+    before = snapshot(tmp_path / "run.zarr")
+    plan = relexio(*command, "--dry-run")
+    assert plan.code == 0 and "to be made" in plan.out and "free" in plan.out
+    assert snapshot(tmp_path / "run.zarr") == before and not (tmp_path / "out").exists()
+    done = relexio(*command)
+    assert done.code == 0 and "backtest" in done.out and "2.0 times" in done.out
+    assert "kept in the store" in relexio(*command[:-1], tmp_path / "other", "--dry-run").out
+    facts = json.loads(relexio(*command[:-1], tmp_path / "more", "--window", "20:40", "--json").out)
+    assert facts["window"] == [20, 30, 40] and facts["step"] == 100 and facts["method"] == "relex"
+    assert json.loads((tmp_path / "more" / "relexio.json").read_text()) == {
+        k: v for k, v in facts.items() if k != "out"
+    }
+
+
+def test_the_second_prediction_makes_no_fit(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = store_run(run, tmp_path / "run.zarr")
+    predict_run(fit_run(store), 100, tmp_path / "one")
+    monkeypatch.setattr("relexio.graph.gram", lambda *_: pytest.fail("the fit is there already"))
+    predict_run(fit_run(store, window="10:40"), 200, tmp_path / "two")
+
+
+def test_a_model_card_and_side_files(run: Run, tmp_path: Path) -> None:
+    for step in run.steps:
+        (run.steps_path / f"global_step_{step}" / "chat_template.jinja").write_text("{{ messages }}")
+        (run.steps_path / f"global_step_{step}" / "trainer_state.json").write_text("{}")
+    (run.base_path / "README.md").write_text("of the base")
+    out = predict_run(fit_run(store_run(run, tmp_path / "run.zarr")), 100, tmp_path / "out")
+    assert sorted(p.name for p in out.iterdir()) == [
+        "README.md", "chat_template.jinja", "config.json", "model.safetensors", "relexio.json", "tokenizer.json",
+    ]  # fmt: skip
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\n") and 'base_model: "base"' in card and "step 100" in card
+
+
+def test_inspect(run: Run, tmp_path: Path, relexio: Relexio) -> None:
+    store_run(run, tmp_path / "run.zarr")
+    shown = relexio("inspect", tmp_path / "run.zarr")
+    assert shown.code == 0 and "model.norm.weight" in shown.out
+    facts = json.loads(relexio("inspect", tmp_path / "run.zarr", "--json").out)
+    kept = total = 0.0
+    for entry in facts["tensors"]:
+        m = deltas(run.base[entry["name"]], [run.steps[s][entry["name"]] for s in sorted(run.steps)])
+        u, sigma, _ = np.linalg.svd(m, full_matrices=False)
+        line = np.polyfit(sorted(run.steps), np.abs(u[-1, 0]) / u[-1, 0] * sigma[0] * u[:, 0], 1)
+        np.testing.assert_allclose(entry["energy"], sigma[0] ** 2 / (sigma**2).sum(), rtol=1e-9)
+        np.testing.assert_allclose(entry["slope"], line[0], rtol=1e-9)
+        changed = np.count_nonzero(m, axis=1).max() / m.shape[1]
+        np.testing.assert_allclose(entry["changed"], changed)
+        kept, total = kept + sigma[0] ** 2, total + (sigma**2).sum()
+    np.testing.assert_allclose(facts["energy"], kept / total, rtol=1e-9)
+    assert facts["backtest"] == {"window": [10, 30], "step": 50}
+
+
+def test_inspect_of_a_single_step_shows_what_there_is(run: Run, tmp_path: Path, relexio: Relexio) -> None:
+    store_run(run, tmp_path / "run.zarr", "10")
+    shown = relexio("inspect", tmp_path / "run.zarr")
+    assert shown.code == 0 and "steps 10" in shown.out
+
+
+def test_demo(tmp_path: Path) -> None:
+    done = in_process("demo", "-o", tmp_path / "demo")
+    assert done.code == 0, done.err
+    assert "skill +0.16" in done.out and (tmp_path / "demo" / "predicted-200" / "model.safetensors").is_file()
+    assert in_process("demo", "-o", tmp_path / "demo").code == 1
+
+
+def test_python_api(run: Run, tmp_path: Path) -> None:
+    store_run(run, tmp_path / "run.zarr")
+    trajectory = package.open(tmp_path / "run.zarr")
+    assert trajectory.steps == (10, 20, 30, 40, 50) and trajectory.tensors == tuple(run.base)
+    name = "model.embed_tokens.weight"
+    m = deltas(run.base[name], [run.steps[s][name] for s in sorted(run.steps)])
+    np.testing.assert_array_equal(trajectory.delta(name).compute(), m)
+    observed = trajectory.checkpoint(30)
+    np.testing.assert_array_equal(observed[name].compute(), run.steps[30][name].astype(np.float32))
+    observed.save(tmp_path / "back")
+    assert snapshot(tmp_path / "back") == snapshot(run.steps_path / "global_step_30")
+    fit = trajectory.fit([10, 30, 50], rank=2)
+    prediction = fit.predict(80)
+    prediction.save(tmp_path / "out")
+    saved = load_checkpoint(tmp_path / "out")
+    assert list(prediction) == list(saved)
+    for key, array in saved.items():
+        np.testing.assert_array_equal(prediction[key].compute(), array.astype(np.float32))
+        assert prediction[key].shape == array.shape
+    weights = fit.weights(80)[name]
+    np.testing.assert_array_equal(
+        (run.base[name].astype(np.float64).ravel() + weights @ m[[0, 2, 4]]).astype(np.float32).astype(BF16),
+        saved[name].ravel(),
+    )
+    for wrong in (lambda: trajectory.delta("no"), lambda: trajectory.checkpoint(7), lambda: fit.skill(7)):
+        with pytest.raises(RequestError):
+            wrong()
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("2GB", 2 * 10**9), ("512MiB", 512 << 20), ("1.5g", 15 * 10**8), ("1000000", 10**6), ("3 TiB", 3 << 40)],
+)
+def test_sizes(text: str, count: int) -> None:
+    assert parse_size(text) == count
