@@ -183,8 +183,8 @@ class Prediction(_Tensors):
     def _bits(self, tensor: Tensor) -> Callable[[Block], np.ndarray]:
         if tensor.name not in self._weights:
             return partial(_observed_block, self._store, self._fit.steps[-1])
-        rows = plan.rows(len(self._fit.steps))
-        return partial(_predicted_block, self._store, self._fit.steps, self._weights[tensor.name], rows)
+        width = plan.width(len(self._fit.steps))
+        return partial(_predicted_block, self._store, self._fit.steps, self._weights[tensor.name], width)
 
     def save(self, directory: str | Path) -> None:
         """Write the checkpoint as a Hugging Face directory. Raises ExistsError if it exists."""
@@ -219,12 +219,12 @@ def _observed_block(store: Store, step: int | None, block: Block) -> np.ndarray:
     return store.base_bits(block) if step is None else observed(store, block, step)
 
 
-def _predicted_block(store: Store, steps: tuple[int, ...], weights: np.ndarray, rows: int, block: Block) -> np.ndarray:
-    return graph.combine_block(store, block, steps, weights, rows, "cpu")[0]
+def _predicted_block(store: Store, steps: tuple[int, ...], weights: np.ndarray, width: int, block: Block) -> np.ndarray:
+    return graph.combine_block(store, block, steps, weights, width, "cpu")[0]
 
 
 def _delta_block(store: Store, block: Block) -> np.ndarray:
     result = np.zeros((len(store.steps), block.size))
-    for tile in tiles(store, block, store.steps, plan.rows(len(store.steps))):
-        result[:, tile.elements] = tile.deltas.T
+    for tile in tiles(store, block, store.steps, plan.width(len(store.steps))):
+        result[:, tile.elements] = tile.deltas
     return result

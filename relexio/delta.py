@@ -14,15 +14,15 @@ def changed(xor: Array) -> Array:
 
 
 def gather(xor: Array, mask: Array) -> Array:
-    """The XOR bits of the changed elements, steps side by side: [K, n] and bool [n] to [n_changed, K]."""
-    return np.take(xor, np.flatnonzero(mask), axis=1).T.copy()
+    """The XOR bits of the changed elements: [K, n] and bool [n] to [K, n_changed]."""
+    return np.take(xor, np.flatnonzero(mask), axis=1)
 
 
-def deltas(rows: Array, base: Array, kind: Kind) -> Array:
-    """theta_t - theta_0 of changed elements: XOR bits [n, K] and base bits [n] to float64 [n, K].
+def deltas(xor: Array, base: Array, kind: Kind) -> Array:
+    """theta_t - theta_0 of changed elements: XOR bits [K, n] and base bits [n] to float64 [K, n].
 
     The difference is taken in float64, where those of bf16 and fp16 are exact and those of fp32 nearly always.
     """
-    values = to_float64(rows ^ base[:, None], kind)
-    values -= to_float64(base, kind)[:, None]
+    values = to_float64(xor ^ base, kind)
+    values -= to_float64(base, kind)
     return values

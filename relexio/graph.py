@@ -77,46 +77,46 @@ def task(function: Callable[..., Any], *parts: Any, key: str) -> Delayed:
     return delayed(function, pure=False, traverse=False)(*parts, dask_key_name=key)
 
 
-def _shrinking(work: Callable[[int], Any], rows: int) -> Any:
-    """Run ``work(rows)``; where the device has no room for it, again with half the rows."""
+def _shrinking(work: Callable[[int], Any], width: int) -> Any:
+    """Run ``work(width)``; where the device has no room for a tile so wide, again with half of it."""
     while True:
         try:
-            return work(rows)
+            return work(width)
         except out_of_memory() as error:
-            if rows <= 64:
+            if width <= 64:
                 raise BudgetError("--device-memory is too small for the smallest tile; give more") from error
-            rows //= 2
+            width //= 2
 
 
-def gram_block(store: Store, block: Block, steps: tuple[int, ...], rows: int, device: str) -> np.ndarray:
+def gram_block(store: Store, block: Block, steps: tuple[int, ...], width: int, device: str) -> np.ndarray:
     """M M^T over one block: float64 [T, T]."""
 
-    def work(rows: int) -> np.ndarray:
+    def work(width: int) -> np.ndarray:
         total = zeros((len(steps), len(steps)), device)
-        for tile in tiles(store, block, steps, rows, device):
-            total += tile.deltas.T @ tile.deltas
+        for tile in tiles(store, block, steps, width, device):
+            total += tile.deltas @ tile.deltas.T
         return to_host(total)
 
-    return _shrinking(work, rows)
+    return _shrinking(work, width)
 
 
 def operator_block(
-    store: Store, block: Block, steps: tuple[int, ...], x: np.ndarray, rows: int, device: str
+    store: Store, block: Block, steps: tuple[int, ...], x: np.ndarray, width: int, device: str
 ) -> np.ndarray:
     """M (M^T x) over one block, x [T, k]: float64 [T, k], without ever holding T x T."""
 
-    def work(rows: int) -> np.ndarray:
+    def work(width: int) -> np.ndarray:
         there = to_device(x, device)
         total = zeros(x.shape, device)
-        for tile in tiles(store, block, steps, rows, device):
-            total += tile.deltas.T @ (tile.deltas @ there)
+        for tile in tiles(store, block, steps, width, device):
+            total += tile.deltas @ (tile.deltas.T @ there)
         return to_host(total)
 
-    return _shrinking(work, rows)
+    return _shrinking(work, width)
 
 
 def combine_block(
-    store: Store, block: Block, steps: tuple[int, ...], weights: np.ndarray, rows: int, device: str
+    store: Store, block: Block, steps: tuple[int, ...], weights: np.ndarray, width: int, device: str
 ) -> list[np.ndarray]:
     """theta_0 + M^T w over one block for weights [T, S]: element bits [size] for each of the S targets.
 
@@ -124,26 +124,26 @@ def combine_block(
     """
     base = store.base_bits(block)
 
-    def work(rows: int) -> list[np.ndarray]:
+    def work(width: int) -> list[np.ndarray]:
         results = [base.copy() for _ in range(weights.shape[1])]
         if not weights.any():
             return results
-        weights_there = to_device(weights, device)
-        for tile in tiles(store, block, steps, rows, device):
+        there = to_device(weights.T.copy(), device)
+        for tile in tiles(store, block, steps, width, device):
             with np.errstate(over="ignore", invalid="ignore"):  # told below, by name
-                values = tile.deltas @ weights_there
-            values += to_float64(tile.base, block.kind)[:, None]
+                values = there @ tile.deltas
+            values += to_float64(tile.base, block.kind)
             bits = from_float64(values, block.kind)
             _check_finite(bits, tile.base, block)
             for target, result in enumerate(results):
-                result[tile.elements] = to_host(bits[:, target])
+                result[tile.elements] = to_host(bits[target])
         return results
 
-    return _shrinking(work, rows)
+    return _shrinking(work, width)
 
 
 def _check_finite(bits: Array, base: Array, block: Block) -> None:
-    bad = nonfinite(bits, block.kind) & ~nonfinite(base, block.kind)[:, None]
+    bad = nonfinite(bits, block.kind) & ~nonfinite(base, block.kind)
     if bool(bad.any()):
         raise RequestError(
             f"tensor {block.tensor.name}: the prediction overflows {block.tensor.dtype} in {int(bad.sum())} elements; "
@@ -157,7 +157,7 @@ def _write_block(
     steps: tuple[int, ...],
     weights: np.ndarray | None,
     targets: int,
-    rows: int,
+    width: int,
     device: str,
     sink: Sink,
 ) -> None:
@@ -165,7 +165,7 @@ def _write_block(
     if weights is None:
         results = [observed(store, block, steps[-1])] * targets
     else:
-        results = combine_block(store, block, steps, weights, rows, device)
+        results = combine_block(store, block, steps, weights, width, device)
     for target, bits in enumerate(results):
         sink(block, target, bits)
 
@@ -216,7 +216,7 @@ def gram(
     sizes: dict[str, int] = {}
 
     def kernel(block: Block) -> np.ndarray:
-        return gram_block(store, block, steps, executor.plan.rows(len(steps)), executor.device)
+        return gram_block(store, block, steps, executor.plan.width(len(steps)), executor.device)
 
     tasks = [
         task(
@@ -235,7 +235,7 @@ def operator(
 
     def kernel(block: Block) -> np.ndarray:
         return operator_block(
-            store, block, steps, x[block.tensor.name], executor.plan.rows(len(steps)), executor.device
+            store, block, steps, x[block.tensor.name], executor.plan.width(len(steps)), executor.device
         )
 
     tasks = [_sum_over_blocks(store, store.tensor(name), len(steps), kernel, sizes) for name in x]
@@ -256,12 +256,12 @@ def combine(
     Tensors without weights (buffers) are handed over as they are at the last of ``steps``.
     """
     tasks, sizes = [], {}
-    rows = executor.plan.rows(len(steps))
+    width = executor.plan.width(len(steps))
     for tensor in store.tensors:
         for block in store.blocks(tensor):
             key = f"combine-{tensor.kind.name}-{block.index}"
             sizes[key] = block.size * block.kind.itemsize * targets
             w = weights.get(tensor.name)
-            work = partial(_write_block, store, block, steps, w, targets, rows, executor.device, sink)
+            work = partial(_write_block, store, block, steps, w, targets, width, executor.device, sink)
             tasks.append(task(work, key=key))
     executor.run(tasks, sizes, progress)

@@ -17,8 +17,8 @@ from relexio.errors import BudgetError, RequestError
 DEFAULT_MEMORY = 2_000_000_000
 #: Threads, allocator slack, the scheduler, and libraries still to be loaded (measured: 20 to 35 MB).
 OVERHEAD = 64 << 20
-_M_ARENA_MAX = -8  # of malloc.h
-_TILES = (8 << 20, 4 << 20, 2 << 20, 1 << 20)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of malloc.h
+_TILES = (2 << 20, 1 << 20, 1 << 19)  # small enough for the caches
 _UNITS = {
     "": 1,
     "K": 10**3,
@@ -51,15 +51,18 @@ def resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def use_one_arena() -> None:
-    """Let all threads of this process share one heap. Call it before threads are started.
+def use_one_heap() -> None:
+    """Let all threads of this process share one heap that keeps its pages. Call it before threads are started.
 
     The C library gives every thread a heap of its own, and each keeps what it once needed: on a trajectory of 30 groups
-    that was 100 MB more than with one heap, and no faster (docs/memory.md).
+    that was 100 MB more than with one heap. And it gives freed tiles back to the system, which has to clear every page
+    anew for the next tile: that took a third of the time of a pass (docs/memory.md).
     """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # the GNU C library; others return memory by themselves
+    if hasattr(libc, "mallopt"):  # the GNU C library; others are left alone
         libc.mallopt(_M_ARENA_MAX, 1)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
 
 
 def cores() -> int:
@@ -76,12 +79,12 @@ class Plan:
     projected: int
     allowed: int
 
-    def rows(self, steps: int) -> int:
+    def width(self, steps: int) -> int:
         """Changed elements of a float64 tile over ``steps``."""
-        return rows(steps, self.tile_bytes)
+        return width(steps, self.tile_bytes)
 
 
-def rows(steps: int, tile_bytes: int = _TILES[0]) -> int:
+def width(steps: int, tile_bytes: int = _TILES[0]) -> int:
     """Changed elements of a float64 tile of about ``tile_bytes`` over ``steps``."""
     return max(64, tile_bytes // (8 * max(steps, 1)))
 

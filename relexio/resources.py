@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from relexio import backend, graph, plan
-from relexio.trajectory.schema import chunk_rows
+from relexio.trajectory.schema import chunk_columns
 from relexio.trajectory.store import Store
 
 
@@ -58,7 +58,7 @@ class _Shape:
         kinds = {tensor.kind for tensor in store.tensors if tensor.size}
         block = min(store.block, max((tensor.size for tensor in store.tensors), default=1))
         chunks = sum(
-            max((chunk_rows(store.block, len(group.steps), kind) * kind.itemsize for kind in kinds), default=0)
+            max((chunk_columns(store.block, len(group.steps), kind) * kind.itemsize for kind in kinds), default=0)
             * len(group.steps)
             for group in store.groups
         )

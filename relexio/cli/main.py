@@ -8,7 +8,7 @@ import click
 
 from relexio.cli.show import printable
 from relexio.errors import RelexioError
-from relexio.plan import use_one_arena
+from relexio.plan import use_one_heap
 from relexio.version import __version__
 
 _COMMANDS = ("convert", "predict", "inspect", "demo")
@@ -40,7 +40,7 @@ def relexio_command() -> None:
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line. Exit codes: 0 done, 1 an error of the input or the machine, 2 wrong usage, 130 interrupted."""
-    use_one_arena()
+    use_one_heap()
     try:
         relexio_command(args=arguments, prog_name="relexio", standalone_mode=False)
     except click.exceptions.Exit as end:

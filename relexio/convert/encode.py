@@ -18,7 +18,7 @@ from relexio.dtypes import nonfinite
 from relexio.errors import CheckpointError, StoreError
 from relexio.trajectory.schema import Block, Group
 from relexio.trajectory.store import Store
-from relexio.trajectory.tiles import Rows
+from relexio.trajectory.tiles import Changes
 from relexio.trajectory.write import writable
 
 
@@ -75,10 +75,10 @@ class _Encoder:
                     hashed.update(row)
                 xor ^= base[first:last]
                 mask[first:last] = here = changed(xor)
-                rows = gather(xor, here)
-                self._check(rows, base[first:last][here])
-                self.changed += np.count_nonzero(rows, axis=0)
-                self._append(rows)
+                bits = gather(xor, here)
+                self._check(bits, base[first:last][here])
+                self.changed += np.count_nonzero(bits, axis=1)
+                self._append(bits)
         self._flush()
         digest = np.frombuffer(b"".join(h.digest() for h in self.hashes), np.uint8).reshape(self.steps, 32)
         at = block.index * job.store.block // 8
@@ -94,17 +94,19 @@ class _Encoder:
         store, block, kind = self.job.store, self.block, self.block.kind
         if self.job.base is None:
             return store.base_bits(block)
-        whole = np.zeros(store.block, kind.bits)
+        stored = writable(store, f"base/{kind.name}/bits")
+        chunk = stored.chunks[0]
+        whole = np.zeros(-(-block.size // chunk) * chunk, kind.bits)
         bits = whole[: block.size]
         with ExitStack() as stack:
             Reader(self.job.base, block, stack).read(0, bits)
         at = block.index * store.block
         digest = np.frombuffer(hashlib.sha256(bits).digest(), np.uint8)
-        writable(store, f"base/{kind.name}/bits")[at : at + store.block] = whole
+        stored[at : at + len(whole)] = whole
         writable(store, f"base/{kind.name}/digest")[block.index] = digest
         return bits
 
-    def _check(self, rows: np.ndarray, base: np.ndarray) -> None:
+    def _check(self, xor: np.ndarray, base: np.ndarray) -> None:
         kind = self.block.kind
         if not kind.is_float:
             return
@@ -112,29 +114,29 @@ class _Encoder:
             raise CheckpointError(
                 f"base: tensor {self.block.tensor.name}: NaN or Inf in an element that training changes; give another --base"
             )
-        bad = nonfinite(rows ^ base[:, None], kind) & (rows != 0)
+        bad = nonfinite(xor ^ base, kind) & (xor != 0)
         if bad.any():
-            checkpoint = self.job.sources[int(bad.any(axis=0).argmax())].checkpoint
+            checkpoint = self.job.sources[int(bad.any(axis=1).argmax())].checkpoint
             raise CheckpointError(
                 f"{checkpoint.label}: tensor {self.block.tensor.name}: NaN or Inf where the base has numbers; "
                 f"leave this step out with --steps"
             )
 
-    def _append(self, rows: np.ndarray) -> None:
-        while len(rows):
-            taken = rows[: len(self.chunk) - self.filled]
-            self.chunk[self.filled : self.filled + len(taken)] = taken
-            self.filled += len(taken)
-            rows = rows[len(taken) :]
-            if self.filled == len(self.chunk):
+    def _append(self, xor: np.ndarray) -> None:
+        while xor.shape[1]:
+            room = self.chunk.shape[1] - self.filled
+            taken, xor = xor[:, :room], xor[:, room:]
+            self.chunk[:, self.filled : self.filled + taken.shape[1]] = taken
+            self.filled += taken.shape[1]
+            if self.filled == self.chunk.shape[1]:
                 self._flush()
 
     def _flush(self) -> None:
         if not self.filled:
             return
-        self.chunk[self.filled :] = 0
+        self.chunk[:, self.filled :] = 0
         at = self.block.index * self.job.store.block + self.written
-        self.xor[at : at + len(self.chunk)] = self.chunk
+        self.xor[:, at : at + self.chunk.shape[1]] = self.chunk
         self.written += self.filled
         self.filled = 0
 
@@ -187,14 +189,14 @@ def _verify(job: Job, block: Block, base: np.ndarray, digest: np.ndarray) -> np.
     counts = np.zeros(len(job.sources), np.int64)
     tile = max(64, job.tile_bytes // (len(job.sources) * block.kind.itemsize))
     hashes = [hashlib.sha256() for _ in job.sources]
-    rows = Rows(job.store, job.group, block, len(elements))
+    changes = Changes(job.store, job.group, block, len(elements))
     for first in range(0, block.size, tile):
         here = base[first : first + tile]
         some = elements[np.searchsorted(elements, first) : np.searchsorted(elements, first + tile)] - first
-        found = rows.take(len(some))
-        counts += np.count_nonzero(found, axis=0)
-        for column, hashed in enumerate(hashes):
+        found = changes.take(len(some))
+        counts += np.count_nonzero(found, axis=1)
+        for row, hashed in zip(found, hashes, strict=True):
             bits = here.copy()
-            bits[some] ^= found[:, column]
+            bits[some] ^= row
             hashed.update(bits)
     return counts if b"".join(h.digest() for h in hashes) == digest.tobytes() else None

@@ -15,7 +15,7 @@ from relexio.convert.encode import Reader
 from relexio.errors import CheckpointError, ExistsError, RequestError
 from relexio.progress import Stages
 from relexio.resources import Resources
-from relexio.trajectory.schema import Block, StoredShard, block_elements, chunk_rows, lay_out
+from relexio.trajectory.schema import Block, StoredShard, block_elements, chunk_columns, lay_out
 from relexio.trajectory.store import Store, describe_steps, open_store
 
 
@@ -110,7 +110,7 @@ def _executor(
     tensors = [tensor for tensor in lay_out(entries, block) if tensor.size]
     kinds = {tensor.kind for tensor in tensors}
     steps = max(len(sources), 1)
-    chunk = max((chunk_rows(block, steps, kind) * kind.itemsize * steps for kind in kinds), default=1)
+    chunk = max((chunk_columns(block, steps, kind) * kind.itemsize * steps for kind in kinds), default=1)
     itemsize = max((kind.itemsize for kind in kinds), default=1)
     side = max((file.stat().st_size for source in sources for file in source.checkpoint.side.values()), default=0)
     need = plan.convert_need(block, itemsize, steps, chunk)

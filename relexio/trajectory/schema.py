@@ -10,6 +10,8 @@ from relexio.errors import StoreError
 FORMAT = 1
 #: Elements of one block, for models whose largest tensor is at least that large.
 BLOCK = 1 << 20
+#: Elements of one chunk of the base: the padding of a tensor's last chunk is never longer.
+BASE_CHUNK = 1 << 17
 #: Raw bytes that one chunk of XOR bits holds at most.
 CHUNK_BYTES = 4 << 20
 
@@ -87,8 +89,8 @@ def block_elements(largest: int) -> int:
     return min(BLOCK, max(1024, 1 << max(largest - 1, 0).bit_length()))
 
 
-def chunk_rows(block: int, steps: int, kind: Kind) -> int:
-    """Rows (changed elements) of one XOR chunk: a power of two that divides the block, at most CHUNK_BYTES and 128 Ki."""
+def chunk_columns(block: int, steps: int, kind: Kind) -> int:
+    """Columns (changed elements) of one XOR chunk: a power of two that divides the block, at most CHUNK_BYTES and 128 Ki."""
     fitting = max(1, CHUNK_BYTES // (max(steps, 1) * kind.itemsize))
     return min(block, 1 << 17, 1 << (fitting.bit_length() - 1))
 

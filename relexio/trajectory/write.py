@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from relexio.dtypes import KINDS
-from relexio.trajectory.schema import FORMAT, Group, chunk_rows, lay_out
+from relexio.trajectory.schema import FORMAT, Group, chunk_columns, lay_out
 from relexio.trajectory.store import Store, damage, kinds_of
 from relexio.trajectory.zarrs import AnyArray, create, create_base, create_steps, open_group
 
@@ -45,7 +45,7 @@ def create_steps_group(store: Store, group: Group) -> None:
     """The empty arrays of a new group; nothing refers to it yet."""
     made, count = open_group(store.address, "r+").create_group(group.path), len(group.steps)
     for name, blocks in kinds_of(store.tensors, store.block).items():
-        create_steps(made, KINDS[name], blocks, store.block, count, chunk_rows(store.block, count, KINDS[name]))
+        create_steps(made, KINDS[name], blocks, store.block, count, chunk_columns(store.block, count, KINDS[name]))
     table = (len(store.tensors), count)
     create(made, "changed", table, table, "<i8", ("tensor", "step"))
 

@@ -11,6 +11,7 @@ from zarr.storage import LocalStore, WrapperStore
 
 from relexio.dtypes import Kind
 from relexio.errors import StoreError
+from relexio.trajectory.schema import BASE_CHUNK
 
 #: A Zarr array of any metadata version.
 AnyArray = zarr.Array[Any]
@@ -65,13 +66,13 @@ def create(
 def create_base(base: zarr.Group, kind: Kind, blocks: int, block: int) -> None:
     """The arrays of the base for one kind: ``bits`` [blocks * block] and ``digest`` [blocks, 32]."""
     group = base.create_group(kind.name)
-    create(group, "bits", (blocks * block,), (block,), kind.bits, ("element",))
+    create(group, "bits", (blocks * block,), (min(block, BASE_CHUNK),), kind.bits, ("element",))
     create(group, "digest", (blocks, 32), (1, 32), "|u1", ("block", "byte"))
 
 
-def create_steps(steps: zarr.Group, kind: Kind, blocks: int, block: int, count: int, rows: int) -> None:
+def create_steps(steps: zarr.Group, kind: Kind, blocks: int, block: int, count: int, columns: int) -> None:
     """The arrays of a group of ``count`` steps for one kind (docs/store.md)."""
     group = steps.create_group(kind.name)
     create(group, "mask", (blocks * block // 8,), (block // 8,), "|u1", ("element_byte",))
-    create(group, "xor", (blocks * block, count), (rows, count), kind.bits, ("changed_element", "step"))
+    create(group, "xor", (count, blocks * block), (count, columns), kind.bits, ("step", "changed_element"))
     create(group, "digest", (blocks, count, 32), (1, count, 32), "|u1", ("block", "step", "byte"))
