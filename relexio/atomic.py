@@ -1,5 +1,6 @@
 """Stage, fsync, rename: nothing stands under its final name before it is whole."""
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -43,7 +44,20 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(top: Path) -> None:
-    """fsync every file below a directory, then the directories from the inside out, then itself."""
+    """Make all below a directory, and itself, durable: the whole file system at once where the C library can.
+
+    A store has thousands of small files, and an fsync of each took most of the time of a small conversion.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "syncfs"):
+        fd = os.open(top, os.O_RDONLY)
+        try:
+            if libc.syncfs(fd) != 0:
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code), str(top))
+        finally:
+            os.close(fd)
+        return
     for folder, _, files in os.walk(top, topdown=False):
         for name in files:
             sync(Path(folder, name))

@@ -4,7 +4,7 @@ A task opens the store by its address, reads one block a tile at a time, and giv
 blocks to a sink. So tasks can run in any order, in any process, and again.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ Sink = Callable[[Block, int, np.ndarray], None]
 #: Told the bytes of each finished task.
 Progress = Callable[[int], None]
 _FOLD = 8
+_BLOCKS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,34 @@ class Executor:
     device: str = "cpu"
     device_memory: int = 0
 
-    def run(self, tasks: list[Delayed], sizes: dict[str, int], progress: Progress) -> list[Any]:
-        """Compute all tasks and return their results in order; ``sizes`` gives bytes by task key for the progress."""
+    def run(self, tasks: Iterable[Delayed], sizes: dict[str, int], progress: Progress) -> list[Any]:
+        """Compute all tasks and return their results in order, some thousand blocks at a time: a graph has its size too.
+
+        ``sizes`` gives bytes by key, for the progress; it is filled while ``tasks`` are made.
+        """
         limit_threads(self.plan.workers)
+        results: list[Any] = []
         with (
             threadpool_limits(1),
             limited(self.device, self.device_memory),
             _Reporter(sizes, progress),
             _pool(self.plan.workers) as pool,
         ):
-            return list(compute(*tasks, scheduler="threads", pool=pool, optimize_graph=False))
+            for batch in _batches(tasks, sizes):
+                results += compute(*batch, scheduler="threads", pool=pool, optimize_graph=False)
+                sizes.clear()
+        return results
+
+
+def _batches(tasks: Iterable[Delayed], sizes: dict[str, int]) -> Iterator[list[Delayed]]:
+    batch: list[Delayed] = []
+    for made in tasks:
+        batch.append(made)
+        if len(sizes) >= _BLOCKS_AT_ONCE:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 @contextmanager
@@ -200,7 +219,7 @@ def sums(
     """Run a kernel over every block of the store; the sum of its results for every tensor that has a block."""
     sizes: dict[str, int] = {}
     held = [tensor for tensor in store.tensors if store.blocks(tensor)]
-    tasks = [_sum_over_blocks(store, tensor, steps, kernel, sizes) for tensor in held]
+    tasks = (_sum_over_blocks(store, tensor, steps, kernel, sizes) for tensor in held)
     results = executor.run(tasks, sizes, progress)
     return {tensor.name: result for tensor, result in zip(held, results, strict=True)}
 
@@ -218,12 +237,12 @@ def gram(
     def kernel(block: Block) -> np.ndarray:
         return gram_block(store, block, steps, executor.plan.width(len(steps)), executor.device)
 
-    tasks = [
+    tasks = (
         task(
             partial(keep, tensor), _sum_over_blocks(store, tensor, len(steps), kernel, sizes), key=f"keep-{tensor.name}"
         )
         for tensor in store.fitted()
-    ]
+    )
     executor.run(tasks, sizes, progress)
 
 
@@ -238,7 +257,7 @@ def operator(
             store, block, steps, x[block.tensor.name], executor.plan.width(len(steps)), executor.device
         )
 
-    tasks = [_sum_over_blocks(store, store.tensor(name), len(steps), kernel, sizes) for name in x]
+    tasks = (_sum_over_blocks(store, store.tensor(name), len(steps), kernel, sizes) for name in x)
     return dict(zip(x, executor.run(tasks, sizes, progress), strict=True))
 
 
@@ -255,13 +274,16 @@ def combine(
 
     Tensors without weights (buffers) are handed over as they are at the last of ``steps``.
     """
-    tasks, sizes = [], {}
+    sizes: dict[str, int] = {}
     width = executor.plan.width(len(steps))
-    for tensor in store.tensors:
-        for block in store.blocks(tensor):
-            key = f"combine-{tensor.kind.name}-{block.index}"
-            sizes[key] = block.size * block.kind.itemsize * targets
+
+    def tasks() -> Iterator[Delayed]:
+        for tensor in store.tensors:
             w = weights.get(tensor.name)
-            work = partial(_write_block, store, block, steps, w, targets, width, executor.device, sink)
-            tasks.append(task(work, key=key))
-    executor.run(tasks, sizes, progress)
+            for block in store.blocks(tensor):
+                key = f"combine-{tensor.kind.name}-{block.index}"
+                sizes[key] = block.size * block.kind.itemsize * targets
+                work = partial(_write_block, store, block, steps, w, targets, width, executor.device, sink)
+                yield task(work, key=key)
+
+    executor.run(tasks(), sizes, progress)

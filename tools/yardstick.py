@@ -41,7 +41,7 @@ class Files:
 
     def read(self, checkpoint: Checkpoint, piece: Piece, out: np.ndarray) -> None:
         """Fill ``out`` with the bytes of a piece in one checkpoint."""
-        place = checkpoint.locations[piece[0].name]
+        place = checkpoint.location(piece[0].name)
         skipped = piece[1] * WIDTH.get(piece[0].dtype, 1)
         read_exactly(self.open[place.path], place.start + skipped, memoryview(out).cast("B"), place.path)
 
@@ -123,7 +123,7 @@ def write(files: Files, run: Callable, found: dict[str, np.ndarray], out: Path) 
         else:  # what is no float is taken from the last step
             bits = np.empty(count, np.uint8)
             files.read(files.all[-1], piece, bits)
-        place = files.base.locations[entry.name]
+        place = files.base.location(entry.name)
         os.pwrite(written[place.path], memoryview(bits).cast("B"), place.start + first * bits.itemsize)
 
     list(run(combine, files.pieces()))

@@ -5,7 +5,7 @@ import os
 import re
 import struct
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -43,10 +43,15 @@ class Shard:
     mtime_ns: int
     header: bytes
 
-    @cached_property
+    @property
     def entries(self) -> tuple[Entry, ...]:
-        """The tensors in the order of their bytes."""
-        return parse_header(self.header, self.size, self.path)
+        """The tensors in the order of their bytes; shared by all shards with this header, as most steps have."""
+        return _parse_once(self.header, self.size)
+
+
+@lru_cache(maxsize=256)
+def _parse_once(header: bytes, size: int) -> tuple[Entry, ...]:
+    return parse_header(header, size, "safetensors header")
 
 
 def read_shard(path: Path) -> Shard:
@@ -65,9 +70,15 @@ def read_shard(path: Path) -> Shard:
                 f"{path}: truncated or not a safetensors file: "
                 f"it announces a header of {length:,} bytes and has {stat.st_size:,} in all; copy the file again"
             )
-        shard = Shard(path, stat.st_size, stat.st_mtime_ns, file.read(length))
-    shard.entries  # noqa: B018  checked here, while the caller still expects bad news
-    return shard
+        header = _keep_one(file.read(length))
+    parse_header(header, stat.st_size, path)
+    return Shard(path, stat.st_size, stat.st_mtime_ns, header)
+
+
+@lru_cache(maxsize=256)
+def _keep_one(header: bytes) -> bytes:
+    """The first of equal headers, so that hundreds of steps do not hold hundreds of copies."""
+    return header
 
 
 def parse_header(header: bytes, size: int, path: Path | str) -> tuple[Entry, ...]:

@@ -53,9 +53,12 @@ class Checkpoint:
         return {entry.name: entry for shard in self.shards for entry in shard.entries}
 
     @cached_property
-    def locations(self) -> dict[str, Location]:
-        """Where every tensor stands."""
-        return {entry.name: Location(shard.path, entry.start) for shard in self.shards for entry in shard.entries}
+    def _shard_of(self) -> dict[str, Shard]:
+        return {entry.name: shard for shard in self.shards for entry in shard.entries}
+
+    def location(self, name: str) -> Location:
+        """Where a tensor stands."""
+        return Location(self._shard_of[name].path, self.entries[name].start)
 
     @property
     def nbytes(self) -> int:

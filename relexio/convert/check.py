@@ -16,11 +16,20 @@ Table = dict[str, tuple[str, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class Source:
-    """One checkpoint as the base's tensors see it: where each stands, and copies that must equal another tensor."""
+    """One checkpoint as the base's tensors see it.
+
+    ``stand_ins`` names the tensor that is read for one that the checkpoint lacks, ``copies`` one that it has besides and
+    that must equal another: a head tied to its embedding, in both.
+    """
 
     checkpoint: Checkpoint
-    locations: dict[str, Location]
-    copies: dict[str, Location]
+    stand_ins: dict[str, str]
+    copies: dict[str, str]
+
+    def places(self, name: str) -> list[Location]:
+        """Where a tensor of the base stands in this checkpoint: first where it is read, then where copies are."""
+        names = [self.stand_ins.get(name, name), *([self.copies[name]] if name in self.copies else [])]
+        return [self.checkpoint.location(held) for held in names]
 
 
 def fit_to_base(checkpoint: Checkpoint, base: Table, label: str) -> Source:
@@ -28,15 +37,16 @@ def fit_to_base(checkpoint: Checkpoint, base: Table, label: str) -> Source:
 
     Raises CheckpointError naming step, tensor, and what differs.
     """
-    locations, copies = dict(checkpoint.locations), {}
+    stand_ins: dict[str, str] = {}
+    copies: dict[str, str] = {}
     extra = [name for name in checkpoint.entries if name not in base]
     missing = [name for name in base if name not in checkpoint.entries]
     embedding = next((name for name in EMBEDDINGS if name in checkpoint.entries and name in base), None)
     if embedding and extra == [HEAD] and _alike(checkpoint, HEAD, embedding):
-        copies[embedding] = locations.pop(HEAD)  # tied, and written twice: the bytes must be the same
+        copies[embedding] = HEAD  # tied, and written twice: the bytes must be the same
         extra = []
     if embedding and missing == [HEAD] and base[HEAD] == base[embedding]:
-        locations[HEAD] = locations[embedding]  # tied, and written once
+        stand_ins[HEAD] = embedding  # tied, and written once
         missing = []
     if missing or extra:
         what, names = ("lacks", missing) if missing else ("has besides", extra)
@@ -45,7 +55,7 @@ def fit_to_base(checkpoint: Checkpoint, base: Table, label: str) -> Source:
             f"compared with {label}; all checkpoints of a trajectory hold the same tensors"
         )
     for name, (dtype, shape) in base.items():
-        entry = checkpoint.entries.get(name) or checkpoint.entries[embedding or name]
+        entry = checkpoint.entries[stand_ins.get(name, name)]
         if entry.shape != shape:
             raise CheckpointError(
                 f"{checkpoint.label}: tensor {name}: shape {list(entry.shape)}, in {label} {list(shape)}; "
@@ -56,7 +66,7 @@ def fit_to_base(checkpoint: Checkpoint, base: Table, label: str) -> Source:
                 f"{checkpoint.label}: tensor {name}: dtype {entry.dtype}, in {label} {dtype}; "
                 f"save the base and all steps in one dtype"
             )
-    return Source(checkpoint, locations, copies)
+    return Source(checkpoint, stand_ins, copies)
 
 
 def _alike(checkpoint: Checkpoint, one: str, other: str) -> bool:
@@ -79,7 +89,7 @@ def refuse_base_among(sources: Iterable[Source], base: Source) -> None:
 def _same_bytes(source: Source, base: Source) -> bool:
     """Compare tensor by tensor, stopping at the first difference: for any real step that is within a few MB."""
     for entry in sorted(base.checkpoint.entries.values(), key=lambda e: -e.nbytes):
-        ours, theirs = base.locations[entry.name], source.locations[entry.name]
+        ours, theirs = base.places(entry.name)[0], source.places(entry.name)[0]
         with open(ours.path, "rb") as a, open(theirs.path, "rb") as b:
             for at in range(0, entry.nbytes, _PIECE):
                 count = min(_PIECE, entry.nbytes - at)

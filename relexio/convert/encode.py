@@ -146,8 +146,7 @@ class Reader:
 
     def __init__(self, source: Source, block: Block, stack: ExitStack) -> None:
         self.source, self.block = source, block
-        name = block.tensor.name
-        self.places = [source.locations[name], *([source.copies[name]] if name in source.copies else [])]
+        self.places = source.places(block.tensor.name)
         self.files = [_open(place, stack) for place in self.places]
 
     def read(self, first: int, row: np.ndarray) -> None:

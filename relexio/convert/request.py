@@ -2,7 +2,7 @@
 
 import hashlib
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +114,7 @@ def _executor(
     itemsize = max((kind.itemsize for kind in kinds), default=1)
     side = max((file.stat().st_size for source in sources for file in source.checkpoint.side.values()), default=0)
     need = plan.convert_need(block, itemsize, steps, chunk)
+    resources = replace(resources, held=plan.resident_bytes())  # the headers of all steps are held by now
     return graph.Executor(resources.plan_for(need, shared=3 * side))
 
 
