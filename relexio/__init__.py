@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from relexio.api import Checkpoint, Prediction, Trajectory, TrajectoryFit, open
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     """Load the Python API when it is first used: ``import relexio`` and ``relexio --help`` stay fast."""
     if name in __all__:

@@ -119,7 +119,12 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 def free_bytes(path: Path) -> int:
     """Bytes free on the file system that holds ``path`` or its nearest existing parent."""
+    return shutil.disk_usage(existing_parent(path)).free
+
+
+def existing_parent(path: Path) -> Path:
+    """The path itself if it exists, else the nearest directory above it that does."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
-    return shutil.disk_usage(path).free
+    return path

@@ -4,8 +4,10 @@ What is there is whole (it got its name last) and is about the committed groups 
 cannot be written keeps them in a temporary directory for the length of the run.
 """
 
+import errno
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,8 +15,12 @@ import numpy as np
 import zarr
 
 from relexio import atomic
+from relexio.errors import BusyError
 from relexio.trajectory.store import Store, damage
 from relexio.trajectory.zarrs import AnyArray, create, open_group
+
+#: A store that cannot be written, or a disk that is full, is no reason to fail: the result is kept for this run only.
+_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR}
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Kept:
 
     def read(self, name: str, place: int) -> np.ndarray:
         """One tensor's entry. Raises StoreError where the kept file is damaged."""
-        with damage(f"{self.path}: {name}, which can be removed and is then made again"):
+        with damage(f"{self.path}: {name}", "remove this directory, and it is made again"):
             if name not in self._opened:
                 found = open_group(str(self.path), "r")[name]
                 assert isinstance(found, zarr.Array)
@@ -50,18 +56,25 @@ def keep(store: Store, name: str, build: Callable[[Kept], None]) -> Kept:
     final = Path(store.address, "cache", name)
     if final.is_dir():
         return Kept(final)
-    owner = None
     try:
         final.parent.mkdir(exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f"{name}-", suffix=atomic.PARTIAL, dir=final.parent))
-    except OSError:  # a read-only store is no reason to fail
+        _clear_away(final)
+        _build(final, build)
+    except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
+            raise
         owner = tempfile.TemporaryDirectory(prefix="relexio-")
         final = Path(owner.name, name)
-        building = atomic.staging(final)
-        building.mkdir()
+        with atomic.storage_errors(final):
+            _build(final, build)
+        return Kept(final, owner)
+    return Kept(final)
+
+
+def _build(final: Path, build: Callable[[Kept], None]) -> None:
+    building = Path(tempfile.mkdtemp(prefix=f"{final.name}-", suffix=atomic.PARTIAL, dir=final.parent))
     try:
-        with atomic.storage_errors(building):
-            building.rmdir()
+        with atomic.locked(building):
             open_group(str(building), "w-")
             build(Kept(building))
             atomic.sync_tree(building)
@@ -69,4 +82,14 @@ def keep(store: Store, name: str, build: Callable[[Kept], None]) -> Kept:
                 building.rename(final)
     finally:
         atomic.remove_tree(building)
-    return Kept(final, owner)
+
+
+def _clear_away(final: Path) -> None:
+    """Remove what nobody will ask for again: results on fewer groups, and what a killed process left unfinished."""
+    solver, groups = final.name.split("-")[:2]
+    for other in final.parent.iterdir():
+        if other.name.endswith(atomic.PARTIAL):
+            with suppress(BusyError), atomic.locked(other):
+                atomic.remove_tree(other)
+        elif other.name.startswith(solver) and other.name.split("-")[1] < groups:
+            atomic.remove_tree(other)

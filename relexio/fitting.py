@@ -224,6 +224,8 @@ class Fit:
         Raises RequestError where the step is not stored, or the solver has kept no Gram matrix of it.
         """
         self.store.find(step)
+        if step in self.steps:
+            raise RequestError(f"step {step} is in the window: the fit has seen it, and errors there tell nothing")
         if step not in self.grams.steps or not self.grams.whole:
             raise RequestError(f"errors at step {step} need the gram solver")
         everything = (*self.steps, step)
@@ -261,6 +263,8 @@ def fit(
     Raises RequestError where the window is too short or a tensor cannot be predicted, BudgetError where memory is.
     """
     recipe.check(np.array(window), [])
+    if solver not in SOLVERS:
+        raise RequestError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
     notes = check_carried(store, window)
     return Fit(store, window, recipe, find_grams(store, window, recipe.rank, solver, resources, stages), notes)
 

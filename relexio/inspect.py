@@ -119,7 +119,8 @@ def sizes(store: Store) -> Sizes:
     """How large a store is, and what it stands for."""
     checkpoints = sum(s.size for g in store.groups for c in store.checkpoints(g).values() for s in c.shards)
     root = Path(store.address)
-    return Sizes(checkpoints, *(_bytes(root / part) for part in ("groups", "base", "cache")))
+    steps = sum(_bytes(root / group.path) for group in store.groups)
+    return Sizes(checkpoints, steps, _bytes(root / "base"), _bytes(root / "cache"))
 
 
 def _bytes(top: Path) -> int:

@@ -1,6 +1,7 @@
 """``predict`` and restore: whole checkpoints streamed out of a trajectory; none has its name before it is whole."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,7 @@ from relexio.fitting import Fit, check_carried, choose_solver, is_kept
 from relexio.progress import Stages
 from relexio.resources import Resources
 from relexio.trajectory.schema import Block, StoredCheckpoint
-from relexio.trajectory.store import Store
+from relexio.trajectory.store import Store, describe_steps
 from relexio.trajectory.tiles import observed
 from relexio.version import __version__
 
@@ -50,13 +51,16 @@ class Sink:
 
 def check_targets(store: Store, targets: list[Target]) -> None:
     """Raise ExistsError, RequestError or StorageError where the outputs cannot be written: taken, twice, or no room."""
-    if len({target.out.resolve() for target in targets}) != len(targets) or len({t.step for t in targets}) != len(
-        targets
-    ):
-        raise RequestError("two predictions with one step or one name; put {step} into -o, as in -o 'pred/step-{step}'")
+    if len({target.step for target in targets}) != len(targets):
+        raise RequestError("a step is given twice")
+    if len({target.out.resolve() for target in targets}) != len(targets):
+        raise RequestError("two predictions with one name; put {step} into -o, as in -o 'pred/step-{step}'")
     for target in targets:
         if target.out.exists():
-            raise ExistsError(f"{target.out}: exists; give another -o or remove it")
+            raise ExistsError(f"{target.out}: exists; give another -o")
+        parent = atomic.existing_parent(target.out)
+        if not os.access(parent, os.W_OK):
+            raise StorageError(f"{parent}: no permission to write there; give another -o")
     needed = bytes_of(store) * len(targets)
     free = atomic.free_bytes(targets[0].out)
     if needed > free:
@@ -213,7 +217,8 @@ def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
     kept = {name: array for name, array in base.side.items() if name != CARD}
     write_files(directory, _files(store, replace(base, side={**extra, **kept})))
     facts = provenance(fit, target.step)
-    card = model_card(_model_name(base.source), facts, f"relexio {__version__}")
+    public = {**facts, "window": describe_steps(fit.steps), "base": store.base_content}
+    card = model_card(_model_name(base.source), public, f"relexio {__version__}")
     made = [(CARD, card.encode()), (PROVENANCE, (json.dumps(facts, indent=2) + "\n").encode())]
     write_files(directory, made)
 

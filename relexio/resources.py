@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from relexio import backend, graph, plan
+from relexio.errors import RequestError
 from relexio.trajectory.schema import chunk_columns
 from relexio.trajectory.store import Store
 
@@ -19,6 +20,12 @@ class Resources:
     device: str = "auto"
     device_memory: int | None = None
     held: int = field(default_factory=plan.resident_bytes)
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and (type(self.workers) is not int or self.workers < 1):
+            raise RequestError(f"workers: {self.workers!r} is not a number of at least 1")
+        if self.device not in backend.DEVICES:
+            raise RequestError(f"unknown device {self.device!r}; known are {', '.join(backend.DEVICES)}")
 
     def for_gram(self, store: Store, steps: int, whole: bool = True) -> graph.Executor:
         """An executor for the Gram pass over T = ``steps``, or for the matrix-free one. Raises BudgetError."""

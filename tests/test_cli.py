@@ -97,7 +97,7 @@ def test_inspect(run: Run, tmp_path: Path, relexio: Relexio) -> None:
 def test_inspect_of_a_single_step_shows_what_there_is(run: Run, tmp_path: Path, relexio: Relexio) -> None:
     store_run(run, tmp_path / "run.zarr", "10")
     shown = relexio("inspect", tmp_path / "run.zarr")
-    assert shown.code == 0 and "steps 10" in shown.out
+    assert shown.code == 0 and "step 10" in shown.out
 
 
 def test_demo(tmp_path: Path) -> None:

@@ -135,6 +135,23 @@ def test_an_interrupted_conversion_goes_on_and_ends_the_same(tmp_path: Path, mon
     same_files(tmp_path / "run.zarr", tmp_path / "whole.zarr")
 
 
+def test_an_interrupted_conversion_goes_on_though_training_has_written_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import relexio.convert.write as module
+
+    run = make_run(tmp_path, steps=(1, 2, 3))
+    monkeypatch.setattr(module, "_commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        store_run(run, tmp_path / "run.zarr")
+    monkeypatch.undo()
+    save_checkpoint(run.steps_path / "global_step_4", move(run.base, [4])[4])
+    store = store_run(run, tmp_path / "run.zarr")
+    assert [group.steps for group in store.groups] == [(1, 2, 3), (4,)]
+    restore(store, 4, tmp_path / "back", CPU, silent)
+    same_files(tmp_path / "back", run.steps_path / "global_step_4")
+
+
 def test_what_an_interrupted_run_left_damaged_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_blocks(monkeypatch, 128)
     run = make_run(tmp_path)
@@ -207,6 +224,14 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     store_run(run, tmp_path / "run.zarr", "1,2")
     with locked(tmp_path / "run.zarr"), pytest.raises(BusyError, match="another process"):
         store_run(run, tmp_path / "run.zarr")
+
+
+def test_kept_fits_of_fewer_steps_go_when_new_ones_are_made(tmp_path: Path) -> None:
+    run = make_run(tmp_path, steps=(1, 2, 3, 5))
+    fit_run(store_run(run, tmp_path / "run.zarr", "1:3"))
+    (tmp_path / "run.zarr" / "cache" / "gram-0001-killed.relexio-partial").mkdir()
+    fit_run(store_run(run, tmp_path / "run.zarr"))
+    assert [p.name for p in (tmp_path / "run.zarr" / "cache").iterdir()] == ["gram-0002"]
 
 
 def test_the_store_stands_alone(tmp_path: Path) -> None:

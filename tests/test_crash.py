@@ -1,6 +1,7 @@
 """Killed at any moment: the store holds its last commit, no output is half-written, and the same command finishes."""
 
 import errno
+import os
 import random
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from conftest import Relexio, in_process, snapshot
 from make import BF16, Run, make_run
 from steps import fit_run, predict_run, small_blocks, store_run
 
+from relexio import atomic
 from relexio.errors import StorageError
 from relexio.trajectory.store import open_store
 
@@ -130,20 +132,17 @@ def test_a_disk_that_fills_up_while_converting(tmp_path: Path, monkeypatch: pyte
     assert snapshot(tmp_path / "run.zarr") == snapshot(tmp_path / "whole.zarr")
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "rename", "posix_fallocate"])
+@pytest.mark.parametrize("call", ["pwrite", "sync_tree", "rename", "posix_fallocate"])
 def test_a_disk_that_fails_while_predicting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relexio: Relexio, call: str
 ) -> None:
-    import os
-
     made = make_run(tmp_path, BF16, steps=(1, 2, 3))
     fitted = fit_run(store_run(made, tmp_path / "run.zarr"))
 
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    target = {"write": "pwrite", "rename": "rename"}.get(call, call)
-    monkeypatch.setattr(Path if target == "rename" else os, target, fail)
+    monkeypatch.setattr({"rename": Path, "sync_tree": atomic}.get(call, os), call, fail)
     with pytest.raises(StorageError, match="free space"):
         predict_run(fitted, 50, tmp_path / "out")
     monkeypatch.undo()

@@ -113,7 +113,7 @@ def parse_json(data: bytes, path: Path | str) -> dict[str, Any]:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates)
         json.dumps(value, ensure_ascii=False).encode()  # refuses lone surrogates, as every other reader will
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); copy it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: a JSON object was expected, not {type(value).__name__}")
     return value

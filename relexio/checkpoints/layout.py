@@ -14,7 +14,7 @@ _INSIDE = ("", "huggingface", "actor/huggingface", "actor")
 
 @dataclass(frozen=True)
 class Selection:
-    """Which steps the user wants: inclusive ranges, as ``1:75``, ``10:300:10``, ``1,2,5`` or a mix; None for all."""
+    """Which steps the user wants: inclusive ranges, as ``1:75``, ``5:``, ``10:300:10``, ``1,2,5`` or a mix."""
 
     text: str
     parts: tuple[range, ...]
@@ -32,11 +32,11 @@ def parse_steps(text: str) -> Selection:
     """Parse a step expression. Raises RequestError with the accepted forms."""
     parts = []
     for piece in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,15})(?::(\d{1,15})(?::(\d{1,15}))?)?\s*", piece)
+        match = re.fullmatch(r"\s*(\d{1,15})(?::(\d{0,15})(?::(\d{1,15}))?)?\s*", piece)
         if not match:
             raise RequestError(f"{text!r} is not a list of steps; write 1:75, 10:300:10 or 1,2,5")
         first, last, stride = match.groups()
-        stop = int(last if last is not None else first)
+        stop = int(first) if last is None else int(last or 10**15)
         if int(stride or 1) == 0 or stop < int(first):
             raise RequestError(f"{piece!r} holds no step; write FIRST:LAST or FIRST:LAST:STRIDE, both ends included")
         parts.append(range(int(first), stop + 1, int(stride or 1)))
@@ -62,9 +62,10 @@ def find_steps(root: Path, selection: Selection | None = None) -> tuple[dict[int
         step = int(match[1])
         if selection is not None and step not in selection:
             continue
-        if step in found:
+        if step in found and _holds_weights(path) and _holds_weights(found[step]):
             raise CheckpointError(f"two directories for step {step}: {found[step]} and {path}; move one away")
-        found[step] = path
+        if step not in found or _holds_weights(path):  # some trainers write optimizer states beside the model
+            found[step] = path
     return {step: model_directory(found[step]) for step in sorted(found)}, others
 
 
@@ -84,11 +85,26 @@ def choose(root: Path | None, named: dict[int, Path], selection: Selection | Non
         raise RequestError(f"{where}no checkpoint for step {', '.join(map(str, missing))}")
     if not steps:
         hint = f" among the steps {selection.text}" if selection else ""
-        raise RequestError(
-            f"{root}: no checkpoint found{hint}; step directories are named global_step_N, global_stepN_hf, "
-            f"checkpoint-N, step_N or step-N; name others with --checkpoint STEP=PATH"
-        )
+        raise RequestError(f"{root}: no checkpoint found{hint}; {_advice(root)}")
     return dict(sorted(steps.items())), others
+
+
+def _advice(root: Path | None) -> str:
+    """What to do where a directory holds no steps."""
+    if root is not None and _STEP.fullmatch(root.name):
+        return f"it is itself a step; give its parent directory, or --checkpoint {_STEP.fullmatch(root.name)[1]}={root}"  # type: ignore[index]
+    below = sorted(p.parent for p in root.glob("*/*") if p.is_dir() and _STEP.fullmatch(p.name)) if root else []
+    if below:
+        return f"did you mean {below[0]}?"
+    return (
+        "step directories are named global_step_N, global_stepN_hf, checkpoint-N, step_N or step-N; "
+        "name others with --checkpoint STEP=PATH"
+    )
+
+
+def _holds_weights(path: Path) -> bool:
+    inside = model_directory(path)
+    return (inside / INDEX).is_file() or bool(weight_files(inside))
 
 
 def model_directory(path: Path) -> Path:

@@ -72,7 +72,7 @@ def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
     Raises MissingError or CheckpointError, naming the directory and file, for anything that is not whole.
     """
     if not path.is_dir():
-        raise MissingError(f"{path}: no such directory")
+        raise MissingError(f"{path}: {_not_a_directory(path)}")
     index = path / INDEX
     if index.is_file() and (path / SINGLE).is_file():
         raise CheckpointError(f"{path}: holds both {SINGLE} and {INDEX}; remove the one that is not the model")
@@ -81,14 +81,22 @@ def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
         shards = _sharded(path, data)
     else:
         data = None
-        shards = (read_shard(_single(path)),)
+        shards = (read_shard(_single(path, step)),)
     checkpoint = Checkpoint(path, step, shards, data, dict(_side_files(path)))
     if not checkpoint.entries:
         raise CheckpointError(f"{checkpoint.label}: its safetensors files hold no tensor")
     return checkpoint
 
 
-def _single(path: Path) -> Path:
+def _not_a_directory(path: Path) -> str:
+    if path.exists():
+        return "is a file; give the directory that holds it"
+    if len(path.parts) == 2 and not path.parent.exists():
+        return f"no such directory; a model on the Hub is downloaded first: hf download {path} --local-dir {path.name}"
+    return "no such directory"
+
+
+def _single(path: Path, step: int | None) -> Path:
     found = weight_files(path)
     if path / SINGLE in found:
         return path / SINGLE
@@ -96,7 +104,8 @@ def _single(path: Path) -> Path:
         return found[0]
     if found:
         raise CheckpointError(f"{path}: {len(found)} safetensors files and no {INDEX}; a shard or the index is missing")
-    raise CheckpointError(f"{path}: {_no_weights(path)}")
+    way_out = "give the directory of the base model" if step is None else "leave this step out with --steps"
+    raise CheckpointError(f"{path}: {_no_weights(path, way_out)}")
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -104,7 +113,7 @@ def weight_files(path: Path) -> list[Path]:
     return sorted(p for p in path.glob("*.safetensors") if p.is_file() and not p.name.startswith("adapter_"))
 
 
-def _no_weights(path: Path) -> str:
+def _no_weights(path: Path, way_out: str) -> str:
     if (path / "adapter_model.safetensors").is_file():
         return "holds a LoRA adapter, not a model; merge it into its base first (peft: merge_and_unload)"
     shards = list(path.glob("**/model_world_size_*_rank_*.pt")) or list(
@@ -117,7 +126,7 @@ def _no_weights(path: Path) -> str:
     if any(path.glob("*.bin")) or any(path.glob("*.pt")):
         return "holds torch files and no safetensors; save it again with safe_serialization=True"
     what = "a config and no weights" if (path / "config.json").is_file() else "no safetensors file"
-    return f"{what}; leave this step out with --steps, or save its weights as safetensors"
+    return f"{what}; {way_out}, or save its weights as safetensors"
 
 
 def _sharded(path: Path, data: bytes) -> tuple[Shard, ...]:

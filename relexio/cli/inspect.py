@@ -59,7 +59,7 @@ def _show(found) -> None:  # type: ignore[no-untyped-def]
             ),
             ("", f"{show(size.base)} for the base, {show(size.cache)} of kept fits"),
             ("changed", f"{found.changed[last]:.1%} of all elements at step {last}"),
-            ("energy", f"{_number(found.energy, '.3f')} of the movement is along rank {found.rank}"),
+            ("energy", f"{_number(found.energy, '.1%')} of the movement is along rank {found.rank}"),
             ("r2", f"{_number(found.r_squared, '.3f')}, the median of {len(found.moved)} tensors that changed"),
             ("slope", f"{_number(found.slope, '.3g')} a step"),
             (

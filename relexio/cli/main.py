@@ -49,11 +49,17 @@ def main(arguments: list[str] | None = None) -> Any:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; nothing half-written counts: run the same command again to go on", err=True)
+        click.echo("interrupted: nothing half-written has a final name; run the same command again to go on", err=True)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
     except (RelexioError, OSError) as error:
-        click.echo(f"error: {printable(str(error))}", err=True)
+        click.echo(f"error: {printable(_said(error))}", err=True)
         sys.exit(1)
     sys.exit(0)
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, OSError) and not isinstance(error, RelexioError) and error.filename:
+        return f"{error.filename}: {error.strerror}; check the path and its permissions"
+    return str(error)

@@ -24,7 +24,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic only since cli
 
 
 class Steps(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
-    """Steps: ``1:75``, ``10:300:10``, ``1,2,5``."""
+    """Steps: ``1:75``, ``80:``, ``10:300:10``, ``1,2,5``."""
 
     name = "steps"
 
@@ -45,7 +45,7 @@ workers = click.option(
 dry_run = click.option("--dry-run", is_flag=True, help="Print the plan and stop: nothing is written.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 window = click.option(
-    "--window", type=Steps(), help="Stored steps to fit, e.g. 1:75, 10:300:10 or 1,2,5.  [default: all]"
+    "--window", type=Steps(), help="Stored steps to fit, e.g. 1:75, 80:, 10:300:10 or 1,2,5.  [default: all]"
 )
 rank = click.option(
     "--rank", type=click.IntRange(min=1), default=1, show_default=True, help="Directions over time for each tensor."

@@ -9,6 +9,9 @@ from relexio.checkpoints.layout import Selection
 from relexio.cli import options
 from relexio.cli.show import note, stages, table, verdict
 
+#: Times the last observed step beyond which predictions have been seen to collapse (README.md).
+_FAR = 5
+
 
 @click.command()
 @click.argument("trajectory", type=click.Path(path_type=Path))
@@ -119,6 +122,7 @@ def _show_result(fitted, targets, as_json: bool) -> None:  # type: ignore[no-unt
     from relexio.predict import provenance
     from relexio.trajectory.store import describe_steps
 
+    _warn(fitted, targets)
     if as_json:
         facts = [{**provenance(fitted, target.step), "out": str(target.out)} for target in targets]
         click.echo(json.dumps(facts[0] if len(facts) == 1 else facts))
@@ -133,5 +137,13 @@ def _show_result(fitted, targets, as_json: bool) -> None:  # type: ignore[no-unt
         times = f" ({target.step / last:.1f} times the last observed step)" if target.step > last else ""
         rows.append(("wrote", f"{target.out}: step {target.step}{times}"))
     table(rows)
+
+
+def _warn(fitted, targets) -> None:  # type: ignore[no-untyped-def]
+    """Notes on what speaks against believing these predictions."""
+    tested, last = fitted.backtest, fitted.steps[-1]
     if tested is not None and (tested.errors.skill or 0.0) <= 0.0:
         note("no skill inside the window: evaluate this checkpoint before you trust it, or predict a nearer step")
+    far = [str(target.step) for target in targets if target.step > _FAR * last]
+    if far:
+        note(f"step {', '.join(far)} is more than {_FAR} times the last observed step: evaluate nearer steps as well")

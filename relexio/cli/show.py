@@ -90,10 +90,12 @@ def _lines(name: str, total: int) -> Iterator[Callable[[int], None]]:
 def verdict(tested: "Backtest | None") -> str:
     """One line on whether a recipe would have done well inside its window."""
     if tested is None or tested.errors.skill is None:
-        return "none: it takes three observed steps, a method that extrapolates, and the gram solver"
+        return (
+            "none: it takes three steps, a rank within two thirds of them, a method that extrapolates, the gram solver"
+        )
     skill = tested.errors.skill
     said = "beats" if skill > 0 else "does not beat"
-    return f"fitted up to step {tested.last}, at step {tested.step} it {said} keeping step {tested.last} (skill {skill:+.2f})"
+    return f"fitted up to step {tested.last}, at step {tested.step} it {said} keeping step {tested.last} (skill {skill:+.3f})"
 
 
 def table(rows: list[tuple[str, str]]) -> None:

@@ -49,10 +49,10 @@ def fit_to_base(checkpoint: Checkpoint, base: Table, label: str) -> Source:
         stand_ins[HEAD] = embedding  # tied, and written once
         missing = []
     if missing or extra:
-        what, names = ("lacks", missing) if missing else ("has besides", extra)
+        what, names = ("lacks", missing) if missing else ("has more tensors:", extra)
         raise CheckpointError(
             f"{checkpoint.label}: {what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} "
-            f"compared with {label}; all checkpoints of a trajectory hold the same tensors"
+            f"than {label}; all checkpoints of a trajectory hold the same tensors"
         )
     for name, (dtype, shape) in base.items():
         entry = checkpoint.entries[stand_ins.get(name, name)]
@@ -82,7 +82,7 @@ def refuse_base_among(sources: Iterable[Source], base: Source) -> None:
         if same or _same_bytes(source, base):
             raise CheckpointError(
                 f"{source.checkpoint.label}: is the base itself{'' if same else ' (bit for bit)'}; "
-                f"leave step {step} out with --steps, or give another --base"
+                f"leave step {step} out, as with --steps {(step or 0) + 1}:, or give another --base"
             )
 
 

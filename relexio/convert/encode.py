@@ -159,7 +159,7 @@ class Reader:
             if (copy != row).any():
                 raise CheckpointError(
                     f"{self.source.checkpoint.label}: its lm_head.weight differs from {self.block.tensor.name}, and the base "
-                    f"has no head of its own; all checkpoints of a trajectory hold the same tensors"
+                    f"has no head of its own; save the base with its lm_head.weight"
                 )
 
 

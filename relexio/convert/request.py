@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from relexio import graph, plan
+from relexio.atomic import PARTIAL
 from relexio.checkpoints.layout import Selection, choose
 from relexio.checkpoints.read import Checkpoint, open_checkpoint
 from relexio.convert.check import Source, Table, fit_to_base, refuse_base_among
@@ -72,10 +73,14 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
     out = request.out
     if out.exists() and not (out / "zarr.json").is_file():
         raise ExistsError(f"{out}: exists and is not a trajectory; give another -o")
+    if out.name.endswith(PARTIAL):
+        raise RequestError(
+            f"{out}: the name of unfinished work; give -o {out.with_name(out.name.removesuffix(PARTIAL))}"
+        )
     store = open_store(out) if out.exists() else None
+    found, others = choose(request.root, request.named or {}, request.selection)
     if store is None and request.base is None:
         raise RequestError(f"{out} does not exist yet: a new trajectory needs --base, the model before RL")
-    found, others = choose(request.root, request.named or {}, request.selection)
     present = tuple(step for step in found if store and step in store.steps)
     checkpoints = [open_checkpoint(path, step) for step, path in found.items() if step not in present]
     base = open_checkpoint(request.base) if request.base else None
@@ -91,7 +96,7 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
     block = store.block if store else block_elements(max((t.size for t in lay_out(entries, 1 << 62)), default=1))
     notes = [f"not step directories, left out: {', '.join(others)}"] if others else []
     if present:
-        notes.append(f"in the store already, left out: {describe_steps(present)}")
+        notes.append(f"already stored, not read again: {describe_steps(present)}")
     return Conversion(
         out, store, base_source, sources, block, _executor(entries, block, sources, resources), present, tuple(notes)
     )

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from relexio import atomic, graph
 from relexio.checkpoints.read import Checkpoint, assert_unchanged
@@ -47,6 +48,29 @@ def convert(conversion: Conversion, stages: Stages) -> Converted:
         if conversion.store is None:
             raise CheckpointError(f"{conversion.out}: no step to convert")
         return Converted(conversion.store, False, ())
+    begun = _begun(conversion)
+    if begun:  # an interrupted run was about some of these steps: finish that, then add the rest
+        parts = [[s for s in conversion.sources if (s.checkpoint.step in begun) == first] for first in (True, False)]
+        done = _convert(replace(conversion, sources=tuple(parts[0])), stages)
+        rest = _convert(replace(conversion, store=done.store, sources=tuple(parts[1])), stages)
+        return Converted(rest.store, True, (*done.notes, *rest.notes))
+    return _convert(conversion, stages)
+
+
+def _begun(conversion: Conversion) -> set[int]:
+    """The steps that an interrupted run was about, if they are some but not all of those wanted now."""
+    where = conversion.out if conversion.store else atomic.staging(conversion.out)
+    store = conversion.store or unfinished_store(where)
+    name = f"groups/{len(store.groups) if store else 0:04d}"
+    if store is None or not Path(where, name, "zarr.json").is_file():
+        return set()
+    sources: Any = attribute(replace(store, address=str(where)), name, "sources") or {"steps": []}
+    steps = {record["step"] for record in sources["steps"]}
+    return steps if steps < set(conversion.steps) else set()
+
+
+def _convert(conversion: Conversion, stages: Stages) -> Converted:
+    """Write and commit the steps of a conversion as one group."""
     with atomic.storage_errors(conversion.out), _workspace(conversion) as store:
         group = Group(f"{len(store.groups):04d}", conversion.steps, ())
         resumed = _begin(conversion, store, group)
@@ -154,7 +178,12 @@ def _commit(conversion: Conversion, store: Store, group: Group) -> tuple[Store, 
     if base in content:
         step = group.steps[content.index(base)]
         raise CheckpointError(f"step {step}: is the base itself (bit for bit); leave it out with --steps")
-    atomic.sync_tree(Path(store.address, group.path))
+    for written in ("base", group.path):
+        for leftover in Path(store.address, written).rglob(
+            "*.partial"
+        ):  # of a killed run: Zarr writes beside, then renames
+            leftover.unlink()
+        atomic.sync_tree(Path(store.address, written))
     done = commit(store, replace(group, content=tuple(content)), base)
     atomic.sync(Path(store.address, "zarr.json"))
     atomic.sync(Path(store.address))
@@ -163,7 +192,11 @@ def _commit(conversion: Conversion, store: Store, group: Group) -> tuple[Store, 
 
 def _notes(store: Store) -> Iterator[str]:
     """What the user should know of the steps just added."""
-    group = store.groups[-1]
+    group, base = store.groups[-1], store.base().side
+    last = store.checkpoints(group)[group.steps[-1]].side
+    differing = sorted(name for name in base.keys() & last.keys() if base[name] != last[name])
+    if differing:
+        yield f"predictions take the base's side files; step {group.steps[-1]} has others: {', '.join(differing[:6])}"
     seen: dict[str, int] = {h: s for old in store.groups[:-1] for s, h in zip(old.steps, old.content, strict=True)}
     for step, content in zip(group.steps, group.content, strict=True):
         if content in seen:

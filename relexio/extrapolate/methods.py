@@ -90,14 +90,14 @@ class Recipe:
             raise RequestError(
                 f"a window of {len(steps)} step cannot be fitted: a line needs at least 2 observed steps"
             )
-        if not 1 <= self.rank <= len(steps):
+        if type(self.rank) is not int or not 1 <= self.rank <= len(steps):
             raise RequestError(
                 f"--rank {self.rank} does not fit a window of {len(steps)} steps; give 1 to {len(steps)}"
             )
         if not abs(self.strength) <= _MOST_STRENGTH:
             raise RequestError(f"--strength {self.strength} is not a number of reasonable size")
         for target in targets:
-            if target < 0 or target > 10**15:
+            if type(target) is not int or target < 0 or target > 10**15:
                 raise RequestError(f"--step {target} is not a training step")
             if method.extrapolates and target <= steps[-1]:
                 raise RequestError(

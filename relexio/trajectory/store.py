@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import zarr
 
+from relexio.atomic import staging
 from relexio.dtypes import KINDS
 from relexio.errors import MissingError, RequestError, StoreError
 from relexio.trajectory.schema import Block, Group, StoredCheckpoint, Tensor, check_format, lay_out
@@ -126,7 +127,7 @@ class Store:
 
 
 @contextmanager
-def damage(what: str) -> Iterator[None]:
+def damage(what: str, advice: str = "take it from a copy, or convert again into a new trajectory") -> Iterator[None]:
     """Turn what Zarr and its codecs raise on a damaged store into one StoreError."""
     try:
         yield
@@ -141,7 +142,8 @@ def damage(what: str) -> Iterator[None]:
         ValueError,
         FileNotFoundError,
     ) as error:
-        raise StoreError(f"{what}: damaged ({type(error).__name__}: {error})") from error
+        said = "a checksum is wrong" if "checksum" in str(error) else f"{type(error).__name__}: {error}"
+        raise StoreError(f"{what}: damaged ({said}); {advice}") from error
 
 
 def open_store(path: str | Path) -> Store:
@@ -151,6 +153,10 @@ def open_store(path: str | Path) -> Store:
     """
     address = str(path)
     if not Path(address).exists():
+        if staging(Path(address)).exists():
+            raise MissingError(
+                f"{address}: its convert was interrupted; run the same relexio convert again to finish it"
+            )
         raise MissingError(f"{address}: no such trajectory; make one with relexio convert")
     if not (Path(address) / "zarr.json").is_file():
         raise StoreError(f"{address}: not a relexio trajectory (it has no zarr.json)")
@@ -191,5 +197,5 @@ def kinds_of(tensors: tuple[Tensor, ...], block: int) -> dict[str, int]:
 def describe_steps(steps: tuple[int, ...]) -> str:
     """Steps in a few words: all of them if few, else the ends and the number."""
     if len(steps) <= 6:
-        return "steps " + ", ".join(map(str, steps))
+        return ("steps " if len(steps) != 1 else "step ") + ", ".join(map(str, steps))
     return f"{len(steps)} steps, {steps[0]} to {steps[-1]}"
