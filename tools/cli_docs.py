@@ -57,6 +57,7 @@ exit code 1 and names the least that would do. `--dry-run` shows the plan.
 | `5` | step 5 |
 | `1:75` | every step from 1 to 75 |
 | `10:300:10` | 10, 20, 30, up to 300 |
+| `80:` | 80 and all that follow |
 
 A range takes those of its steps that exist. A step that a piece names alone must exist. `--steps` chooses among the
 checkpoints below CHECKPOINTS, `--window` among the steps in the store.

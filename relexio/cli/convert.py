@@ -29,7 +29,9 @@ def _named(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
 @click.argument("checkpoints", required=False, type=click.Path(path_type=Path))
 @click.option("--base", type=click.Path(path_type=Path), help="The model before RL. Needed for a new trajectory.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The trajectory to make or add to.")
-@click.option("--steps", type=options.Steps(), help="Steps to take, e.g. 1:75, 80:, 10:300:10 or 1,2,5.  [default: all]")
+@click.option(
+    "--steps", type=options.Steps(), help="Steps to take, e.g. 1:75, 80:, 10:300:10 or 1,2,5.  [default: all]"
+)
 @click.option(
     "--checkpoint", "named", multiple=True, metavar=_NAMED, callback=_named, help="One more checkpoint. Repeatable."
 )
