@@ -31,11 +31,15 @@ SOLVERS = ("auto", "gram", "blocks")
 
 @dataclass(frozen=True)
 class Grams:
-    """The Gram matrix of every fitted tensor over ``steps``, read one at a time; ``whole`` if no eigenpair is missing."""
+    """The Gram matrix of every fitted tensor over ``steps``, read one at a time.
+
+    ``whole`` if no eigenpair is missing; ``lasting`` if it is kept in the store for later runs.
+    """
 
     steps: tuple[int, ...]
     whole: bool
     read: Callable[[Tensor], np.ndarray]
+    lasting: bool
 
     def of(self, tensor: Tensor, steps: tuple[int, ...]) -> np.ndarray:
         """M M^T [T, T] over some of the steps."""
@@ -92,7 +96,7 @@ def _gram_solver(store: Store, executor: graph.Executor, stages: Stages) -> Gram
             graph.gram(store, steps, store_one, executor, advance)
 
     kept = keep(store, _kept_name(store, "gram", (), 0), build)
-    return Grams(steps, True, lambda tensor: kept.read("gram", places[tensor.name]))
+    return Grams(steps, True, lambda tensor: kept.read("gram", places[tensor.name]), kept.owner is None)
 
 
 def _blocks_solver(store: Store, window: tuple[int, ...], rank: int, executor: graph.Executor, stages: Stages) -> Grams:
@@ -110,7 +114,7 @@ def _blocks_solver(store: Store, window: tuple[int, ...], rank: int, executor: g
         return (vectors * kept.read("values", place)) @ vectors.T
 
     kept = keep(store, _kept_name(store, "blocks", window, rank), build)
-    return Grams(window, False, read)
+    return Grams(window, False, read, kept.owner is None)
 
 
 def _iterate_all(
@@ -266,7 +270,10 @@ def fit(
     if solver not in SOLVERS:
         raise RequestError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
     notes = check_carried(store, window)
-    return Fit(store, window, recipe, find_grams(store, window, recipe.rank, solver, resources, stages), notes)
+    grams = find_grams(store, window, recipe.rank, solver, resources, stages)
+    if not grams.lasting:
+        notes.append(f"{store.address} cannot be written: the fit is not kept for later")
+    return Fit(store, window, recipe, grams, notes)
 
 
 def check_carried(store: Store, window: tuple[int, ...]) -> list[str]:

@@ -109,7 +109,10 @@ def _show_plan(window, targets, prospect, as_json: bool) -> None:  # type: ignor
         [
             ("window", describe_steps(window)),
             ("to write", ", ".join(str(target.out) for target in targets)),
-            ("fit", "kept in the store" if prospect.kept else "to be made, and kept in the store"),
+            (
+                "fit",
+                "kept in the store" if prospect.kept else "to be made, and kept in the store if that can be written",
+            ),
             ("to read", show(prospect.bytes_read)),
             ("disk", f"{show(prospect.bytes_written)} needed, {show(prospect.bytes_free)} free"),
             ("memory", f"{show(plan.projected)} projected, {show(plan.allowed)} allowed, {plan.workers} workers"),

@@ -13,7 +13,7 @@ from relexio.checkpoints.read import Checkpoint, assert_unchanged
 from relexio.convert.encode import Job, encode_block
 from relexio.convert.request import Conversion
 from relexio.dtypes import is_buffer
-from relexio.errors import CheckpointError, RelexioError, StorageError
+from relexio.errors import CheckpointError, RelexioError, StorageError, StoreError
 from relexio.progress import Stages
 from relexio.trajectory.schema import Group, StoredCheckpoint, StoredShard
 from relexio.trajectory.store import Store, open_store, unfinished_store
@@ -64,7 +64,7 @@ def _begun(conversion: Conversion) -> set[int]:
     name = f"groups/{len(store.groups) if store else 0:04d}"
     if store is None or not Path(where, name, "zarr.json").is_file():
         return set()
-    sources: Any = attribute(replace(store, address=str(where)), name, "sources") or {"steps": []}
+    sources = _recorded(replace(store, address=str(where)), name) or {"steps": []}
     steps = {record["step"] for record in sources["steps"]}
     return steps if steps < set(conversion.steps) else set()
 
@@ -147,13 +147,21 @@ def _begin(conversion: Conversion, store: Store, group: Group) -> bool:
     base_record = _record(conversion.base.checkpoint, files) if base is None and conversion.base else base
     value = {"base": base_record.to_json() if base_record else None, "steps": [r.to_json() for r in records]}
     if Path(store.address, group.path).exists():
-        if attribute(store, group.path, "sources") == value:
+        if _recorded(store, group.path) == value:
             return True
         atomic.remove_tree(Path(store.address, group.path))
     create_steps_group(store, group)
     files.write()
     set_attribute(store, group.path, "sources", value)
     return False
+
+
+def _recorded(store: Store, path: str) -> Any:
+    """The sources that a group was begun for; None if it was left too early, or damaged, to say."""
+    try:
+        return attribute(store, path, "sources")
+    except StoreError:
+        return None
 
 
 def _names(*records: StoredCheckpoint) -> list[str]:
