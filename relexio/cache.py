@@ -6,9 +6,10 @@ cannot be written keeps them in a temporary directory for the length of the run.
 
 import errno
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from relexio.errors import BusyError
 from relexio.trajectory.store import Store, damage
 from relexio.trajectory.zarrs import AnyArray, create, open_group
 
+#: Bytes up to which an array is kept as one chunk and held in memory.
+SMALL = 16 << 20
 #: A store that cannot be written, or a disk that is full, is no reason to fail: the result is kept for this run only.
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR}
 
@@ -29,12 +32,21 @@ class Kept:
 
     path: Path
     owner: object = None  # a temporary directory lives as long as this
-    _opened: dict[str, AnyArray] = field(default_factory=dict, compare=False, repr=False)
+    _opened: dict[str, AnyArray | np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
-    def create(self, name: str, shape: tuple[int, ...]) -> AnyArray:
-        """A new array, one chunk for each tensor."""
+    @contextmanager
+    def create(self, name: str, shape: tuple[int, ...]) -> Iterator[AnyArray | np.ndarray]:
+        """A new array to be filled: in memory and stored as one chunk if it is small, else a chunk for each tensor."""
+        small = 8 * prod(shape) <= SMALL
         axes = ("tensor", *(f"axis{i}" for i in range(1, len(shape))))
-        return create(open_group(str(self.path), "r+"), name, shape, (1, *shape[1:]), "<f8", axes)
+        chunks = shape if small else (1, *shape[1:])
+        stored = create(open_group(str(self.path), "r+"), name, shape, chunks, "<f8", axes)
+        if not small:
+            yield stored
+            return
+        filled = np.zeros(shape)
+        yield filled
+        stored[:] = filled
 
     def read(self, name: str, place: int) -> np.ndarray:
         """One tensor's entry. Raises StoreError where the kept file is damaged."""
@@ -42,7 +54,8 @@ class Kept:
             if name not in self._opened:
                 found = open_group(str(self.path), "r")[name]
                 assert isinstance(found, zarr.Array)
-                self._opened[name] = found
+                whole = found.chunks[0] > 1 or found.shape[0] == 1
+                self._opened[name] = np.asarray(found[:]) if whole else found
             return np.asarray(self._opened[name][place])
 
 

@@ -87,13 +87,13 @@ def _gram_solver(store: Store, executor: graph.Executor, stages: Stages) -> Gram
     steps, count = store.steps, len(store.steps)
 
     def build(kept: Kept) -> None:
-        array = kept.create("gram", (len(places), count, count))
+        with kept.create("gram", (len(places), count, count)) as grams:
 
-        def store_one(tensor: Tensor, gram: np.ndarray) -> None:
-            array[places[tensor.name]] = gram
+            def keep_one(tensor: Tensor, gram: np.ndarray) -> None:
+                grams[places[tensor.name]] = gram
 
-        with stages("fit: Gram matrices", _window_bytes(store, count)) as advance:
-            graph.gram(store, steps, store_one, executor, advance)
+            with stages("fit: Gram matrices", _window_bytes(store, count)) as advance:
+                graph.gram(store, steps, keep_one, executor, advance)
 
     kept = keep(store, _kept_name(store, "gram", (), 0), build)
     return Grams(steps, True, lambda tensor: kept.read("gram", places[tensor.name]), kept.owner is None)
@@ -104,9 +104,12 @@ def _blocks_solver(store: Store, window: tuple[int, ...], rank: int, executor: g
 
     def build(kept: Kept) -> None:
         pairs = _iterate_all(store, window, rank, executor, stages)
-        arrays = kept.create("values", (len(places), rank)), kept.create("vectors", (len(places), len(window), rank))
-        for name, found in pairs.items():
-            arrays[0][places[name]], arrays[1][places[name]] = found.values, found.vectors
+        with (
+            kept.create("values", (len(places), rank)) as values,
+            kept.create("vectors", (len(places), len(window), rank)) as vectors,
+        ):
+            for name, found in pairs.items():
+                values[places[name]], vectors[places[name]] = found.values, found.vectors
 
     def read(tensor: Tensor) -> np.ndarray:
         place = places[tensor.name]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from relexio import backend, graph, plan
+from relexio.cache import SMALL
 from relexio.errors import RequestError
 from relexio.trajectory.schema import chunk_columns
 from relexio.trajectory.store import Store
@@ -31,7 +32,10 @@ class Resources:
         """An executor for the Gram pass over T = ``steps``, or for the matrix-free one. Raises BudgetError."""
         shape = _Shape.of(store)
         need = plan.fit_need(shape.block, shape.itemsize, shape.groups, shape.chunks, steps, whole)
-        return self._executor(need, shared=4 * 8 * steps * steps)  # one Gram matrix at a time, and its copies
+        held = 4 * 8 * steps * steps + 2 * min(SMALL, 8 * steps * steps * len(store.tensors))
+        return self._executor(
+            need, shared=held
+        )  # one Gram matrix and its copies, and all of them where they are kept whole
 
     def for_combine(self, store: Store, steps: int, targets: int) -> graph.Executor:
         """An executor for the pass that writes ``targets`` predictions. Raises BudgetError."""

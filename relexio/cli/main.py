@@ -1,6 +1,7 @@
 """The ``relexio`` command and how its errors end."""
 
 import importlib
+import logging
 import sys
 from typing import Any
 
@@ -49,6 +50,7 @@ def main(arguments: list[str] | None = None) -> Any:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)  # what Zarr had under way is of no interest now
         click.echo("interrupted: nothing half-written has a final name; run the same command again to go on", err=True)
         sys.exit(130)
     except BrokenPipeError:
