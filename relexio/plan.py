@@ -56,7 +56,7 @@ def use_one_heap() -> None:
 
     The C library gives every thread a heap of its own, and each keeps what it once needed: on a trajectory of 30 groups
     that was 100 MB more than with one heap. And it gives freed tiles back to the system, which has to clear every page
-    anew for the next tile: that took a third of the time of a pass (docs/memory.md).
+    anew for the next tile: with large tiles that took a fifth of the time of a pass.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # the GNU C library; others are left alone
