@@ -91,8 +91,8 @@ def choose(root: Path | None, named: dict[int, Path], selection: Selection | Non
 
 def _advice(root: Path | None) -> str:
     """What to do where a directory holds no steps."""
-    if root is not None and _STEP.fullmatch(root.name):
-        return f"it is itself a step; give its parent directory, or --checkpoint {_STEP.fullmatch(root.name)[1]}={root}"  # type: ignore[index]
+    if root is not None and (match := _STEP.fullmatch(root.name)):
+        return f"it is itself a step; give its parent directory, or --checkpoint {match[1]}={root}"
     below = sorted(p.parent for p in root.glob("*/*") if p.is_dir() and _STEP.fullmatch(p.name)) if root else []
     if below:
         return f"did you mean {below[0]}?"

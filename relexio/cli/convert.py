@@ -3,12 +3,16 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from relexio.checkpoints.layout import Selection
 from relexio.cli import options
 from relexio.cli.show import note, stages, table
+
+if TYPE_CHECKING:
+    from relexio.convert import Conversion, Converted
 
 _NAMED = "STEP=PATH"
 
@@ -76,7 +80,7 @@ def convert(
     _show_result(conversion, done, as_json)
 
 
-def _show_plan(conversion, as_json: bool) -> None:  # type: ignore[no-untyped-def]
+def _show_plan(conversion: "Conversion", as_json: bool) -> None:
     from relexio import atomic
     from relexio.plan import show
     from relexio.trajectory.store import describe_steps
@@ -109,7 +113,7 @@ def _show_plan(conversion, as_json: bool) -> None:  # type: ignore[no-untyped-de
     )
 
 
-def _show_result(conversion, done, as_json: bool) -> None:  # type: ignore[no-untyped-def]
+def _show_result(conversion: "Conversion", done: "Converted", as_json: bool) -> None:
     from relexio.inspect import sizes
     from relexio.plan import show
     from relexio.trajectory.store import describe_steps

@@ -1,10 +1,14 @@
 """``relexio demo``."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from relexio.cli.show import stages, table, verdict
+
+if TYPE_CHECKING:
+    from relexio.demo.run import Outcome
 
 
 @click.command()
@@ -40,7 +44,7 @@ def demo(out: Path | None) -> None:
     click.echo(f"\nAll of it is in {directory}; look around, and remove it when you are done.")
 
 
-def _accuracies(found) -> str:  # type: ignore[no-untyped-def]
+def _accuracies(found: "Outcome") -> str:
     if found.accuracy is None:
         return "not measured: that takes torch and transformers (pip install torch transformers)"
     names = ("base", "step 50", "predicted 200", "trained 200")

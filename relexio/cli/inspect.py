@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from relexio.checkpoints.layout import Selection
 from relexio.cli import options
 from relexio.cli.show import printable, stages, table
+
+if TYPE_CHECKING:
+    from relexio.inspect import Inspection
 
 
 @click.command()
@@ -42,7 +46,7 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _show(found) -> None:  # type: ignore[no-untyped-def]
+def _show(found: "Inspection") -> None:
     from relexio.plan import show
     from relexio.trajectory.store import describe_steps
 

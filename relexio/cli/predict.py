@@ -2,12 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from relexio.checkpoints.layout import Selection
 from relexio.cli import options
 from relexio.cli.show import note, stages, table, verdict
+
+if TYPE_CHECKING:
+    from relexio.fitting import Fit
+    from relexio.predict import Prospect, Target
 
 #: Times the last observed step beyond which predictions have been seen to collapse (README.md).
 _FAR = 5
@@ -85,7 +90,7 @@ def predict(
     _show_result(fitted, targets, as_json)
 
 
-def _show_plan(window, targets, prospect, as_json: bool) -> None:  # type: ignore[no-untyped-def]
+def _show_plan(window: tuple[int, ...], targets: "list[Target]", prospect: "Prospect", as_json: bool) -> None:
     from relexio.plan import show
     from relexio.trajectory.store import describe_steps
 
@@ -121,7 +126,7 @@ def _show_plan(window, targets, prospect, as_json: bool) -> None:  # type: ignor
     )
 
 
-def _show_result(fitted, targets, as_json: bool) -> None:  # type: ignore[no-untyped-def]
+def _show_result(fitted: "Fit", targets: "list[Target]", as_json: bool) -> None:
     from relexio.predict import provenance
     from relexio.trajectory.store import describe_steps
 
@@ -142,7 +147,7 @@ def _show_result(fitted, targets, as_json: bool) -> None:  # type: ignore[no-unt
     table(rows)
 
 
-def _warn(fitted, targets) -> None:  # type: ignore[no-untyped-def]
+def _warn(fitted: "Fit", targets: "list[Target]") -> None:
     """Notes on what speaks against believing these predictions."""
     tested, last = fitted.backtest, fitted.steps[-1]
     if tested is not None and (tested.errors.skill or 0.0) <= 0.0:

@@ -1,7 +1,7 @@
 """The order of work of ``convert``: describe what is coming, write the blocks, make them durable, commit."""
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -108,7 +108,7 @@ def _workspace(conversion: Conversion) -> Iterator[Store]:
 
 
 @contextmanager
-def _clean_up(remove) -> Iterator[None]:  # type: ignore[no-untyped-def]
+def _clean_up(remove: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     except RelexioError as error:
