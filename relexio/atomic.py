@@ -122,6 +122,11 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(existing_parent(path)).free
 
 
+def tree_bytes(top: Path) -> int:
+    """Bytes of all files below a directory; 0 if there is none."""
+    return sum(path.stat().st_size for path in top.rglob("*") if path.is_file())
+
+
 def existing_parent(path: Path) -> Path:
     """The path itself if it exists, else the nearest directory above it that does."""
     path = path.absolute()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from relexio.atomic import tree_bytes
 from relexio.extrapolate.methods import Recipe
 from relexio.extrapolate.skill import Errors
 from relexio.fitting import Backtest, TensorFit, changed_shares, fit
@@ -119,9 +120,5 @@ def sizes(store: Store) -> Sizes:
     """How large a store is, and what it stands for."""
     checkpoints = sum(s.size for g in store.groups for c in store.checkpoints(g).values() for s in c.shards)
     root = Path(store.address)
-    steps = sum(_bytes(root / group.path) for group in store.groups)
-    return Sizes(checkpoints, steps, _bytes(root / "base"), _bytes(root / "cache"))
-
-
-def _bytes(top: Path) -> int:
-    return sum(path.stat().st_size for path in top.rglob("*") if path.is_file())
+    steps = sum(tree_bytes(root / group.path) for group in store.groups)
+    return Sizes(checkpoints, steps, tree_bytes(root / "base"), tree_bytes(root / "cache"))

@@ -109,10 +109,8 @@ def prospect(
 
 
 def stored_bytes(store: Store) -> int:
-    """Bytes of base and steps in the store."""
-    return sum(
-        p.stat().st_size for top in ("base", "groups") for p in Path(store.address, top).rglob("*") if p.is_file()
-    )
+    """Bytes of base and committed steps in the store."""
+    return sum(atomic.tree_bytes(Path(store.address, top)) for top in ("base", *(group.path for group in store.groups)))
 
 
 def predict(fit: Fit, targets: list[Target], resources: Resources, stages: Stages) -> None:

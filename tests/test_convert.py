@@ -9,9 +9,11 @@ from conftest import Relexio, in_process, snapshot
 from make import BF16, FP8, Run, base_tensors, load_checkpoint, make_run, move, save_checkpoint
 from steps import CPU, fit_run, predict_run, small_blocks, store_run
 
+from relexio.convert.encode import Job
 from relexio.errors import BusyError, RequestError
 from relexio.predict import restore
 from relexio.progress import silent
+from relexio.trajectory.schema import Block
 from relexio.trajectory.store import open_store
 
 
@@ -113,7 +115,7 @@ def test_an_interrupted_conversion_goes_on_and_ends_the_same(tmp_path: Path, mon
 
     calls: list[bool] = []
 
-    def stumble(job, block):  # type: ignore[no-untyped-def]
+    def stumble(job: Job, block: Block) -> np.ndarray:
         calls.append(job.resumed)
         if len(calls) == 7:
             raise KeyboardInterrupt
@@ -177,7 +179,7 @@ def test_a_checkpoint_that_changes_while_it_is_read_is_refused(tmp_path: Path, m
     run = make_run(tmp_path)
     shard = run.steps_path / "global_step_3" / "model.safetensors"
 
-    def meddle(job, block):  # type: ignore[no-untyped-def]
+    def meddle(job: Job, block: Block) -> np.ndarray:
         os.utime(shard, ns=(1, 1))
         return encode_block(job, block)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make import load_checkpoint, make_run, oracle
+from make import Run, load_checkpoint, make_run, oracle
 from steps import fit_run, predict_run, store_run
 from test_oracle import agree
 
@@ -50,12 +50,12 @@ class StandIn(types.ModuleType):
 
 
 @pytest.fixture
-def run(tmp_path: Path):  # type: ignore[no-untyped-def]
+def run(tmp_path: Path) -> Run:
     return make_run(tmp_path, steps=(1, 3, 4, 9), shapes={"w": (80, 50), "norm": (7,)})
 
 
 @pytest.mark.parametrize("solver", ["gram", "blocks"])
-def test_the_same_result_as_on_the_cpu(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, solver: str) -> None:  # type: ignore[no-untyped-def]
+def test_the_same_result_as_on_the_cpu(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
     cupy = StandIn(largest=600)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     resources = Resources(device="cuda", device_memory=256_000_000)
@@ -65,15 +65,15 @@ def test_the_same_result_as_on_the_cpu(run, tmp_path: Path, monkeypatch: pytest.
     assert 256_000_000 in cupy.limits and cupy.limits[-1] == 0, "the pool is limited, and given back as it was"
 
 
-def test_memory_too_small_for_anything_is_an_error(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_memory_too_small_for_anything_is_an_error(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", StandIn(largest=3))
     with pytest.raises(BudgetError, match="device-memory"):
         fit_run(store_run(run, tmp_path / "run.zarr"), resources=Resources(device="cuda"))
 
 
 def test_cuda_without_cupy_is_refused_and_auto_takes_the_cpu(
-    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # type: ignore[no-untyped-def]
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
     store = store_run(run, tmp_path / "run.zarr")
     with pytest.raises(DeviceError, match="CuPy"):
@@ -84,7 +84,7 @@ def test_cuda_without_cupy_is_refused_and_auto_takes_the_cpu(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("solver", ["gram", "blocks"])
-def test_on_a_real_device(run, tmp_path: Path, solver: str) -> None:  # type: ignore[no-untyped-def]
+def test_on_a_real_device(run: Run, tmp_path: Path, solver: str) -> None:
     pytest.importorskip("cupy", reason="needs CuPy and a GPU")
     resources = Resources(device="cuda", device_memory=256_000_000)
     fitted = fit_run(store_run(run, tmp_path / "run.zarr"), solver=solver, resources=resources)
