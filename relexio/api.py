@@ -20,7 +20,7 @@ from relexio.progress import silent
 from relexio.resources import Resources
 from relexio.trajectory.schema import Block, Tensor
 from relexio.trajectory.store import Store, open_store
-from relexio.trajectory.tiles import observed, tiles
+from relexio.trajectory.tiles import TILE, Rows, observed, tiles
 
 
 def open(path: str | Path) -> "Trajectory":
@@ -183,8 +183,7 @@ class Prediction(_Tensors):
     def _bits(self, tensor: Tensor) -> Callable[[Block], np.ndarray]:
         if tensor.name not in self._weights:
             return partial(_observed_block, self._store, self._fit.steps[-1])
-        width = plan.width(len(self._fit.steps))
-        return partial(_predicted_block, self._store, self._fit.steps, self._weights[tensor.name], width)
+        return partial(_predicted_block, self._store, self._fit.steps, self._weights[tensor.name])
 
     def save(self, directory: str | Path) -> None:
         """Write the checkpoint as a Hugging Face directory. Raises ExistsError if it exists."""
@@ -219,12 +218,12 @@ def _observed_block(store: Store, step: int | None, block: Block) -> np.ndarray:
     return store.base_bits(block) if step is None else observed(store, block, step)
 
 
-def _predicted_block(store: Store, steps: tuple[int, ...], weights: np.ndarray, width: int, block: Block) -> np.ndarray:
-    return graph.combine_block(store, block, steps, weights, width, "cpu")[0]
+def _predicted_block(store: Store, steps: tuple[int, ...], weights: np.ndarray, block: Block) -> np.ndarray:
+    return graph.combine_block(store, block, steps, weights, TILE, "cpu")[0]
 
 
 def _delta_block(store: Store, block: Block) -> np.ndarray:
-    result = np.zeros((len(store.steps), block.size))
-    for tile in tiles(store, block, store.steps, plan.width(len(store.steps))):
-        result[:, tile.elements] = tile.deltas
+    rows, result = Rows.of(store, store.steps), np.zeros((len(store.steps), block.size))
+    for tile in tiles(store, block, store.steps):
+        result[:, tile.elements] = rows.sum_up(tile.increments())
     return result

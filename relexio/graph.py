@@ -23,7 +23,7 @@ from relexio.errors import BudgetError, RequestError
 from relexio.plan import Plan
 from relexio.trajectory.schema import Block, Tensor
 from relexio.trajectory.store import Store
-from relexio.trajectory.tiles import observed, tiles
+from relexio.trajectory.tiles import Rows, observed, tiles
 from relexio.trajectory.zarrs import limit_threads
 
 #: Takes (block, which target, element bits [size]) and puts them where they belong.
@@ -32,6 +32,7 @@ Sink = Callable[[Block, int, np.ndarray], None]
 Progress = Callable[[int], None]
 _FOLD = 8
 _BLOCKS_AT_ONCE = 1024
+_SMALLEST_TILE = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -96,46 +97,50 @@ def task(function: Callable[..., Any], *parts: Any, key: str) -> Delayed:
     return delayed(function, pure=False, traverse=False)(*parts, dask_key_name=key)
 
 
-def _shrinking(work: Callable[[int], Any], width: int) -> Any:
-    """Run ``work(width)``; where the device has no room for a tile so wide, again with half of it."""
+def _shrinking(work: Callable[[int], Any], tile_bytes: int) -> Any:
+    """Run ``work(tile_bytes)``; where the device has no room for a tile so large, again with half of it."""
     while True:
         try:
-            return work(width)
+            return work(tile_bytes)
         except out_of_memory() as error:
-            if width <= 64:
+            if tile_bytes <= _SMALLEST_TILE:
                 raise BudgetError("--device-memory is too small for the smallest tile; give more") from error
-            width //= 2
+            tile_bytes //= 2
 
 
-def gram_block(store: Store, block: Block, steps: tuple[int, ...], width: int, device: str) -> np.ndarray:
+def gram_block(store: Store, block: Block, steps: tuple[int, ...], tile_bytes: int, device: str) -> np.ndarray:
     """M M^T over one block: float64 [T, T]."""
 
-    def work(width: int) -> np.ndarray:
-        total = zeros((len(steps), len(steps)), device)
-        for tile in tiles(store, block, steps, width, device):
-            total += tile.deltas @ tile.deltas.T
-        return to_host(total)
+    def work(size: int) -> np.ndarray:
+        rows = Rows.of(store, steps)
+        total = zeros((rows.count, rows.count), device)
+        for tile in tiles(store, block, steps, size):
+            increments = tile.increments(device)
+            total += increments @ increments.T
+        return rows.sum_up(rows.sum_up(to_host(total)).T)
 
-    return _shrinking(work, width)
+    return _shrinking(work, tile_bytes)
 
 
 def operator_block(
-    store: Store, block: Block, steps: tuple[int, ...], x: np.ndarray, width: int, device: str
+    store: Store, block: Block, steps: tuple[int, ...], x: np.ndarray, tile_bytes: int, device: str
 ) -> np.ndarray:
     """M (M^T x) over one block, x [T, k]: float64 [T, k], without ever holding T x T."""
 
-    def work(width: int) -> np.ndarray:
-        there = to_device(x, device)
-        total = zeros(x.shape, device)
-        for tile in tiles(store, block, steps, width, device):
-            total += tile.deltas @ (tile.deltas.T @ there)
-        return to_host(total)
+    def work(size: int) -> np.ndarray:
+        rows = Rows.of(store, steps)
+        there = to_device(rows.spread(x), device)
+        total = zeros(there.shape, device)
+        for tile in tiles(store, block, steps, size):
+            increments = tile.increments(device)
+            total += increments @ (increments.T @ there)
+        return rows.sum_up(to_host(total))
 
-    return _shrinking(work, width)
+    return _shrinking(work, tile_bytes)
 
 
 def combine_block(
-    store: Store, block: Block, steps: tuple[int, ...], weights: np.ndarray, width: int, device: str
+    store: Store, block: Block, steps: tuple[int, ...], weights: np.ndarray, tile_bytes: int, device: str
 ) -> list[np.ndarray]:
     """theta_0 + M^T w over one block for weights [T, S]: element bits [size] for each of the S targets.
 
@@ -143,22 +148,23 @@ def combine_block(
     """
     base = store.base_bits(block)
 
-    def work(width: int) -> list[np.ndarray]:
+    def work(size: int) -> list[np.ndarray]:
         results = [base.copy() for _ in range(weights.shape[1])]
         if not weights.any():
             return results
-        there = to_device(weights.T.copy(), device)
-        for tile in tiles(store, block, steps, width, device):
+        spread = Rows.of(store, steps).spread(weights)
+        for tile in tiles(store, block, steps, size, dense=device != "cpu", base=base):
+            here = to_device(tile.base, device)
             with np.errstate(over="ignore", invalid="ignore"):  # told below, by name
-                values = there @ tile.deltas
-            values += to_float64(tile.base, block.kind)
+                values = tile.weigh(spread, device)
+            values += to_float64(here, block.kind)
             bits = from_float64(values, block.kind)
-            _check_finite(bits, tile.base, block)
+            _check_finite(bits, here, block)
             for target, result in enumerate(results):
                 result[tile.elements] = to_host(bits[target])
         return results
 
-    return _shrinking(work, width)
+    return _shrinking(work, tile_bytes)
 
 
 def _check_finite(bits: Array, base: Array, block: Block) -> None:
@@ -176,7 +182,7 @@ def _write_block(
     steps: tuple[int, ...],
     weights: np.ndarray | None,
     targets: int,
-    width: int,
+    tile_bytes: int,
     device: str,
     sink: Sink,
 ) -> None:
@@ -184,7 +190,7 @@ def _write_block(
     if weights is None:
         results = [observed(store, block, steps[-1])] * targets
     else:
-        results = combine_block(store, block, steps, weights, width, device)
+        results = combine_block(store, block, steps, weights, tile_bytes, device)
     for target, bits in enumerate(results):
         sink(block, target, bits)
 
@@ -235,7 +241,7 @@ def gram(
     sizes: dict[str, int] = {}
 
     def kernel(block: Block) -> np.ndarray:
-        return gram_block(store, block, steps, executor.plan.width(len(steps)), executor.device)
+        return gram_block(store, block, steps, executor.plan.tile_bytes, executor.device)
 
     tasks = (
         task(
@@ -253,9 +259,7 @@ def operator(
     sizes: dict[str, int] = {}
 
     def kernel(block: Block) -> np.ndarray:
-        return operator_block(
-            store, block, steps, x[block.tensor.name], executor.plan.width(len(steps)), executor.device
-        )
+        return operator_block(store, block, steps, x[block.tensor.name], executor.plan.tile_bytes, executor.device)
 
     tasks = (_sum_over_blocks(store, store.tensor(name), len(steps), kernel, sizes) for name in x)
     return dict(zip(x, executor.run(tasks, sizes, progress), strict=True))
@@ -275,7 +279,7 @@ def combine(
     Tensors without weights (buffers) are handed over as they are at the last of ``steps``.
     """
     sizes: dict[str, int] = {}
-    width = executor.plan.width(len(steps))
+    tile_bytes = executor.plan.tile_bytes
 
     def tasks() -> Iterator[Delayed]:
         for tensor in store.tensors:
@@ -283,7 +287,7 @@ def combine(
             for block in store.blocks(tensor):
                 key = f"combine-{tensor.kind.name}-{block.index}"
                 sizes[key] = block.size * block.kind.itemsize * targets
-                work = partial(_write_block, store, block, steps, w, targets, width, executor.device, sink)
+                work = partial(_write_block, store, block, steps, w, targets, tile_bytes, executor.device, sink)
                 yield task(work, key=key)
 
     executor.run(tasks(), sizes, progress)

@@ -19,6 +19,8 @@ DEFAULT_MEMORY = 2_000_000_000
 OVERHEAD = 64 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of malloc.h
 _TILES = (2 << 20, 1 << 20, 1 << 19)  # small enough for the caches
+#: A tile of F, and where each of its numbers is a move: place, owner, bits, value and the value before.
+_PER_TILE = 8.0
 _UNITS = {
     "": 1,
     "K": 10**3,
@@ -79,15 +81,6 @@ class Plan:
     projected: int
     allowed: int
 
-    def width(self, steps: int) -> int:
-        """Changed elements of a float64 tile over ``steps``."""
-        return width(steps, self.tile_bytes)
-
-
-def width(steps: int, tile_bytes: int = _TILES[0]) -> int:
-    """Changed elements of a float64 tile of about ``tile_bytes`` over ``steps``."""
-    return max(64, tile_bytes // (8 * max(steps, 1)))
-
 
 @dataclass(frozen=True)
 class Need:
@@ -102,24 +95,24 @@ class Need:
 
 
 def convert_need(block: int, itemsize: int, steps: int, chunk: int) -> Need:
-    """A block of ``convert``: base bits and mask; per tile the bits read, gathered, and checked; chunks of ``chunk`` bytes."""
-    return Need(block * (itemsize + 2) + 4 * chunk + steps * 4096, 5.0)
+    """A block of ``convert``: base bits and counts; chunks of ``chunk`` moves; per tile its bits, and 36 bytes a move."""
+    return Need(block * (2 * itemsize + 4) + 2 * chunk * (itemsize + 4) + steps * 4096, 6.0 + 36.0 / itemsize)
 
 
 def fit_need(block: int, itemsize: int, groups: int, chunks: int, steps: int, whole: bool) -> Need:
-    """A block of a fit: bits, masks, places; the decoded chunk of every group (``chunks`` bytes); T x T if ``whole``."""
+    """A block of a fit: bits, counts, places; the decoded chunks of every group (``chunks`` bytes); T x T if ``whole``."""
     square = 4 * 8 * steps * steps if whole else 64 * 8 * steps  # the Krylov space: a few columns a pass
-    return Need(_block_bytes(block, itemsize, groups) + 2 * chunks + square, 4.0)
+    return Need(_block_bytes(block, itemsize, groups) + 2 * chunks + square, _PER_TILE)
 
 
 def combine_need(block: int, itemsize: int, groups: int, chunks: int, steps: int, targets: int) -> Need:
     """A block of the combine pass: as above, and its result for every target."""
     held = 2 * block * itemsize * targets
-    return Need(_block_bytes(block, itemsize, groups) + 2 * chunks + held, 4.0 + 4.0 * targets / max(steps, 1))
+    return Need(_block_bytes(block, itemsize, groups) + 2 * chunks + held, _PER_TILE + 4.0 * targets / max(steps, 1))
 
 
 def _block_bytes(block: int, itemsize: int, groups: int) -> int:
-    return block * (2 * itemsize + groups + 1 + 8)
+    return block * (2 * itemsize + 2 * groups + 2 + 8)
 
 
 def make(need: Need, memory: int, held: int, workers: int | None, shared: int = 0) -> Plan:

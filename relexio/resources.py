@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from relexio import backend, graph, plan
 from relexio.cache import SMALL
 from relexio.errors import RequestError
-from relexio.trajectory.schema import chunk_columns
+from relexio.trajectory.schema import moves_chunk
 from relexio.trajectory.store import Store
 
 
@@ -68,9 +68,6 @@ class _Shape:
     def of(cls, store: Store) -> "_Shape":
         kinds = {tensor.kind for tensor in store.tensors if tensor.size}
         block = min(store.block, max((tensor.size for tensor in store.tensors), default=1))
-        chunks = sum(
-            max((chunk_columns(store.block, len(group.steps), kind) * kind.itemsize for kind in kinds), default=0)
-            * len(group.steps)
-            for group in store.groups
-        )
+        move = 4 + max((kind.itemsize for kind in kinds), default=1)
+        chunks = sum(moves_chunk(store.block, len(group.steps)) * move for group in store.groups)
         return cls(block, max((kind.itemsize for kind in kinds), default=1), len(store.groups), chunks)

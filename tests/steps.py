@@ -18,10 +18,10 @@ from relexio.trajectory.store import Store
 CPU = Resources(device="cpu")
 
 
-def small_blocks(monkeypatch: pytest.MonkeyPatch, block: int, chunk_bytes: int = schema.CHUNK_BYTES) -> None:
-    """Let new stores have blocks of at most ``block`` elements and chunks of ``chunk_bytes``."""
+def small_blocks(monkeypatch: pytest.MonkeyPatch, block: int, chunk: int = schema.MOVES_CHUNK) -> None:
+    """Let new stores have blocks of at most ``block`` elements and chunks of ``chunk`` moves."""
     monkeypatch.setattr("relexio.convert.request.block_elements", lambda largest: block)
-    monkeypatch.setattr(schema, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(schema, "MOVES_CHUNK", chunk)
 
 
 def store_run(run: Run, out: Path, steps: str | None = None, resources: Resources = CPU) -> Store:

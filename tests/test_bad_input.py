@@ -179,7 +179,7 @@ def test_nothing_is_written_any_more_once_the_error_is_told(relexio: Relexio, mo
 #: Parts of the store, each with a command that reads it.
 CHUNKS = [
     *[("base/bf16/bits/c/0", command) for command in (PREDICT, INSPECT, APPEND)],
-    *[(f"groups/0000/{a}/0", c) for a in ("bf16/mask/c", "bf16/xor/c/0", "changed/c/0") for c in (PREDICT, INSPECT)],
+    *[(f"groups/0000/{a}/0", c) for a in ("bf16/count/c", "bf16/xor/c", "changed/c/0") for c in (PREDICT, INSPECT)],
     ("base/bf16/digest/c/0/0", f"{APPEND} --base base"),
     ("groups/0000/files/*/c/0", PREDICT),
 ]
@@ -204,7 +204,10 @@ def test_damaged_zarr_metadata_is_refused(relexio: Relexio, command: str, node: 
 
 
 @pytest.mark.parametrize("command", [PREDICT, INSPECT, APPEND])
-@pytest.mark.parametrize(("record", "says"), [({"format": 2}, "upgrade"), ({"format": "1"}, "no relexio trajectory")])
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [({"format": 3}, "upgrade"), ({"format": 1}, "convert the run again"), ({"format": "1"}, "no relexio trajectory")],
+)
 def test_a_store_of_another_format_is_refused(relexio: Relexio, command: str, record: Any, says: str) -> None:
     edit(Path("store/zarr.json"), lambda z: z["attributes"]["relexio"].update(record))
     refused(relexio, command, "store", says)
@@ -282,7 +285,7 @@ def test_wrong_usage_ends_with_code_2(relexio: Relexio, command: str) -> None:
 
 def test_the_same_holds_in_a_process_of_its_own() -> None:
     refused(in_process, f"{PREDICT} --step 10", code=2)
-    Path("store/groups/0000/bf16/xor/c/0/0").unlink()
+    Path("store/groups/0000/bf16/xor/c/0").unlink()
     refused(in_process, PREDICT, "missing")
     STEPS["NaN"][0](STEP)
     refused(in_process, APPEND, "step 5", NORM)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from steps import fit_run, predict_run, small_blocks, store_run
 
 from relexio import atomic
 from relexio.errors import StorageError
+from relexio.trajectory import store as store_module
 from relexio.trajectory.store import open_store
 
 SHAPES = {f"model.layers.{i}.w": (700, 300) for i in range(6)}
@@ -112,22 +114,26 @@ def test_a_disk_that_fills_up_while_converting(tmp_path: Path, monkeypatch: pyte
     store_run(made, tmp_path / "whole.zarr", "1")
     store_run(made, tmp_path / "whole.zarr")
     store_run(made, tmp_path / "run.zarr", "1")
-    real, calls = local._put, []
+    calls: list[Path] = []
 
-    def put(path, value, *rest, **more):  # type: ignore[no-untyped-def]
-        calls.append(path)
-        if len(calls) == strike:
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return real(path, value, *rest, **more)
+    def striking(real: Callable[..., object]) -> Callable[..., object]:
+        def put(path: Path, *rest: object, **more: object) -> object:
+            calls.append(path)
+            if len(calls) == strike:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            return real(path, *rest, **more)
 
-    monkeypatch.setattr(local, "_put", put)
-    try:
-        store_run(made, tmp_path / "run.zarr")
-    except StorageError as error:
-        assert "free space" in str(error)
-        assert open_store(tmp_path / "run.zarr").steps == (1,)
+        return put
+
+    with monkeypatch.context() as disk:
+        disk.setattr(local, "_put", striking(local._put))
+        disk.setattr(store_module, "write_file", striking(store_module.write_file))
+        try:
+            store_run(made, tmp_path / "run.zarr")
+        except StorageError as error:
+            assert "free space" in str(error)
+            assert open_store(tmp_path / "run.zarr").steps == (1,)
     assert len(calls) >= strike, "the disk did fail"
-    monkeypatch.setattr(local, "_put", real)
     store_run(made, tmp_path / "run.zarr")
     assert snapshot(tmp_path / "run.zarr") == snapshot(tmp_path / "whole.zarr")
 

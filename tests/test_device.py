@@ -40,13 +40,13 @@ class StandIn(types.ModuleType):
             get_limit=lambda: 0, set_limit=lambda size: self.limits.append(size), free_all_blocks=lambda: None
         )
 
-    def asarray(self, array: np.ndarray) -> np.ndarray:
-        if array.ndim == 2 and array.shape[1] > self.largest:
+    def zeros(self, shape: tuple[int, ...]) -> np.ndarray:
+        if shape[1] > self.largest:
             self.refused += 1
             raise OutOfMemoryError
-        return np.asarray(array)
+        return np.zeros(shape)
 
-    zeros = staticmethod(np.zeros)
+    asarray = staticmethod(np.asarray)
 
 
 @pytest.fixture

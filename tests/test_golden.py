@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import xxhash
 import zarr
 from make import BF16, Run, save_file
 from steps import fit_run, predict_run, store_run
@@ -25,24 +26,27 @@ def test_store(tmp_path: Path) -> None:
     store_run(run, tmp_path / "run.zarr")
     root = zarr.open_group(tmp_path / "run.zarr", mode="r")
     assert root.attrs["relexio"] == {
-        "format": 1,
+        "format": 2,
         "block": 1024,
-        "base_content": "c1480a1cd95875c27f2371cbd6b72e7e73a0970a60751dc949ee8fa4e499d4d6",
+        "base_content": "3414b3333ee8860eb87f523f059a4409373f13a5ff3110f1855b62f53e300a26",
         "groups": [{"name": "0000", "steps": [1, 4], "content": root.attrs["relexio"]["groups"][0]["content"]}],
     }
-    block_digest = hashlib.sha256(run.base["w"].tobytes()).digest()
+    block_digest = xxhash.xxh3_128(run.base["w"].tobytes()).digest()
     assert root.attrs["relexio"]["base_content"] == hashlib.sha256(block_digest).hexdigest()
     assert root["base"].attrs["tensors"] == [{"name": "w", "dtype": "BF16", "shape": [10], "first_block": 0}]
     base = root["base/bf16/bits"]
     assert (base.dtype, base.shape, base.chunks) == ("uint16", (1024,), (1024,))
     assert base[:11].tolist() == [*run.base["w"].view(np.uint16).tolist(), 0]
-    mask, xor = root["groups/0000/bf16/mask"], root["groups/0000/bf16/xor"]
-    assert mask.shape == (128,) and mask[:3].tolist() == [0b00000110, 0b00000010, 0]
-    assert (xor.shape, xor.chunks) == ((2, 1024), (2, 1024))
-    assert xor[:, :4].tolist() == [[0x0020, 0, 0, 0], [0x0040, 0x0020, 0xFEA0, 0]]
+    count, step, xor = (root[f"groups/0000/bf16/{name}"] for name in ("count", "step", "xor"))
+    assert (count.dtype, count.shape, count.chunks) == ("uint8", (1024,), (1024,))
+    assert count[:11].tolist() == [0, 2, 1, 0, 0, 0, 0, 0, 0, 1, 0]
+    assert (step.dtype, step.shape, step.chunks) == ("uint8", (2048,), (2048,))
+    assert (xor.dtype, xor.shape, xor.chunks) == ("uint16", (2048,), (2048,))
+    assert step[:5].tolist() == [0, 1, 1, 1, 0]
+    assert xor[:5].tolist() == [0x0020, 0x0040, 0x0020, 0xFEA0, 0]
     assert root["groups/0000/changed"][:].tolist() == [[1, 3]]
     digest = root["groups/0000/bf16/digest"][0, 1].tobytes()
-    assert digest == hashlib.sha256(run.steps[4]["w"].tobytes()).digest()
+    assert digest == xxhash.xxh3_128(run.steps[4]["w"].tobytes()).digest()
     assert [c["name"] for c in json.loads((tmp_path / "run.zarr/groups/0000/bf16/xor/zarr.json").read_text())["codecs"]] == [
         "bytes", "blosc", "crc32c",
     ]  # fmt: skip

@@ -43,7 +43,7 @@ def test_a_million_elements(tmp_path: Path, dtype: np.dtype, solver: str, pinned
     dtype=st.sampled_from(DTYPES),
     steps=st.sets(st.integers(1, 400), min_size=2, max_size=12),
     block=st.sampled_from([64, 512, 4096]),
-    chunk=st.sampled_from([64, 2048, 1 << 22]),
+    chunk=st.sampled_from([16, 512, 1 << 18]),
     workers=st.integers(1, 4),
     solver=st.sampled_from(["gram", "blocks"]),
     rank=st.integers(1, 3),

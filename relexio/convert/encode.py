@@ -1,25 +1,27 @@
-"""One block of ``convert``: read it at every step, XOR with the base, keep what changed, hash, check, write.
+"""One block of ``convert``: read it at every step, XOR with the base, find the moves, hash, check, write.
 
 A task knows its sources and the store's address, writes whole chunks at fixed places, and its digest last; so it can
 run in any order or process, and again. A block whose digest is there is whole.
 """
 
-import hashlib
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
+from xxhash import xxh3_128
 
 from relexio.checkpoints.read import Location, read_exactly
 from relexio.convert.check import Source
-from relexio.delta import changed, gather
-from relexio.dtypes import nonfinite
+from relexio.delta import Moves, changed, count_changed, expand, find_moves
+from relexio.dtypes import Kind, nonfinite
 from relexio.errors import CheckpointError, StoreError
-from relexio.trajectory.schema import Block, Group
+from relexio.trajectory.schema import DIGEST, Block, Group, moves_room
 from relexio.trajectory.store import Store
-from relexio.trajectory.tiles import Changes
-from relexio.trajectory.write import writable
+from relexio.trajectory.tiles import Cursor
+
+#: So many tiles are read at a time: a read of a few hundred kB costs little more than one of a few ten.
+_READ = 4
 
 
 @dataclass(frozen=True)
@@ -52,61 +54,63 @@ def encode_block(job: Job, block: Block) -> np.ndarray:
 class _Encoder:
     def __init__(self, job: Job, block: Block) -> None:
         self.job, self.block = job, block
+        self.path = f"{job.path}/{block.kind.name}"
         self.steps = len(job.sources)
-        self.xor = writable(job.store, f"{job.path}/{block.kind.name}/xor")
-        self.chunk = np.zeros(self.xor.chunks, block.kind.bits)
-        self.filled = self.written = 0
+        self.streams = [_Stream(job, block, name) for name in ("step", "xor")]
+        self.count = np.zeros(job.store.block, job.store.array(f"{self.path}/count").dtype)
         self.changed = np.zeros(self.steps, np.int64)
-        self.hashes = [hashlib.sha256() for _ in range(self.steps)]
+        self.digests = [xxh3_128() for _ in range(self.steps)]
 
     def run(self) -> np.ndarray:
-        job, block, kind = self.job, self.block, self.block.kind
-        base = self._base()
-        mask = np.empty(block.size, bool)
-        tile = max(64, job.tile_bytes // (self.steps * kind.itemsize))
-        buffer = np.empty((self.steps, min(tile, block.size)), kind.bits)
+        job, block = self.job, self.block
+        base, tile = self._base(), tile_width(job, block.kind)
+        wide = min(_READ * tile, block.size)
+        buffer = np.empty((self.steps, wide), block.kind.bits)
         with ExitStack() as stack:
             readers = [Reader(source, block, stack) for source in job.sources]
-            for first in range(0, block.size, tile):
-                last = min(first + tile, block.size)
-                xor = buffer[:, : last - first]
-                for row, reader, hashed in zip(xor, readers, self.hashes, strict=True):
+            for first in range(0, block.size, wide):
+                rows = buffer[:, : block.size - first]
+                for row, reader, digest in zip(rows, readers, self.digests, strict=True):
                     reader.read(first, row)
-                    hashed.update(row)
-                xor ^= base[first:last]
-                mask[first:last] = here = changed(xor)
-                bits = gather(xor, here)
-                self._check(bits, base[first:last][here])
-                self.changed += np.count_nonzero(bits, axis=1)
-                self._append(bits)
-        self._flush()
-        digest = np.frombuffer(b"".join(h.digest() for h in self.hashes), np.uint8).reshape(self.steps, 32)
-        at = block.index * job.store.block // 8
-        packed = np.zeros(job.store.block // 8, np.uint8)
-        bits = np.packbits(mask, bitorder="little")
-        packed[: len(bits)] = bits
-        writable(job.store, f"{job.path}/{kind.name}/mask")[at : at + len(packed)] = packed
-        writable(job.store, f"{job.path}/{kind.name}/digest")[block.index] = digest
+                    digest.update(row.data)
+                for at in range(0, rows.shape[1], tile):
+                    self._take(rows[:, at : at + tile], base[first + at :][:tile], first + at)
+        for stream in self.streams:
+            stream.flush()
+        joined = np.frombuffer(b"".join(d.digest() for d in self.digests), np.uint8).reshape(1, self.steps, DIGEST)
+        job.store.write_chunk(f"{self.path}/count", self.count, block.index)
+        job.store.write_chunk(f"{self.path}/digest", joined, block.index, 0, 0)
         return self.changed
+
+    def _take(self, rows: np.ndarray, base: np.ndarray, first: int) -> None:
+        """Append the moves in element bits [K, n], which begin at element ``first`` of the block; ``rows`` is used up."""
+        rows ^= base
+        elements = changed(rows)
+        moves = find_moves(np.take(rows, elements, axis=1))
+        self._check(moves, base[elements])
+        self.count[first + elements] = moves.count
+        self.changed += count_changed(moves, self.steps)
+        for stream, entries in zip(self.streams, (moves.step, moves.xor), strict=True):
+            stream.append(entries)
 
     def _base(self) -> np.ndarray:
         """The base's bits: from its files into the store for a new store, else from the store."""
         store, block, kind = self.job.store, self.block, self.block.kind
         if self.job.base is None:
             return store.base_bits(block)
-        stored = writable(store, f"base/{kind.name}/bits")
-        chunk = stored.chunks[0]
+        path = f"base/{kind.name}"
+        chunk = store.array(f"{path}/bits").chunks[0]
         whole = np.zeros(-(-block.size // chunk) * chunk, kind.bits)
         bits = whole[: block.size]
         with ExitStack() as stack:
             Reader(self.job.base, block, stack).read(0, bits)
-        at = block.index * store.block
-        digest = np.frombuffer(hashlib.sha256(bits).digest(), np.uint8)
-        stored[at : at + len(whole)] = whole
-        writable(store, f"base/{kind.name}/digest")[block.index] = digest
+        first = block.index * store.block // chunk
+        for i, part in enumerate(whole.reshape(-1, chunk)):
+            store.write_chunk(f"{path}/bits", part, first + i)
+        store.write_chunk(f"{path}/digest", np.frombuffer(digest_of(bits), np.uint8).reshape(1, -1), block.index, 0)
         return bits
 
-    def _check(self, xor: np.ndarray, base: np.ndarray) -> None:
+    def _check(self, moves: Moves, base: np.ndarray) -> None:
         kind = self.block.kind
         if not kind.is_float:
             return
@@ -114,31 +118,49 @@ class _Encoder:
             raise CheckpointError(
                 f"base: tensor {self.block.tensor.name}: NaN or Inf in an element that training changes; give another --base"
             )
-        bad = nonfinite(xor ^ base, kind) & (xor != 0)
+        bad = nonfinite(moves.xor ^ base[moves.owner], kind)
         if bad.any():
-            checkpoint = self.job.sources[int(bad.any(axis=1).argmax())].checkpoint
+            checkpoint = self.job.sources[int(moves.step[bad].min())].checkpoint
             raise CheckpointError(
                 f"{checkpoint.label}: tensor {self.block.tensor.name}: NaN or Inf where the base has numbers; "
                 f"leave this step out with --steps"
             )
 
-    def _append(self, xor: np.ndarray) -> None:
-        while xor.shape[1]:
-            room = self.chunk.shape[1] - self.filled
-            taken, xor = xor[:, :room], xor[:, room:]
-            self.chunk[:, self.filled : self.filled + taken.shape[1]] = taken
-            self.filled += taken.shape[1]
-            if self.filled == self.chunk.shape[1]:
-                self._flush()
 
-    def _flush(self) -> None:
-        if not self.filled:
-            return
-        self.chunk[:, self.filled :] = 0
-        at = self.block.index * self.job.store.block + self.written
-        self.xor[:, at : at + self.chunk.shape[1]] = self.chunk
-        self.written += self.filled
+def tile_width(job: Job, kind: Kind) -> int:
+    """Elements of a block that are read at all steps at once."""
+    return min(1 << 16, max(64, job.tile_bytes // (len(job.sources) * kind.itemsize)))
+
+
+def digest_of(bits: np.ndarray) -> bytes:
+    """The digest of a block's element bits: XXH3, 128 bits."""
+    return xxh3_128(bits.data).digest()
+
+
+class _Stream:
+    """Fills the chunks of one array of moves, from the block's first place on."""
+
+    def __init__(self, job: Job, block: Block, name: str) -> None:
+        self.store, self.path = job.store, f"{job.path}/{block.kind.name}/{name}"
+        array = job.store.array(self.path)
+        self.chunk = np.zeros(array.chunks, array.dtype)
         self.filled = 0
+        self.next = block.index * moves_room(job.store.block, len(job.sources)) // len(self.chunk)
+
+    def append(self, entries: np.ndarray) -> None:
+        while len(entries):
+            taken, entries = np.split(entries, [len(self.chunk) - self.filled])
+            self.chunk[self.filled : self.filled + len(taken)] = taken
+            self.filled += len(taken)
+            if self.filled == len(self.chunk):
+                self.flush()
+
+    def flush(self) -> None:
+        """Write the chunk, the rest of it zero, if there is anything in it."""
+        if self.filled:
+            self.chunk[self.filled :] = 0
+            self.store.write_chunk(self.path, self.chunk, self.next)
+            self.next, self.filled = self.next + 1, 0
 
 
 class Reader:
@@ -171,31 +193,33 @@ def _open(place: Location, stack: ExitStack) -> int:
 
 def _finished(job: Job, block: Block) -> np.ndarray | None:
     """Changed elements [K] of a block that an interrupted run wrote, if it is whole and fits its digests; else None."""
-    kind, store = block.kind, job.store
     try:
-        digest = store.read(f"{job.path}/{kind.name}/digest", block.index)
-        base = store.base_bits(block)
-        if hashlib.sha256(base).digest() != store.read(f"base/{kind.name}/digest", block.index).tobytes():
+        digests = job.store.digests(job.path, block)
+        base = job.store.base_bits(block)
+        if digest_of(base) != job.store.digests("base", block).tobytes():
             return None
-        return _verify(job, block, base, digest)
+        return _verify(job, block, base, digests)
     except StoreError:
         return None
 
 
-def _verify(job: Job, block: Block, base: np.ndarray, digest: np.ndarray) -> np.ndarray | None:
+def _verify(job: Job, block: Block, base: np.ndarray, digests: np.ndarray) -> np.ndarray | None:
     """Changed elements [K] of a stored block, or None if the bits of any step are not those that were hashed."""
-    elements = np.flatnonzero(job.store.mask(job.group, block))
-    counts = np.zeros(len(job.sources), np.int64)
-    tile = max(64, job.tile_bytes // (len(job.sources) * block.kind.itemsize))
-    hashes = [hashlib.sha256() for _ in job.sources]
-    changes = Changes(job.store, job.group, block, len(elements))
+    steps = len(job.sources)
+    count = job.store.move_counts(job.group, block)
+    cursor, hashes, counts = (
+        Cursor(job.store, job.group, block),
+        [xxh3_128() for _ in range(steps)],
+        np.zeros(steps, int),
+    )
+    tile = tile_width(job, block.kind)
     for first in range(0, block.size, tile):
         here = base[first : first + tile]
-        some = elements[np.searchsorted(elements, first) : np.searchsorted(elements, first + tile)] - first
-        found = changes.take(len(some))
-        counts += np.count_nonzero(found, axis=1)
-        for row, hashed in zip(found, hashes, strict=True):
+        elements = np.flatnonzero(count[first : first + tile])
+        moves = cursor.take(count[first : first + tile][elements])
+        counts += count_changed(moves, steps)
+        for row, hashed in zip(expand(moves, steps), hashes, strict=True):
             bits = here.copy()
-            bits[some] ^= row
-            hashed.update(bits)
-    return counts if b"".join(h.digest() for h in hashes) == digest.tobytes() else None
+            bits[elements] ^= row
+            hashed.update(bits.data)
+    return counts if b"".join(h.digest() for h in hashes) == digests.tobytes() else None

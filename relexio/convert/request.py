@@ -1,6 +1,5 @@
 """Before anything is written: find the checkpoints, check that they belong together, and plan the memory."""
 
-import hashlib
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +11,11 @@ from relexio.atomic import PARTIAL
 from relexio.checkpoints.layout import Selection, choose
 from relexio.checkpoints.read import Checkpoint, open_checkpoint
 from relexio.convert.check import Source, Table, fit_to_base, refuse_base_among
-from relexio.convert.encode import Reader
+from relexio.convert.encode import Reader, digest_of
 from relexio.errors import CheckpointError, ExistsError, RequestError
 from relexio.progress import Stages
 from relexio.resources import Resources
-from relexio.trajectory.schema import Block, StoredShard, block_elements, chunk_columns, lay_out
+from relexio.trajectory.schema import Block, StoredShard, block_elements, lay_out, moves_chunk
 from relexio.trajectory.store import Store, describe_steps, open_store
 
 
@@ -115,10 +114,9 @@ def _executor(
     tensors = [tensor for tensor in lay_out(entries, block) if tensor.size]
     kinds = {tensor.kind for tensor in tensors}
     steps = max(len(sources), 1)
-    chunk = max((chunk_columns(block, steps, kind) * kind.itemsize * steps for kind in kinds), default=1)
     itemsize = max((kind.itemsize for kind in kinds), default=1)
     side = max((file.stat().st_size for source in sources for file in source.checkpoint.side.values()), default=0)
-    need = plan.convert_need(block, itemsize, steps, chunk)
+    need = plan.convert_need(block, itemsize, steps, moves_chunk(block, steps))
     resources = replace(resources, held=plan.resident_bytes())  # the headers of all steps are held by now
     return graph.Executor(resources.plan_for(need, shared=3 * side))
 
@@ -134,8 +132,7 @@ def _require_same_base(store: Store, base: Source, resources: Resources, stages:
         bits = np.empty(block.size, block.kind.bits)
         with ExitStack() as stack:
             Reader(base, block, stack).read(0, bits)
-        stored = store.read(f"base/{block.kind.name}/digest", block.index)
-        return np.array([hashlib.sha256(bits).digest() != stored.tobytes()])
+        return np.array([digest_of(bits) != store.digests("base", block).tobytes()])
 
     need = plan.convert_need(store.block, 4, 1, 0)
     executor = graph.Executor(resources.plan_for(need))

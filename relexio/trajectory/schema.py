@@ -4,16 +4,20 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
+
 from relexio.dtypes import BITS, KINDS, Kind, kind_of
 from relexio.errors import StoreError
 
-FORMAT = 1
+FORMAT = 2
 #: Elements of one block, for models whose largest tensor is at least that large.
 BLOCK = 1 << 20
 #: Elements of one chunk of the base: the padding of a tensor's last chunk is never longer.
 BASE_CHUNK = 1 << 17
-#: Raw bytes that one chunk of XOR bits holds at most.
-CHUNK_BYTES = 4 << 20
+#: Bytes of a block's digest.
+DIGEST = 16
+#: Moves that one chunk holds at most: enough for a large read, little enough to be held by every worker.
+MOVES_CHUNK = 1 << 18
 
 Json = dict[str, Any]
 
@@ -89,10 +93,19 @@ def block_elements(largest: int) -> int:
     return min(BLOCK, max(1024, 1 << max(largest - 1, 0).bit_length()))
 
 
-def chunk_columns(block: int, steps: int, kind: Kind) -> int:
-    """Columns (changed elements) of one XOR chunk: a power of two that divides the block, at most CHUNK_BYTES and 128 Ki."""
-    fitting = max(1, CHUNK_BYTES // (max(steps, 1) * kind.itemsize))
-    return min(block, 1 << 17, 1 << (fitting.bit_length() - 1))
+def moves_room(block: int, steps: int) -> int:
+    """Places for the moves of one block in a group's arrays: one for every element and step, K rounded up to 2^k."""
+    return block << (max(steps, 1) - 1).bit_length()
+
+
+def moves_chunk(block: int, steps: int) -> int:
+    """Moves in one chunk: a power of two, so that no chunk holds moves of two blocks."""
+    return min(MOVES_CHUNK, moves_room(block, steps))
+
+
+def count_type(steps: int) -> str:
+    """The smallest unsigned type (of Zarr's) that holds numbers up to K: of moves, and of columns."""
+    return np.min_scalar_type(max(steps, 1)).str
 
 
 @dataclass(frozen=True)
@@ -176,8 +189,10 @@ def check_format(attributes: Json, address: str) -> Json:
     record = attributes.get("relexio")
     if not isinstance(record, dict) or not isinstance(record.get("format"), int):
         raise StoreError(f"{address}: a Zarr group, but no relexio trajectory")
+    if record["format"] < FORMAT:
+        raise StoreError(f"{address}: has store format {record['format']} of an early relexio; convert the run again")
     if record["format"] > FORMAT:
         raise StoreError(
-            f"{address}: has store format {record['format']}, this relexio reads up to {FORMAT}; upgrade relexio"
+            f"{address}: has store format {record['format']}, this relexio reads {FORMAT}; upgrade relexio"
         )
     return record

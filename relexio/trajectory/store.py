@@ -4,15 +4,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import zarr
 
-from relexio.atomic import staging
+from relexio.atomic import staging, write_file
 from relexio.dtypes import KINDS
 from relexio.errors import MissingError, RequestError, StoreError
+from relexio.trajectory.chunks import decode, encode
 from relexio.trajectory.schema import Block, Group, StoredCheckpoint, Tensor, check_format, lay_out
 from relexio.trajectory.zarrs import AnyArray, open_group
 
@@ -88,16 +90,39 @@ class Store:
         with damage(f"{self.address}: {path}"):
             return np.asarray(array[key])
 
+    def chunk(self, path: str, *place: int) -> np.ndarray:
+        """One whole chunk of an array. Raises StoreError, naming it, where it is missing or its checksum is wrong."""
+        array = self.array(path)
+        key = "/".join(map(str, (path, "c", *place)))
+        try:
+            data = Path(self.address, key).read_bytes()
+        except FileNotFoundError as error:
+            raise StoreError(f"{self.address}: chunk {key} is missing; the store is damaged") from error
+        with damage(f"{self.address}: {key}"):
+            return decode(data, array.dtype, prod(array.chunks)).reshape(array.chunks)
+
+    def write_chunk(self, path: str, values: np.ndarray, *place: int) -> None:
+        """Write one whole chunk of an array."""
+        values = values.astype(self.array(path).dtype, copy=False)
+        write_file(Path(self.address, "/".join(map(str, (path, "c", *place)))), encode(values))
+
     def base_bits(self, block: Block) -> np.ndarray:
         """The base's element bits in a block [size]."""
-        at = block.index * self.block
-        return self.read(f"base/{block.kind.name}/bits", slice(at, at + block.size))
+        path = f"base/{block.kind.name}/bits"
+        chunk = self.array(path).chunks[0]
+        first = block.index * self.block // chunk
+        count = -(-block.size // chunk)
+        parts = [self.chunk(path, first + i) for i in range(count)]
+        return (np.concatenate(parts) if count > 1 else parts[0])[: block.size]
 
-    def mask(self, group: Group, block: Block) -> np.ndarray:
-        """Which elements of a block differ from the base at any step of a group: bool [size]."""
-        at = block.index * self.block // 8
-        packed = self.read(f"{group.path}/{block.kind.name}/mask", slice(at, at + (block.size + 7) // 8))
-        return np.unpackbits(packed, count=block.size, bitorder="little").view(bool)
+    def move_counts(self, group: Group, block: Block) -> np.ndarray:
+        """How often each element of a block moves in a group, 0 for those that never differ from the base: [size]."""
+        return self.chunk(f"{group.path}/{block.kind.name}/count", block.index)[: block.size]
+
+    def digests(self, path: str, block: Block) -> np.ndarray:
+        """The digests of a block in the base [16] or in a group [K, 16], by its Zarr path."""
+        place = (block.index, 0) if path == "base" else (block.index, 0, 0)
+        return self.chunk(f"{path}/{block.kind.name}/digest", *place)[0]
 
     def changed(self, group: Group) -> np.ndarray:
         """How many elements of each tensor differ from the base at each step of a group: int64 [tensors, K]."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from relexio.dtypes import KINDS
-from relexio.trajectory.schema import FORMAT, Group, chunk_columns, lay_out
+from relexio.trajectory.schema import DIGEST, FORMAT, Group, lay_out
 from relexio.trajectory.store import Store, damage, kinds_of
 from relexio.trajectory.zarrs import AnyArray, create, create_base, create_steps, open_group
 
@@ -45,7 +45,7 @@ def create_steps_group(store: Store, group: Group) -> None:
     """The empty arrays of a new group; nothing refers to it yet."""
     made, count = open_group(store.address, "r+").create_group(group.path), len(group.steps)
     for name, blocks in kinds_of(store.tensors, store.block).items():
-        create_steps(made, KINDS[name], blocks, store.block, count, chunk_columns(store.block, count, KINDS[name]))
+        create_steps(made, KINDS[name], blocks, store.block, count)
     table = (len(store.tensors), count)
     create(made, "changed", table, table, "<i8", ("tensor", "step"))
 
@@ -91,12 +91,11 @@ def write_changed(store: Store, group: Group, counts: dict[str, np.ndarray]) -> 
 def content_hashes(store: Store, path: str, steps: int) -> list[str]:
     """SHA-256 over the digests of all blocks, kind by kind, for the base (``steps`` = 0: one hash) or each step."""
     hashes = [hashlib.sha256() for _ in range(max(steps, 1))]
-    for kind, blocks in kinds_of(store.tensors, store.block).items():
-        for first in range(0, blocks, 256):
-            found = store.read(f"{path}/{kind}/digest", slice(first, first + 256))
-            found = found.reshape(len(found), len(hashes), 32)
-            for column, hashed in enumerate(hashes):
-                hashed.update(found[:, column].tobytes())
+    for kind in KINDS:
+        for tensor in (tensor for tensor in store.tensors if tensor.kind.name == kind):
+            for block in store.blocks(tensor):
+                for hashed, digest in zip(hashes, store.digests(path, block).reshape(-1, DIGEST), strict=True):
+                    hashed.update(digest)
     return [hashed.hexdigest() for hashed in hashes]
 
 

@@ -11,7 +11,8 @@ from zarr.storage import LocalStore, WrapperStore
 
 from relexio.dtypes import Kind
 from relexio.errors import StoreError
-from relexio.trajectory.schema import BASE_CHUNK
+from relexio.trajectory.chunks import BLOCKSIZE, CNAME, LEVEL
+from relexio.trajectory.schema import BASE_CHUNK, DIGEST, count_type, moves_chunk, moves_room
 
 #: A Zarr array of any metadata version.
 AnyArray = zarr.Array[Any]
@@ -55,7 +56,11 @@ def create(
         dimension_names=names,
         compressors=[
             BloscCodec(
-                cname="zstd", clevel=1, shuffle="shuffle" if item > 1 else "noshuffle", typesize=item, blocksize=1 << 20
+                cname=CNAME,
+                clevel=LEVEL,
+                shuffle="shuffle" if item > 1 else "noshuffle",
+                typesize=item,
+                blocksize=BLOCKSIZE,
             ),
             Crc32cCodec(),
         ],
@@ -64,15 +69,17 @@ def create(
 
 
 def create_base(base: zarr.Group, kind: Kind, blocks: int, block: int) -> None:
-    """The arrays of the base for one kind: ``bits`` [blocks * block] and ``digest`` [blocks, 32]."""
+    """The arrays of the base for one kind: ``bits`` [blocks * block] and ``digest`` [blocks, 16]."""
     group = base.create_group(kind.name)
     create(group, "bits", (blocks * block,), (min(block, BASE_CHUNK),), kind.bits, ("element",))
-    create(group, "digest", (blocks, 32), (1, 32), "|u1", ("block", "byte"))
+    create(group, "digest", (blocks, DIGEST), (1, DIGEST), "|u1", ("block", "byte"))
 
 
-def create_steps(steps: zarr.Group, kind: Kind, blocks: int, block: int, count: int, columns: int) -> None:
+def create_steps(steps: zarr.Group, kind: Kind, blocks: int, block: int, count: int) -> None:
     """The arrays of a group of ``count`` steps for one kind (docs/store.md)."""
-    group = steps.create_group(kind.name)
-    create(group, "mask", (blocks * block // 8,), (block // 8,), "|u1", ("element_byte",))
-    create(group, "xor", (count, blocks * block), (count, columns), kind.bits, ("step", "changed_element"))
-    create(group, "digest", (blocks, count, 32), (1, count, 32), "|u1", ("block", "step", "byte"))
+    group, number = steps.create_group(kind.name), count_type(count)
+    room, chunk = blocks * moves_room(block, count), moves_chunk(block, count)
+    create(group, "count", (blocks * block,), (block,), number, ("element",))
+    create(group, "step", (room,), (chunk,), number, ("move",))
+    create(group, "xor", (room,), (chunk,), kind.bits, ("move",))
+    create(group, "digest", (blocks, count, DIGEST), (1, count, DIGEST), "|u1", ("block", "step", "byte"))

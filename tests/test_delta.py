@@ -1,0 +1,62 @@
+"""Moves are the XOR bits they came from, and increments add up to the deltas."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relexio.delta import changed, count_changed, expand, find_moves, increments
+from relexio.dtypes import KINDS, to_float64
+from relexio.trajectory.chunks import decode, encode
+
+
+def some_bits(steps: int, width: int, share: float, kind: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Base bits [n] of finite numbers, and XOR bits [K, n] in which elements keep their bits most of the time."""
+    rng = np.random.default_rng(seed)
+    base = rng.integers(0, 0x3F80, width, KINDS[kind].bits)
+    xor, now = np.zeros((steps, width), base.dtype), np.zeros(width, base.dtype)
+    for row in xor:
+        moving = rng.random(width) < share
+        now[moving] = rng.integers(0, 4, np.count_nonzero(moving))  # also back to the base's bits
+        row[:] = now
+    return base, xor
+
+
+CASES = {
+    "steps": st.integers(1, 300),
+    "width": st.integers(0, 40),
+    "share": st.sampled_from([0.0, 0.03, 0.5, 1.0]),
+    "kind": st.sampled_from(["bf16", "f16", "f32"]),
+    "seed": st.integers(0, 9),
+}
+
+
+@given(**CASES)
+def test_moves_are_lossless_and_increments_add_up(steps: int, width: int, share: float, kind: str, seed: int) -> None:
+    base, xor = some_bits(steps, width, share, kind, seed)
+    elements = changed(xor)
+    np.testing.assert_array_equal(elements, np.flatnonzero(xor.any(axis=0)))
+    base, xor = base[elements], np.take(xor, elements, axis=1)
+    moves = find_moves(xor)
+    assert (moves.count > 0).all() and moves.count.sum() == len(moves.step) == len(moves.xor)
+    assert len(moves.step) == np.count_nonzero(np.diff(xor, axis=0, prepend=np.zeros_like(xor[:1])))
+    np.testing.assert_array_equal(expand(moves, steps), xor)
+    np.testing.assert_array_equal(count_changed(moves, steps), np.count_nonzero(xor, axis=1))
+    found = np.zeros(xor.shape)
+    found[moves.step, moves.owner] = increments(moves.xor, base, moves.owner, moves.first, KINDS[kind])
+    want = to_float64(xor ^ base, KINDS[kind]) - to_float64(base, KINDS[kind])
+    np.testing.assert_allclose(np.cumsum(found, axis=0), want, rtol=0, atol=1e-15 * np.abs(want).max(initial=1.0))
+
+
+@given(st.sampled_from(["u1", "<u2", "<u4"]), st.integers(1, 5000), st.data())
+def test_a_chunk_that_any_bit_of_was_flipped_is_refused(dtype: str, count: int, data: st.DataObject) -> None:
+    values = np.random.default_rng(0).integers(0, 5, count).astype(dtype)
+    stored = bytearray(encode(values))
+    np.testing.assert_array_equal(decode(bytes(stored), values.dtype, count), values)
+    bit = data.draw(st.integers(0, 8 * len(stored) - 1))
+    stored[bit // 8] ^= 1 << bit % 8
+    try:
+        decode(bytes(stored), values.dtype, count)
+    except ValueError as error:
+        assert "checksum" in str(error)
+    else:
+        raise AssertionError("a flipped bit went unseen")
