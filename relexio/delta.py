@@ -1,7 +1,7 @@
 """Moves: when an element of a tensor took which bits, and the float64 increments that a fit works on.
 
 Pure kernels over NumPy or CuPy arrays. K = steps of a group, n = elements of a tile, E = their moves.
-An element moves at a step if its bits are other than at the step before; the first step is compared with the base. RLVR
+An element moves at a step if its bits are other than at the step before, at the first step other than the base's. RLVR
 in bf16 moves an element a few times in a hundred steps: what costs time here grows with E, hardly with K n.
 """
 
@@ -40,46 +40,66 @@ def changed(xor: np.ndarray) -> np.ndarray:
 
 
 def find_moves(xor: np.ndarray) -> Moves:
-    """The moves in XOR bits [K, n] of n <= 65,536 elements, all of which differ from the base at some step."""
+    """The moves in XOR bits [K, n] of n <= 65,536 elements, all of which differ from the base at some step.
+
+    Where most elements move at most steps, each gets one at every step, if need be with the bits that it has: what
+    is full can be worked on as an array [n, K].
+    """
     moved = np.empty(xor.shape, bool)
     np.not_equal(xor[:1], 0, out=moved[:1])
     np.not_equal(xor[1:], xor[:-1], out=moved[1:])
+    steps, width = xor.shape
+    if 2 * np.count_nonzero(moved) > moved.size:
+        return Moves(np.full(width, steps), np.tile(np.arange(steps, dtype=np.uint32), width), xor.T.ravel())
     at = np.flatnonzero(moved)  # step by step, and within a step element by element
     bits = xor.ravel()[at]
-    step = (at // max(xor.shape[1], 1)).astype(np.uint32)
-    at -= step * np.intp(xor.shape[1])
+    step = (at // max(width, 1)).astype(np.uint32)
+    at -= step * np.intp(width)
     owner = at.astype(np.uint16)  # NumPy sorts 16 bits by radix
     order = np.argsort(owner, kind="stable")
-    return Moves(np.bincount(owner, minlength=xor.shape[1]), step[order], bits[order])
+    return Moves(np.bincount(owner, minlength=width), step[order], bits[order])
 
 
 def expand(moves: Moves, steps: int) -> np.ndarray:
     """The XOR bits [K, n] that moves came from: every element keeps its bits until its next move."""
     found = np.zeros((steps, len(moves.count)), moves.xor.dtype)
-    found[moves.step, moves.owner] = moves.xor ^ _before(moves.xor, moves.first, 0)
+    before = np.roll(moves.xor, 1)
+    before[moves.first] = 0
+    found[moves.step, moves.owner] = moves.xor ^ before
     return np.bitwise_xor.accumulate(found, axis=0, out=found)
 
 
 def count_changed(moves: Moves, steps: int) -> np.ndarray:
     """How many elements differ from the base at each step: int64 [K]."""
-    now = (moves.xor != 0).astype(np.int64)
-    change = now - _before(now, moves.first, 0)
-    return np.cumsum(np.bincount(moves.step, change, steps).astype(np.int64))
+    now = moves.xor != 0
+    before = np.roll(now, 1)
+    before[moves.first] = False
+    come = np.bincount(moves.step[now & ~before], minlength=steps)
+    return np.cumsum(come - np.bincount(moves.step[before & ~now], minlength=steps))
 
 
-def increments(xor: Array, base: Array, owner: Array, first: Array, kind: Kind) -> Array:
-    """What each move adds to its element: XOR bits [E] and base bits [n] to float64 [E].
+def increments(bits: Array, base: Array, first: Array, kind: Kind) -> Array:
+    """What each move adds to its element: bits from it on [E] and base bits [n] to float64 [E].
 
     The difference is taken in float64, where those of bf16 and fp16 are exact and those of fp32 nearly always.
     """
-    values = to_float64(xor ^ base[owner], kind)
-    values -= _before(values, first, to_float64(base, kind))
-    return values
+    values = to_float64(bits, kind)
+    added = values.copy()
+    added[1:] -= values[:-1]
+    added[first] = values[first] - to_float64(base, kind)
+    return added
 
 
-def _before(values: Array, first: Array, start: Array | int) -> Array:
-    """What each move replaces [E]: the value that its element's last move brought, or ``start`` [n] for its first."""
-    before = values.copy()
-    before[1:] = values[:-1]
-    before[first] = start
-    return before
+def gram_of_pairs(values: np.ndarray, owner: np.ndarray, row: np.ndarray, rows: int) -> np.ndarray:
+    """F^T F [R, R] from increments [E], their elements (ascending) and rows: every pair of moves of an element, once."""
+    total = np.zeros(rows * rows)
+    left = np.arange(len(values))
+    lag = 0
+    while len(left):
+        right = left + lag
+        total += np.bincount(row[left] * rows + row[right], values[left] * values[right], rows * rows)
+        lag += 1
+        left = left[: np.searchsorted(left, len(values) - lag)]
+        left = left[owner[left] == owner[left + lag]]
+    upper = total.reshape(rows, rows)
+    return upper + upper.T - np.diag(np.diag(upper))

@@ -115,8 +115,7 @@ def gram_block(store: Store, block: Block, steps: tuple[int, ...], tile_bytes: i
         rows = Rows.of(store, steps)
         total = zeros((rows.count, rows.count), device)
         for tile in tiles(store, block, steps, size):
-            increments = tile.increments(device)
-            total += increments @ increments.T
+            total += tile.gram(size, device)
         return rows.sum_up(rows.sum_up(to_host(total)).T)
 
     return _shrinking(work, tile_bytes)
@@ -132,8 +131,9 @@ def operator_block(
         there = to_device(rows.spread(x), device)
         total = zeros(there.shape, device)
         for tile in tiles(store, block, steps, size):
-            increments = tile.increments(device)
-            total += increments @ (increments.T @ there)
+            for piece in tile.pieces(size):
+                increments = piece.increments(device)
+                total += increments.T @ (increments @ there)
         return rows.sum_up(to_host(total))
 
     return _shrinking(work, tile_bytes)
@@ -153,15 +153,16 @@ def combine_block(
         if not weights.any():
             return results
         spread = Rows.of(store, steps).spread(weights)
-        for tile in tiles(store, block, steps, size, dense=device != "cpu", base=base):
-            here = to_device(tile.base, device)
-            with np.errstate(over="ignore", invalid="ignore"):  # told below, by name
-                values = tile.weigh(spread, device)
-            values += to_float64(here, block.kind)
-            bits = from_float64(values, block.kind)
-            _check_finite(bits, here, block)
-            for target, result in enumerate(results):
-                result[tile.elements] = to_host(bits[target])
+        for tile in tiles(store, block, steps, size, base):
+            for piece in (tile,) if device == "cpu" else tile.pieces(size):
+                here = to_device(piece.base, device)[:, None]
+                with np.errstate(over="ignore", invalid="ignore"):  # told below, by name
+                    values = piece.weigh(spread, device)
+                values += to_float64(here, block.kind)
+                bits = from_float64(values, block.kind)
+                _check_finite(bits, here, block)
+                for target, result in enumerate(results):
+                    result[piece.elements] = to_host(bits[:, target])
         return results
 
     return _shrinking(work, tile_bytes)

@@ -99,20 +99,20 @@ def convert_need(block: int, itemsize: int, steps: int, chunk: int) -> Need:
     return Need(block * (2 * itemsize + 4) + 2 * chunk * (itemsize + 4) + steps * 4096, 6.0 + 36.0 / itemsize)
 
 
-def fit_need(block: int, itemsize: int, groups: int, chunks: int, steps: int, whole: bool) -> Need:
-    """A block of a fit: bits, counts, places; the decoded chunks of every group (``chunks`` bytes); T x T if ``whole``."""
+def fit_need(block: int, itemsize: int, counts: int, chunks: int, steps: int, whole: bool) -> Need:
+    """A block of a fit: bits, places, ``counts`` bytes an element; decoded ``chunks`` bytes; T x T if ``whole``."""
     square = 4 * 8 * steps * steps if whole else 64 * 8 * steps  # the Krylov space: a few columns a pass
-    return Need(_block_bytes(block, itemsize, groups) + 2 * chunks + square, _PER_TILE)
+    return Need(_block_bytes(block, itemsize, counts) + chunks + square, _PER_TILE)
 
 
-def combine_need(block: int, itemsize: int, groups: int, chunks: int, steps: int, targets: int) -> Need:
+def combine_need(block: int, itemsize: int, counts: int, chunks: int, steps: int, targets: int) -> Need:
     """A block of the combine pass: as above, and its result for every target."""
     held = 2 * block * itemsize * targets
-    return Need(_block_bytes(block, itemsize, groups) + 2 * chunks + held, _PER_TILE + 4.0 * targets / max(steps, 1))
+    return Need(_block_bytes(block, itemsize, counts) + chunks + held, _PER_TILE + 4.0 * targets / max(steps, 1))
 
 
-def _block_bytes(block: int, itemsize: int, groups: int) -> int:
-    return block * (2 * itemsize + 2 * groups + 2 + 8)
+def _block_bytes(block: int, itemsize: int, counts: int) -> int:
+    return block * (2 * itemsize + counts + 2 + 8 + 8)
 
 
 def make(need: Need, memory: int, held: int, workers: int | None, shared: int = 0) -> Plan:

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from relexio import backend, graph, plan
 from relexio.cache import SMALL
 from relexio.errors import RequestError
-from relexio.trajectory.schema import moves_chunk
+from relexio.trajectory.schema import count_type, moves_chunk
 from relexio.trajectory.store import Store
 
 
@@ -31,7 +33,7 @@ class Resources:
     def for_gram(self, store: Store, steps: int, whole: bool = True) -> graph.Executor:
         """An executor for the Gram pass over T = ``steps``, or for the matrix-free one. Raises BudgetError."""
         shape = _Shape.of(store)
-        need = plan.fit_need(shape.block, shape.itemsize, shape.groups, shape.chunks, steps, whole)
+        need = plan.fit_need(shape.block, shape.itemsize, shape.counts, shape.chunks, steps, whole)
         held = 4 * 8 * steps * steps + 2 * min(SMALL, 8 * steps * steps * len(store.tensors))
         return self._executor(
             need, shared=held
@@ -40,7 +42,7 @@ class Resources:
     def for_combine(self, store: Store, steps: int, targets: int) -> graph.Executor:
         """An executor for the pass that writes ``targets`` predictions. Raises BudgetError."""
         shape = _Shape.of(store)
-        need = plan.combine_need(shape.block, shape.itemsize, shape.groups, shape.chunks, steps, targets)
+        need = plan.combine_need(shape.block, shape.itemsize, shape.counts, shape.chunks, steps, targets)
         return self._executor(need, shared=8 * steps * targets * len(store.tensors))
 
     def plan_for(self, need: plan.Need, shared: int = 0) -> plan.Plan:
@@ -57,17 +59,21 @@ class Resources:
 
 @dataclass(frozen=True)
 class _Shape:
-    """The largest block of a store, in elements and bytes an element; groups, and bytes of one chunk of each."""
+    """The largest block of a store, in elements and bytes an element; over all groups, bytes of the counts of one
+    element, and of one decoded chunk of moves (and of the largest twice more, while it is decoded)."""
 
     block: int
     itemsize: int
-    groups: int
+    counts: int
     chunks: int
 
     @classmethod
     def of(cls, store: Store) -> "_Shape":
-        kinds = {tensor.kind for tensor in store.tensors if tensor.size}
+        itemsize = max((tensor.kind.itemsize for tensor in store.tensors if tensor.size), default=1)
         block = min(store.block, max((tensor.size for tensor in store.tensors), default=1))
-        move = 4 + max((kind.itemsize for kind in kinds), default=1)
-        chunks = sum(moves_chunk(store.block, len(group.steps)) * move for group in store.groups)
-        return cls(block, max((kind.itemsize for kind in kinds), default=1), len(store.groups), chunks)
+        numbers = [np.dtype(count_type(len(group.steps))).itemsize for group in store.groups]
+        chunks = [
+            moves_chunk(store.block, len(group.steps)) * (number + itemsize)
+            for group, number in zip(store.groups, numbers, strict=True)
+        ]
+        return cls(block, itemsize, sum(numbers), sum(chunks) + 2 * max(chunks))

@@ -41,7 +41,7 @@ class StandIn(types.ModuleType):
         )
 
     def zeros(self, shape: tuple[int, ...]) -> np.ndarray:
-        if shape[1] > self.largest:
+        if shape[0] > self.largest:
             self.refused += 1
             raise OutOfMemoryError
         return np.zeros(shape)

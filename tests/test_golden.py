@@ -22,14 +22,15 @@ def tiny(root: Path) -> Run:
 
 
 def test_store(tmp_path: Path) -> None:
-    run = tiny(tmp_path)
+    one = tiny(tmp_path / "two")
+    run = Run(tmp_path, one.base, {**one.steps, 6: one.steps[4]})
     store_run(run, tmp_path / "run.zarr")
     root = zarr.open_group(tmp_path / "run.zarr", mode="r")
     assert root.attrs["relexio"] == {
         "format": 2,
         "block": 1024,
         "base_content": "3414b3333ee8860eb87f523f059a4409373f13a5ff3110f1855b62f53e300a26",
-        "groups": [{"name": "0000", "steps": [1, 4], "content": root.attrs["relexio"]["groups"][0]["content"]}],
+        "groups": [{"name": "0000", "steps": [1, 4, 6], "content": root.attrs["relexio"]["groups"][0]["content"]}],
     }
     block_digest = xxhash.xxh3_128(run.base["w"].tobytes()).digest()
     assert root.attrs["relexio"]["base_content"] == hashlib.sha256(block_digest).hexdigest()
@@ -40,11 +41,11 @@ def test_store(tmp_path: Path) -> None:
     count, step, xor = (root[f"groups/0000/bf16/{name}"] for name in ("count", "step", "xor"))
     assert (count.dtype, count.shape, count.chunks) == ("uint8", (1024,), (1024,))
     assert count[:11].tolist() == [0, 2, 1, 0, 0, 0, 0, 0, 0, 1, 0]
-    assert (step.dtype, step.shape, step.chunks) == ("uint8", (2048,), (2048,))
-    assert (xor.dtype, xor.shape, xor.chunks) == ("uint16", (2048,), (2048,))
+    assert (step.dtype, step.shape, step.chunks) == ("uint8", (4096,), (4096,))
+    assert (xor.dtype, xor.shape, xor.chunks) == ("uint16", (4096,), (4096,))
     assert step[:5].tolist() == [0, 1, 1, 1, 0]
     assert xor[:5].tolist() == [0x0020, 0x0040, 0x0020, 0xFEA0, 0]
-    assert root["groups/0000/changed"][:].tolist() == [[1, 3]]
+    assert root["groups/0000/changed"][:].tolist() == [[1, 3, 3]]
     digest = root["groups/0000/bf16/digest"][0, 1].tobytes()
     assert digest == xxhash.xxh3_128(run.steps[4]["w"].tobytes()).digest()
     assert [c["name"] for c in json.loads((tmp_path / "run.zarr/groups/0000/bf16/xor/zarr.json").read_text())["codecs"]] == [
