@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 import zarr
 
-from relexio.atomic import staging
 from relexio.dtypes import KINDS
 from relexio.errors import MissingError, RequestError, StoreError
+from relexio.places import METADATA, Place, attributes, place
 from relexio.trajectory.schema import Block, Group, StoredCheckpoint, Tensor, check_format, lay_out
 from relexio.trajectory.zarrs import AnyArray, open_group
 
@@ -151,25 +151,34 @@ def open_store(path: str | Path) -> Store:
 
     Raises MissingError if nothing is there, StoreError if it is no finished trajectory or of a newer format.
     """
-    address = str(path)
-    if not Path(address).exists():
-        if staging(Path(address)).exists():
+    where = place(path)
+    address = where.address
+    if not where.exists():
+        if where.staged.exists():
             raise MissingError(
                 f"{address}: its convert was interrupted; run the same relexio convert again to finish it"
             )
         raise MissingError(f"{address}: no such trajectory; make one with relexio convert")
-    if not (Path(address) / "zarr.json").is_file():
+    if where.get(METADATA) is None:
         raise StoreError(f"{address}: not a relexio trajectory (it has no zarr.json)")
-    store = _open(address)
-    if not store.groups:
+    store = None if begun(where) else _open(address)
+    if store is None or not store.groups:
         raise StoreError(f"{address}: an unfinished conversion; run the same relexio convert again to finish it")
     return store
 
 
-def unfinished_store(path: Path) -> Store | None:
-    """The store that an interrupted ``convert`` left in its staging directory; None if there is none to go on with."""
+def begun(where: Place) -> bool:
+    """Whether a conversion has begun right in a place, as it does where nothing can be renamed, and committed nothing."""
+    if where.staged != where:
+        return False
+    marker = attributes(where).get("relexio")
+    return isinstance(marker, dict) and marker.get("groups") == []
+
+
+def unfinished_store(where: Place) -> Store | None:
+    """The store that an interrupted ``convert`` left where it was staged; None if there is none to go on with."""
     try:
-        store = _open(str(path)) if (path / "zarr.json").is_file() else None
+        store = _open(where.address) if where.get(METADATA) is not None else None
     except StoreError:
         return None
     return store if store is not None and not store.groups else None
