@@ -15,6 +15,7 @@ from relexio.dtypes import NUMPY, to_native
 from relexio.errors import RequestError
 from relexio.extrapolate.methods import Recipe
 from relexio.fitting import Backtest, Fit, TensorFit, choose_window, fit
+from relexio.places import local
 from relexio.predict import Target, predict, restore
 from relexio.progress import silent
 from relexio.resources import Resources
@@ -24,7 +25,7 @@ from relexio.trajectory.tiles import TILE, Rows, observed, tiles
 
 
 def open(path: str | Path) -> "Trajectory":
-    """Open a trajectory store. Raises MissingError or StoreError."""
+    """Open a trajectory store: a directory, or a URL for fsspec. Raises MissingError, StoreError or StorageError."""
     return Trajectory(open_store(path))
 
 
@@ -169,7 +170,7 @@ class Checkpoint(_Tensors):
 
     def save(self, directory: str | Path, memory: int | str = plan.DEFAULT_MEMORY) -> None:
         """Write it as it was: same shards, bytes and side files. Raises ExistsError if the directory exists."""
-        restore(self._store, self.step, Path(directory), Resources(_bytes(memory)), silent)
+        restore(self._store, self.step, local(directory), Resources(_bytes(memory)), silent)
 
 
 class Prediction(_Tensors):
@@ -187,7 +188,7 @@ class Prediction(_Tensors):
 
     def save(self, directory: str | Path) -> None:
         """Write the checkpoint as a Hugging Face directory. Raises ExistsError if it exists."""
-        predict(self._fit, [Target(self.step, Path(directory))], self._resources, silent)
+        predict(self._fit, [Target(self.step, local(directory))], self._resources, silent)
 
 
 def _bytes(size: int | str) -> int:
@@ -224,6 +225,6 @@ def _predicted_block(store: Store, steps: tuple[int, ...], weights: np.ndarray, 
 
 def _delta_block(store: Store, block: Block) -> np.ndarray:
     rows, result = Rows.of(store, store.steps), np.zeros((len(store.steps), block.size))
-    for tile in tiles(store, block, store.steps):
-        result[:, tile.elements] = rows.sum_up(tile.increments())
+    for tile in (p for t in tiles(store, block, store.steps) for p in t.pieces(TILE)):
+        result[:, tile.elements] = rows.sum_up(tile.increments().T)
     return result

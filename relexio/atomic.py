@@ -5,7 +5,6 @@ import errno
 import fcntl
 import os
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,19 +32,6 @@ def publish(staged: Path, final: Path) -> None:
             raise ExistsError(f"{final} has appeared meanwhile; what was made stands in {staged}") from error
         raise
     sync(final.parent)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a whole file under another name, then give it its own: nobody ever reads half of it."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
-    try:
-        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    with os.fdopen(fd, "wb") as file:
-        file.write(data)
-    beside.replace(path)
 
 
 def sync(path: Path) -> None:

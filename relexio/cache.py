@@ -1,7 +1,7 @@
 """Results kept beside the data, in ``cache/`` of the store, so that they are computed once.
 
-What is there is whole (it got its name last) and is about the committed groups that its name counts. A store that
-cannot be written keeps them in a temporary directory for the length of the run.
+What is there is whole (it got its name or its mark last) and is about the committed groups that its name counts. A
+store that cannot be written keeps them in a temporary directory for the length of the run.
 """
 
 import errno
@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from relexio import atomic
+from relexio.atomic import PARTIAL
 from relexio.errors import BusyError
+from relexio.places import Place, place
 from relexio.trajectory.store import Store, damage
 from relexio.trajectory.zarrs import AnyArray, create, open_group
 
@@ -30,7 +31,7 @@ _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQ
 class Kept:
     """A small Zarr group of float64 arrays, one entry along the first axis for each tensor."""
 
-    path: Path
+    address: str
     owner: object = None  # a temporary directory lives as long as this
     _opened: dict[str, AnyArray | np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
@@ -40,7 +41,7 @@ class Kept:
         small = 8 * prod(shape) <= SMALL
         axes = ("tensor", *(f"axis{i}" for i in range(1, len(shape))))
         chunks = shape if small else (1, *shape[1:])
-        stored = create(open_group(str(self.path), "r+"), name, shape, chunks, "<f8", axes)
+        stored = self._new(name, shape, chunks, axes)
         if not small:
             yield stored
             return
@@ -48,11 +49,21 @@ class Kept:
         yield filled
         stored[:] = filled
 
+    def _new(self, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], axes: tuple[str, ...]) -> AnyArray:
+        """The array to be filled: one that another build of the same has begun in this place, else a new one."""
+        group = open_group(self.address, "r+")
+        found = group.get(name)
+        if isinstance(found, zarr.Array) and (found.shape, found.chunks) == (shape, chunks):
+            return found.with_config({"write_empty_chunks": True})
+        if found is not None:
+            del group[name]
+        return create(group, name, shape, chunks, "<f8", axes)
+
     def read(self, name: str, place: int) -> np.ndarray:
         """One tensor's entry. Raises StoreError where the kept file is damaged."""
-        with damage(f"{self.path}: {name}", "remove this directory, and it is made again"):
+        with damage(f"{self.address}: {name}", "remove this directory, and it is made again"):
             if name not in self._opened:
-                found = open_group(str(self.path), "r")[name]
+                found = open_group(self.address, "r")[name]
                 assert isinstance(found, zarr.Array)
                 whole = found.chunks[0] > 1 or found.shape[0] == 1
                 self._opened[name] = np.asarray(found[:]) if whole else found
@@ -61,48 +72,41 @@ class Kept:
 
 def has(store: Store, name: str) -> bool:
     """Whether something is kept under a name."""
-    return Path(store.address, "cache", name).is_dir()
+    return place(store.address).below(f"cache/{name}").whole()
 
 
 def keep(store: Store, name: str, build: Callable[[Kept], None]) -> Kept:
     """What is kept under a name, built if it is not there yet."""
-    final = Path(store.address, "cache", name)
-    if final.is_dir():
-        return Kept(final)
+    kept = place(store.address).below("cache")
+    final = kept.below(name)
+    if final.whole():
+        return Kept(final.address)
     try:
-        final.parent.mkdir(exist_ok=True)
-        _clear_away(final)
+        _clear_away(kept, name)
         _build(final, build)
     except OSError as error:
         if error.errno not in _NOT_WRITABLE:
             raise
         owner = tempfile.TemporaryDirectory(prefix="relexio-")
-        final = Path(owner.name, name)
-        with atomic.storage_errors(final):
+        final = place(Path(owner.name, name))
+        with final.storage_errors():
             _build(final, build)
-        return Kept(final, owner)
-    return Kept(final)
+        return Kept(final.address, owner)
+    return Kept(final.address)
 
 
-def _build(final: Path, build: Callable[[Kept], None]) -> None:
-    building = Path(tempfile.mkdtemp(prefix=f"{final.name}-", suffix=atomic.PARTIAL, dir=final.parent))
-    try:
-        with atomic.locked(building):
-            open_group(str(building), "w-")
-            build(Kept(building))
-            atomic.sync_tree(building)
-            if not final.is_dir():
-                building.rename(final)
-    finally:
-        atomic.remove_tree(building)
+def _build(final: Place, build: Callable[[Kept], None]) -> None:
+    with final.building() as building:
+        open_group(building.address, "a")
+        build(Kept(building.address))
 
 
-def _clear_away(final: Path) -> None:
+def _clear_away(kept: Place, name: str) -> None:
     """Remove what nobody will ask for again: results on fewer groups, and what a killed process left unfinished."""
-    solver, groups = final.name.split("-")[:2]
-    for other in final.parent.iterdir():
-        if other.name.endswith(atomic.PARTIAL):
-            with suppress(BusyError), atomic.locked(other):
-                atomic.remove_tree(other)
-        elif other.name.startswith(solver) and other.name.split("-")[1] < groups:
-            atomic.remove_tree(other)
+    solver, groups = name.split("-")[:2]
+    for other in kept.names():
+        if other.endswith(PARTIAL):
+            with suppress(BusyError), kept.below(other).locked():
+                kept.below(other).remove()
+        elif other.startswith(solver) and other.split("-")[1] < groups:
+            kept.below(other).remove()

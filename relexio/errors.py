@@ -34,7 +34,7 @@ class DeviceError(RelexioError, ValueError):
 
 
 class StorageError(RelexioError, OSError):
-    """The disk said no: full, read-only, not permitted, or gone."""
+    """The disk or the object storage said no: full, read-only, not permitted, or gone."""
 
 
 class BusyError(RelexioError, BlockingIOError):

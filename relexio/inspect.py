@@ -2,15 +2,14 @@
 
 import statistics
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from relexio.atomic import tree_bytes
 from relexio.extrapolate.methods import Recipe
 from relexio.extrapolate.skill import Errors
 from relexio.fitting import Backtest, TensorFit, changed_shares, fit
+from relexio.places import place
 from relexio.progress import Stages
 from relexio.resources import Resources
 from relexio.trajectory.store import Store
@@ -119,6 +118,6 @@ def inspect(store: Store, window: tuple[int, ...], rank: int, resources: Resourc
 def sizes(store: Store) -> Sizes:
     """How large a store is, and what it stands for."""
     checkpoints = sum(s.size for g in store.groups for c in store.checkpoints(g).values() for s in c.shards)
-    root = Path(store.address)
-    steps = sum(tree_bytes(root / group.path) for group in store.groups)
-    return Sizes(checkpoints, steps, tree_bytes(root / "base"), tree_bytes(root / "cache"))
+    where = place(store.address)
+    steps = sum(where.below(group.path).nbytes() for group in store.groups)
+    return Sizes(checkpoints, steps, where.below("base").nbytes(), where.below("cache").nbytes())

@@ -17,6 +17,7 @@ from relexio.checkpoints.write import CARD, Output, OutputShard, begin, model_ca
 from relexio.errors import BudgetError, ExistsError, RequestError, StorageError, StoreError
 from relexio.extrapolate.methods import Recipe
 from relexio.fitting import Fit, check_carried, choose_solver, is_kept
+from relexio.places import place
 from relexio.progress import Stages
 from relexio.resources import Resources
 from relexio.trajectory.schema import Block, StoredCheckpoint
@@ -110,7 +111,8 @@ def prospect(
 
 def stored_bytes(store: Store) -> int:
     """Bytes of base and committed steps in the store."""
-    return sum(atomic.tree_bytes(Path(store.address, top)) for top in ("base", *(group.path for group in store.groups)))
+    where = place(store.address)
+    return sum(where.below(top).nbytes() for top in ("base", *(group.path for group in store.groups)))
 
 
 def predict(fit: Fit, targets: list[Target], resources: Resources, stages: Stages) -> None:

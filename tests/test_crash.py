@@ -17,7 +17,7 @@ from steps import fit_run, predict_run, small_blocks, store_run
 
 from relexio import atomic
 from relexio.errors import StorageError
-from relexio.trajectory import store as store_module
+from relexio.places import Directory
 from relexio.trajectory.store import open_store
 
 SHAPES = {f"model.layers.{i}.w": (700, 300) for i in range(6)}
@@ -127,7 +127,7 @@ def test_a_disk_that_fills_up_while_converting(tmp_path: Path, monkeypatch: pyte
 
     with monkeypatch.context() as disk:
         disk.setattr(local, "_put", striking(local._put))
-        disk.setattr(store_module, "write_file", striking(store_module.write_file))
+        disk.setattr(Directory, "put", striking(Directory.put))
         try:
             store_run(made, tmp_path / "run.zarr")
         except StorageError as error:

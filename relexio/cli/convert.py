@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -17,22 +16,28 @@ if TYPE_CHECKING:
 _NAMED = "STEP=PATH"
 
 
-def _named(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[int, Path]:
-    found: dict[int, Path] = {}
+def _named(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[int, str]:
+    found: dict[int, str] = {}
     for value in values:
         step, sign, path = value.partition("=")
         if not sign or not step.isascii() or not step.isdigit() or len(step) > 15 or not path:
             raise click.BadParameter(f"{value!r} is not {_NAMED}, as in 40=runs/a/step40")
         if int(step) in found:
             raise click.BadParameter(f"step {int(step)} is given twice")
-        found[int(step)] = Path(path)
+        found[int(step)] = path
     return found
 
 
 @click.command()
-@click.argument("checkpoints", required=False, type=click.Path(path_type=Path))
-@click.option("--base", type=click.Path(path_type=Path), help="The model before RL. Needed for a new trajectory.")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The trajectory to make or add to.")
+@click.argument("checkpoints", required=False, type=click.Path())
+@click.option("--base", type=click.Path(), help="The model before RL. Needed for a new trajectory.")
+@click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(),
+    help="The trajectory to make or add to: a path, or a URL as s3://bucket/run.zarr.",
+)
 @click.option(
     "--steps", type=options.Steps(), help="Steps to take, e.g. 1:75, 80:, 10:300:10 or 1,2,5.  [default: all]"
 )
@@ -44,11 +49,11 @@ def _named(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
 @options.dry_run
 @options.as_json
 def convert(
-    checkpoints: Path | None,
-    base: Path | None,
-    out: Path,
+    checkpoints: str | None,
+    base: str | None,
+    out: str,
     steps: Selection | None,
-    named: dict[int, Path],
+    named: dict[int, str],
     memory: int,
     workers: int | None,
     dry_run: bool,
@@ -63,9 +68,11 @@ def convert(
     if checkpoints is None and not named:
         raise click.UsageError("Give CHECKPOINTS, or --checkpoint STEP=PATH.")
     from relexio import convert as verb
+    from relexio.places import local
     from relexio.resources import Resources
 
-    request = verb.Request(out, base, checkpoints, named, steps)
+    root, model = (local(path) if path is not None else None for path in (checkpoints, base))
+    request = verb.Request(out, model, root, {step: local(path) for step, path in named.items()}, steps)
     conversion = verb.prepare(request, Resources(memory, workers), stages)
     for text in conversion.notes:
         note(text)
@@ -81,14 +88,13 @@ def convert(
 
 
 def _show_plan(conversion: "Conversion", as_json: bool) -> None:
-    from relexio import atomic
     from relexio.plan import show
     from relexio.trajectory.store import describe_steps
 
-    plan, free = conversion.executor.plan, atomic.free_bytes(conversion.out)
+    plan, free = conversion.executor.plan, conversion.out.free_bytes()
     if as_json:
         facts = {
-            "out": str(conversion.out),
+            "out": conversion.out.address,
             "steps": list(conversion.steps),
             "present": list(conversion.present),
             "bytes_read": conversion.bytes_read,
@@ -100,6 +106,7 @@ def _show_plan(conversion: "Conversion", as_json: bool) -> None:
         }
         click.echo(json.dumps(facts))
         return
+    room = "" if free is None else f", {show(free)} free"
     table(
         [
             (
@@ -107,7 +114,7 @@ def _show_plan(conversion: "Conversion", as_json: bool) -> None:
                 describe_steps(conversion.steps) if conversion.steps else "nothing: every step is stored already",
             ),
             ("to read", show(conversion.bytes_read)),
-            ("disk", f"{show(conversion.bytes_written_at_most)} at the very most, {show(free)} free"),
+            ("disk", f"{show(conversion.bytes_written_at_most)} at the very most{room}"),
             ("memory", f"{show(plan.projected)} projected, {show(plan.allowed)} allowed, {plan.workers} workers"),
         ]
     )
@@ -121,7 +128,7 @@ def _show_result(conversion: "Conversion", done: "Converted", as_json: bool) -> 
     found = sizes(done.store)
     if as_json:
         facts = {
-            "out": str(conversion.out),
+            "out": conversion.out.address,
             "added": list(conversion.steps),
             "steps": list(done.store.steps),
             "resumed": done.resumed,
@@ -131,7 +138,7 @@ def _show_result(conversion: "Conversion", done: "Converted", as_json: bool) -> 
         return
     table(
         [
-            ("trajectory", str(conversion.out)),
+            ("trajectory", conversion.out.address),
             (
                 "added",
                 describe_steps(conversion.steps) if conversion.steps else "nothing: every step is stored already",

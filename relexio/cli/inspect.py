@@ -1,7 +1,6 @@
 """``relexio inspect``."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -15,14 +14,14 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("trajectory", type=click.Path(path_type=Path))
+@click.argument("trajectory", type=click.Path())
 @options.window
 @options.rank
 @options.memory
 @options.workers
 @options.as_json
 def inspect(
-    trajectory: Path, window: Selection | None, rank: int, memory: int, workers: int | None, as_json: bool
+    trajectory: str, window: Selection | None, rank: int, memory: int, workers: int | None, as_json: bool
 ) -> None:
     """Show what a trajectory holds, and how each tensor moved.
 

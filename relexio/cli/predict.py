@@ -1,7 +1,6 @@
 """``relexio predict``."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -19,7 +18,7 @@ _FAR = 5
 
 
 @click.command()
-@click.argument("trajectory", type=click.Path(path_type=Path))
+@click.argument("trajectory", type=click.Path())
 @click.option(
     "--step", "steps", type=click.IntRange(min=0), multiple=True, required=True, help="Step to predict. Repeatable."
 )
@@ -47,7 +46,7 @@ _FAR = 5
 @options.dry_run
 @options.as_json
 def predict(
-    trajectory: Path,
+    trajectory: str,
     steps: tuple[int, ...],
     out: str,
     window: Selection | None,
@@ -72,12 +71,13 @@ def predict(
     from relexio import predict as verb
     from relexio.extrapolate.methods import Recipe
     from relexio.fitting import choose_window, fit
+    from relexio.places import local
     from relexio.resources import Resources
     from relexio.trajectory.store import open_store
 
     store = open_store(trajectory)
     chosen, recipe = choose_window(store, window), Recipe(method, rank, strength)
-    targets = [verb.Target(step, Path(out.replace("{step}", str(step)))) for step in steps]
+    targets = [verb.Target(step, local(out.replace("{step}", str(step)))) for step in steps]
     resources = Resources(memory, workers, device, device_memory)
     prospect = verb.prospect(store, chosen, recipe, solver, targets, resources)
     if dry_run:

@@ -13,17 +13,18 @@ from relexio.checkpoints.read import Checkpoint, open_checkpoint
 from relexio.convert.check import Source, Table, fit_to_base, refuse_base_among
 from relexio.convert.encode import Reader, digest_of
 from relexio.errors import CheckpointError, ExistsError, RequestError
+from relexio.places import METADATA, Place, place
 from relexio.progress import Stages
 from relexio.resources import Resources
 from relexio.trajectory.schema import Block, StoredShard, block_elements, lay_out, moves_chunk
-from relexio.trajectory.store import Store, describe_steps, open_store
+from relexio.trajectory.store import Store, begun, describe_steps, open_store
 
 
 @dataclass(frozen=True)
 class Request:
     """What the user asked of ``convert``: a directory of steps and steps by name, the base, and the store to write."""
 
-    out: Path
+    out: str | Path
     base: Path | None = None
     root: Path | None = None
     named: dict[int, Path] | None = None
@@ -34,7 +35,7 @@ class Request:
 class Conversion:
     """What a ``convert`` will do: into ``out``, from ``base`` (None: the store's own), the steps that are new."""
 
-    out: Path
+    out: Place
     store: Store | None
     base: Source | None
     sources: tuple[Source, ...]
@@ -69,14 +70,13 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
 
     Raises a RelexioError that names file, tensor and step for whatever cannot be converted as it is.
     """
-    out = request.out
-    if out.exists() and not (out / "zarr.json").is_file():
+    where = place(request.out)
+    out, there = where.address, where.exists()
+    if there and where.get(METADATA) is None:
         raise ExistsError(f"{out}: exists and is not a trajectory; give another -o")
-    if out.name.endswith(PARTIAL):
-        raise RequestError(
-            f"{out}: the name of unfinished work; give -o {out.with_name(out.name.removesuffix(PARTIAL))}"
-        )
-    store = open_store(out) if out.exists() else None
+    if out.endswith(PARTIAL):
+        raise RequestError(f"{out}: the name of unfinished work; give -o {out.removesuffix(PARTIAL)}")
+    store = open_store(out) if there and not begun(where) else None
     found, others = choose(request.root, request.named or {}, request.selection)
     if store is None and request.base is None:
         raise RequestError(f"{out} does not exist yet: a new trajectory needs --base, the model before RL")
@@ -97,7 +97,7 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
     if present:
         notes.append(f"already stored, not read again: {describe_steps(present)}")
     return Conversion(
-        out, store, base_source, sources, block, _executor(entries, block, sources, resources), present, tuple(notes)
+        where, store, base_source, sources, block, _executor(entries, block, sources, resources), present, tuple(notes)
     )
 
 

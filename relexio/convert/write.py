@@ -5,18 +5,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from relexio import atomic, graph
+from relexio import graph
 from relexio.checkpoints.read import Checkpoint, assert_unchanged
 from relexio.convert.encode import Job, encode_block
 from relexio.convert.request import Conversion
 from relexio.dtypes import is_buffer
-from relexio.errors import CheckpointError, RelexioError, StorageError, StoreError
+from relexio.errors import CheckpointError, ExistsError, RelexioError, StorageError, StoreError
+from relexio.places import METADATA, Place, place
 from relexio.progress import Stages
 from relexio.trajectory.schema import Group, StoredCheckpoint, StoredShard
-from relexio.trajectory.store import Store, open_store, unfinished_store
+from relexio.trajectory.store import Store, begun, open_store, unfinished_store
 from relexio.trajectory.write import (
     Files,
     attribute,
@@ -46,7 +46,7 @@ def convert(conversion: Conversion, stages: Stages) -> Converted:
     """
     if not conversion.sources:
         if conversion.store is None:
-            raise CheckpointError(f"{conversion.out}: no step to convert")
+            raise CheckpointError(f"{conversion.out.address}: no step to convert")
         return Converted(conversion.store, False, ())
     begun = _begun(conversion)
     if begun:  # an interrupted run was about some of these steps: finish that, then add the rest
@@ -59,19 +59,19 @@ def convert(conversion: Conversion, stages: Stages) -> Converted:
 
 def _begun(conversion: Conversion) -> set[int]:
     """The steps that an interrupted run was about, if they are some but not all of those wanted now."""
-    where = conversion.out if conversion.store else atomic.staging(conversion.out)
+    where = conversion.out if conversion.store else conversion.out.staged
     store = conversion.store or unfinished_store(where)
     name = f"groups/{len(store.groups) if store else 0:04d}"
-    if store is None or not Path(where, name, "zarr.json").is_file():
+    if store is None or where.below(name).get(METADATA) is None:
         return set()
-    sources = _recorded(replace(store, address=str(where)), name) or {"steps": []}
+    sources = _recorded(replace(store, address=where.address), name) or {"steps": []}
     steps = {record["step"] for record in sources["steps"]}
     return steps if steps < set(conversion.steps) else set()
 
 
 def _convert(conversion: Conversion, stages: Stages) -> Converted:
     """Write and commit the steps of a conversion as one group."""
-    with atomic.storage_errors(conversion.out), _workspace(conversion) as store:
+    with conversion.out.storage_errors(), _workspace(conversion) as store:
         group = Group(f"{len(store.groups):04d}", conversion.steps, ())
         resumed = _begin(conversion, store, group)
         base = conversion.base if conversion.store is None else None
@@ -84,27 +84,29 @@ def _convert(conversion: Conversion, stages: Stages) -> Converted:
             assert_unchanged(source.checkpoint)
         write_changed(store, group, counts)
         done, notes = _commit(conversion, store, group)
-    address = str(conversion.out)
-    return Converted(replace(done, address=address, _opened={}), resumed, notes)
+    return Converted(replace(done, address=conversion.out.address, _opened={}), resumed, notes)
 
 
 @contextmanager
 def _workspace(conversion: Conversion) -> Iterator[Store]:
-    """The store to write to, locked: the existing one, or a new one in a staging directory that is renamed at the end."""
+    """The store to write to, locked: the existing one, or a new one where it is staged, published at the end."""
+    out = conversion.out
     if conversion.store is not None:
-        with atomic.locked(conversion.out):
-            store = open_store(conversion.out)  # another writer may have committed since
+        with out.locked():
+            store = open_store(out.address)  # another writer may have committed since
             if store.groups != conversion.store.groups:
-                raise CheckpointError(f"{conversion.out}: another process has added steps meanwhile; run again")
+                raise CheckpointError(f"{out.address}: another process has added steps meanwhile; run again")
             with _clean_up(lambda: _drop_group(store)):
                 yield store
         return
-    staged = atomic.staging(conversion.out)
-    staged.mkdir(parents=True, exist_ok=True)
-    with atomic.locked(staged):
-        with _clean_up(lambda: atomic.remove_tree(staged)):
+    staged = out.staged
+    staged.make()
+    with staged.locked():
+        if staged == out and out.exists() and not begun(out):
+            raise ExistsError(f"{out.address} has appeared meanwhile; run again to add to it")
+        with _clean_up(staged.remove):
             yield _staged_store(conversion, staged)
-        atomic.publish(staged, conversion.out)
+        staged.publish(out)
 
 
 @contextmanager
@@ -119,11 +121,11 @@ def _clean_up(remove: Callable[[], None]) -> Iterator[None]:
 
 def _drop_group(store: Store) -> None:
     """Remove the group that was not committed."""
-    atomic.remove_tree(Path(store.address, "groups", f"{len(store.groups):04d}"))
+    place(store.address).below(f"groups/{len(store.groups):04d}").remove()
 
 
-def _staged_store(conversion: Conversion, staged: Path) -> Store:
-    """The store in the staging directory: as an interrupted run left it if that was this same conversion, else new."""
+def _staged_store(conversion: Conversion, staged: Place) -> Store:
+    """The store that is being built: as an interrupted run left it if that was this same conversion, else new."""
     entries = (
         [(e.name, e.dtype, e.shape) for e in conversion.base.checkpoint.entries.values()] if conversion.base else []
     )
@@ -134,8 +136,8 @@ def _staged_store(conversion: Conversion, staged: Path) -> Store:
         and [(t.name, t.dtype, t.shape) for t in found.tensors] == entries
     ):
         return found
-    atomic.empty_tree(staged)
-    return create_store(str(staged), conversion.block, entries)
+    staged.empty()
+    return create_store(staged.address, conversion.block, entries)
 
 
 def _begin(conversion: Conversion, store: Store, group: Group) -> bool:
@@ -146,10 +148,11 @@ def _begin(conversion: Conversion, store: Store, group: Group) -> bool:
     records = [_record(source.checkpoint, files) for source in conversion.sources]
     base_record = _record(conversion.base.checkpoint, files) if base is None and conversion.base else base
     value = {"base": base_record.to_json() if base_record else None, "steps": [r.to_json() for r in records]}
-    if Path(store.address, group.path).exists():
+    begun_group = place(store.address).below(group.path)
+    if begun_group.exists():
         if _recorded(store, group.path) == value:
             return True
-        atomic.remove_tree(Path(store.address, group.path))
+        begun_group.remove()
     create_steps_group(store, group)
     files.write()
     set_attribute(store, group.path, "sources", value)
@@ -186,15 +189,11 @@ def _commit(conversion: Conversion, store: Store, group: Group) -> tuple[Store, 
     if base in content:
         step = group.steps[content.index(base)]
         raise CheckpointError(f"step {step}: is the base itself (bit for bit); leave it out with --steps")
+    where = place(store.address)
     for written in ("base", group.path):
-        for leftover in Path(store.address, written).rglob(
-            "*.partial"
-        ):  # of a killed run: Zarr writes beside, then renames
-            leftover.unlink()
-        atomic.sync_tree(Path(store.address, written))
+        where.below(written).settle()
     done = commit(store, replace(group, content=tuple(content)), base)
-    atomic.sync(Path(store.address, "zarr.json"))
-    atomic.sync(Path(store.address))
+    where.settle_marker()
     return done, tuple(_notes(done))
 
 

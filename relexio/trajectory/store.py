@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import numpy as np
 import zarr
 
-from relexio.atomic import staging, write_file
 from relexio.dtypes import KINDS
 from relexio.errors import MissingError, RequestError, StoreError
+from relexio.places import METADATA, Place, attributes, place
 from relexio.trajectory.chunks import decode, encode
 from relexio.trajectory.schema import Block, Group, StoredCheckpoint, Tensor, check_format, lay_out
 from relexio.trajectory.zarrs import AnyArray, open_group
@@ -90,21 +90,20 @@ class Store:
         with damage(f"{self.address}: {path}"):
             return np.asarray(array[key])
 
-    def chunk(self, path: str, *place: int) -> np.ndarray:
+    def chunk(self, path: str, *where: int) -> np.ndarray:
         """One whole chunk of an array. Raises StoreError, naming it, where it is missing or its checksum is wrong."""
         array = self.array(path)
-        key = "/".join(map(str, (path, "c", *place)))
-        try:
-            data = Path(self.address, key).read_bytes()
-        except FileNotFoundError as error:
-            raise StoreError(f"{self.address}: chunk {key} is missing; the store is damaged") from error
+        key = "/".join(map(str, (path, "c", *where)))
+        data = place(self.address).get(key)
+        if data is None:
+            raise StoreError(f"{self.address}: chunk {key} is missing; the store is damaged")
         with damage(f"{self.address}: {key}"):
             return decode(data, array.dtype, prod(array.chunks)).reshape(array.chunks)
 
-    def write_chunk(self, path: str, values: np.ndarray, *place: int) -> None:
+    def write_chunk(self, path: str, values: np.ndarray, *where: int) -> None:
         """Write one whole chunk of an array."""
         values = values.astype(self.array(path).dtype, copy=False)
-        write_file(Path(self.address, "/".join(map(str, (path, "c", *place)))), encode(values))
+        place(self.address).put("/".join(map(str, (path, "c", *where))), encode(values))
 
     def base_bits(self, block: Block) -> np.ndarray:
         """The base's element bits in a block [size]."""
@@ -121,8 +120,8 @@ class Store:
 
     def digests(self, path: str, block: Block) -> np.ndarray:
         """The digests of a block in the base [16] or in a group [K, 16], by its Zarr path."""
-        place = (block.index, 0) if path == "base" else (block.index, 0, 0)
-        return self.chunk(f"{path}/{block.kind.name}/digest", *place)[0]
+        where = (block.index, 0) if path == "base" else (block.index, 0, 0)
+        return self.chunk(f"{path}/{block.kind.name}/digest", *where)[0]
 
     def changed(self, group: Group) -> np.ndarray:
         """How many elements of each tensor differ from the base at each step of a group: int64 [tensors, K]."""
@@ -176,25 +175,34 @@ def open_store(path: str | Path) -> Store:
 
     Raises MissingError if nothing is there, StoreError if it is no finished trajectory or of a newer format.
     """
-    address = str(path)
-    if not Path(address).exists():
-        if staging(Path(address)).exists():
+    where = place(path)
+    address = where.address
+    if not where.exists():
+        if where.staged.exists():
             raise MissingError(
                 f"{address}: its convert was interrupted; run the same relexio convert again to finish it"
             )
         raise MissingError(f"{address}: no such trajectory; make one with relexio convert")
-    if not (Path(address) / "zarr.json").is_file():
+    if where.get(METADATA) is None:
         raise StoreError(f"{address}: not a relexio trajectory (it has no zarr.json)")
-    store = _open(address)
-    if not store.groups:
+    store = None if begun(where) else _open(address)
+    if store is None or not store.groups:
         raise StoreError(f"{address}: an unfinished conversion; run the same relexio convert again to finish it")
     return store
 
 
-def unfinished_store(path: Path) -> Store | None:
-    """The store that an interrupted ``convert`` left in its staging directory; None if there is none to go on with."""
+def begun(where: Place) -> bool:
+    """Whether a conversion has begun right in a place, as it does where nothing can be renamed, and committed nothing."""
+    if where.staged != where:
+        return False
+    marker = attributes(where).get("relexio")
+    return isinstance(marker, dict) and marker.get("groups") == []
+
+
+def unfinished_store(where: Place) -> Store | None:
+    """The store that an interrupted ``convert`` left where it was staged; None if there is none to go on with."""
     try:
-        store = _open(str(path)) if (path / "zarr.json").is_file() else None
+        store = _open(where.address) if where.get(METADATA) is not None else None
     except StoreError:
         return None
     return store if store is not None and not store.groups else None

@@ -20,25 +20,24 @@ def create_store(address: str, block: int, entries: list[tuple[str, str, tuple[i
     ``entries`` are (name, dtype, shape) of the base's tensors in file order; ``block`` elements make a block.
     """
     tensors = lay_out(entries, block)
-    root = open_group(address, "w-")
+    store = Store(address, block, tensors, (), "")
+    root = open_group(address, "w-", _marker(store, ()))  # whatever is written after that is a conversion that began
+    root.create_group("groups")
     base = root.create_group("base")
     for kind, blocks in kinds_of(tensors, block).items():
         create_base(base, KINDS[kind], blocks, block)
     base.attrs["tensors"] = [{**asdict(t), "shape": list(t.shape)} for t in tensors]
-    root.create_group("groups")
-    store = Store(address, block, tensors, (), "")
-    _write_marker(store, ())
     return store
 
 
-def _write_marker(store: Store, groups: tuple[Group, ...]) -> None:
-    record: Any = {
+def _marker(store: Store, groups: tuple[Group, ...]) -> dict[str, Any]:
+    record = {
         "format": FORMAT,
         "block": store.block,
         "base_content": store.base_content,
         "groups": [asdict(group) for group in groups],
     }
-    open_group(store.address, "r+").attrs["relexio"] = record
+    return {"relexio": record}
 
 
 def create_steps_group(store: Store, group: Group) -> None:
@@ -119,5 +118,5 @@ def writable(store: Store, path: str) -> AnyArray:
 def commit(store: Store, group: Group, base_content: str) -> Store:
     """Write the commit marker with one more group; from here on its steps exist."""
     done = Store(store.address, store.block, store.tensors, (*store.groups, group), base_content)
-    _write_marker(done, done.groups)
+    open_group(store.address, "r+").attrs.update(_marker(done, done.groups))
     return done

@@ -7,10 +7,11 @@ import zarr
 from zarr.abc.store import ByteRequest
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import LocalStore, WrapperStore
+from zarr.storage import WrapperStore
 
 from relexio.dtypes import Kind
 from relexio.errors import StoreError
+from relexio.places import place
 from relexio.trajectory.chunks import BLOCKSIZE, CNAME, LEVEL
 from relexio.trajectory.schema import BASE_CHUNK, DIGEST, count_type, moves_chunk, moves_room
 
@@ -34,11 +35,11 @@ def limit_threads(workers: int) -> None:
     zarr.config.set({"threading.max_workers": max(workers, 1), "async.concurrency": max(workers, 1)})
 
 
-def open_group(address: str, mode: str) -> zarr.Group:
-    """The root group at ``address``: mode ``r``, ``r+`` or ``w-``."""
-    store = StrictStore(LocalStore(address, read_only=mode == "r"))
+def open_group(address: str, mode: str, attributes: dict[str, Any] | None = None) -> zarr.Group:
+    """The root group at ``address``: mode ``r``, ``r+``, ``a``, or ``w-``, which makes it with those attributes."""
+    store = StrictStore(place(address).zarr_store(read_only=mode == "r"))
     if mode == "w-":
-        return zarr.create_group(store, zarr_format=3)
+        return zarr.create_group(store, zarr_format=3, attributes=attributes)
     return zarr.open_group(store, mode=mode, zarr_format=3)  # type: ignore[arg-type]
 
 
