@@ -31,7 +31,8 @@ class Store:
     _opened: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": {}}
+        # absolute: where it is unpickled, the working directory may be another
+        return {**self.__dict__, "address": str(Path(self.address).absolute()), "_opened": {}}
 
     @cached_property
     def steps(self) -> tuple[int, ...]:
