@@ -239,7 +239,7 @@ def find_damage(block: Block) -> np.ndarray:
 
 def test_an_error_arrives_whatever_caused_it(run: Run, tmp_path: Path, there: Resources) -> None:
     trajectory = store_run(run, tmp_path / "run.zarr")
-    with pytest.raises(StoreError, match="^a chunk is damaged$"):
+    with pytest.raises(StoreError, match=r"^a chunk is damaged$"):
         graph.sums(trajectory, 1, find_damage, there.for_gram(trajectory, 1), lambda count: None)
 
 
