@@ -85,12 +85,14 @@ class Trajectory:
         workers: int | None = None,
         device: str = "auto",
         device_memory: int | str | None = None,
+        scheduler: str | None = None,
     ) -> "TrajectoryFit":
         """Fit a method to a window (``"1:75"`` or steps; all stored ones by default), within ``memory`` bytes.
 
         Raises RequestError for a window, rank or method that does not fit, BudgetError for too little memory.
         """
-        resources = Resources(_bytes(memory), workers, device, None if device_memory is None else _bytes(device_memory))
+        limit = None if device_memory is None else _bytes(device_memory)
+        resources = Resources(_bytes(memory), workers, device, limit, scheduler=scheduler)
         text = window if isinstance(window, str) or window is None else ",".join(map(str, window))
         steps = choose_window(self._store, None if text is None else parse_steps(text))
         return TrajectoryFit(

@@ -39,3 +39,7 @@ class StorageError(RelexioError, OSError):
 
 class BusyError(RelexioError, BlockingIOError):
     """Another process is writing the same store."""
+
+
+class ClusterError(RelexioError, ConnectionError):
+    """A Dask cluster that cannot be reached, has no workers, lost them, or whose workers cannot do this work."""

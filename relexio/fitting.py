@@ -17,9 +17,11 @@ from relexio.cache import Kept, has, keep
 from relexio.checkpoints.layout import Selection
 from relexio.dtypes import is_buffer
 from relexio.errors import BudgetError, RequestError
+from relexio.executor import Executor
 from relexio.extrapolate.fit import Line, fit_line
 from relexio.extrapolate.methods import METHODS, Recipe, directions
 from relexio.extrapolate.skill import Errors, backtest_window, held_out
+from relexio.places import METADATA
 from relexio.power import Eigenpairs, power_iteration
 from relexio.progress import Stages
 from relexio.resources import Resources
@@ -47,9 +49,7 @@ class Grams:
         return self.read(tensor)[np.ix_(places, places)]
 
 
-def choose_solver(
-    store: Store, window: tuple[int, ...], solver: str, resources: Resources
-) -> tuple[str, graph.Executor]:
+def choose_solver(store: Store, window: tuple[int, ...], solver: str, resources: Resources) -> tuple[str, Executor]:
     """The solver and its executor: ``auto`` takes ``gram`` wherever it fits the memory. Raises BudgetError if none does."""
     if solver != "blocks":
         try:
@@ -82,7 +82,7 @@ def is_kept(store: Store, window: tuple[int, ...], rank: int, solver: str) -> bo
     return has(store, _kept_name(store, solver, window, rank))
 
 
-def _gram_solver(store: Store, executor: graph.Executor, stages: Stages) -> Grams:
+def _gram_solver(store: Store, executor: Executor, stages: Stages) -> Grams:
     places = {tensor.name: place for place, tensor in enumerate(store.fitted())}
     steps, count = store.steps, len(store.steps)
 
@@ -92,6 +92,7 @@ def _gram_solver(store: Store, executor: graph.Executor, stages: Stages) -> Gram
             def keep_one(tensor: Tensor, gram: np.ndarray) -> None:
                 grams[places[tensor.name]] = gram
 
+            executor.require(store.files(METADATA))
             with stages("fit: Gram matrices", _window_bytes(store, count)) as advance:
                 graph.gram(store, steps, keep_one, executor, advance)
 
@@ -99,10 +100,11 @@ def _gram_solver(store: Store, executor: graph.Executor, stages: Stages) -> Gram
     return Grams(steps, True, lambda tensor: kept.read("gram", places[tensor.name]), kept.owner is None)
 
 
-def _blocks_solver(store: Store, window: tuple[int, ...], rank: int, executor: graph.Executor, stages: Stages) -> Grams:
+def _blocks_solver(store: Store, window: tuple[int, ...], rank: int, executor: Executor, stages: Stages) -> Grams:
     places = {tensor.name: place for place, tensor in enumerate(store.fitted())}
 
     def build(kept: Kept) -> None:
+        executor.require(store.files(METADATA))
         pairs = _iterate_all(store, window, rank, executor, stages)
         with (
             kept.create("values", (len(places), rank)) as values,
@@ -121,7 +123,7 @@ def _blocks_solver(store: Store, window: tuple[int, ...], rank: int, executor: g
 
 
 def _iterate_all(
-    store: Store, window: tuple[int, ...], rank: int, executor: graph.Executor, stages: Stages
+    store: Store, window: tuple[int, ...], rank: int, executor: Executor, stages: Stages
 ) -> dict[str, Eigenpairs]:
     """Power iteration on all tensors at once: every round is one pass over the blocks of those not yet done."""
     running = {tensor.name: power_iteration(len(window), rank) for tensor in store.fitted()}

@@ -4,97 +4,25 @@ A task opens the store by its address, reads one block a tile at a time, and giv
 blocks to a sink. So tasks can run in any order, in any process, and again.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
-from dask.base import compute
-from dask.callbacks import Callback
-from dask.delayed import Delayed, delayed
-from threadpoolctl import threadpool_limits
+from dask.delayed import Delayed
 
-from relexio.backend import limited, out_of_memory, to_device, to_host, zeros
+from relexio.backend import out_of_memory, to_device, to_host, zeros
 from relexio.dtypes import Array, from_float64, nonfinite, to_float64
 from relexio.errors import BudgetError, RequestError
-from relexio.plan import Plan
+from relexio.executor import Executor, Pass, Progress
 from relexio.trajectory.schema import Block, Tensor
 from relexio.trajectory.store import Store
 from relexio.trajectory.tiles import Rows, observed, tiles
-from relexio.trajectory.zarrs import limit_threads
 
 #: Takes (block, which target, element bits [size]) and puts them where they belong.
 Sink = Callable[[Block, int, np.ndarray], None]
-#: Told the bytes of each finished task.
-Progress = Callable[[int], None]
 _FOLD = 8
-_BLOCKS_AT_ONCE = 1024
 _SMALLEST_TILE = 1 << 12
-
-
-@dataclass(frozen=True)
-class Executor:
-    """Where a graph runs: threads of this process, on one device, inside a plan."""
-
-    plan: Plan
-    device: str = "cpu"
-    device_memory: int = 0
-
-    def run(self, tasks: Iterable[Delayed], sizes: dict[str, int], progress: Progress) -> list[Any]:
-        """Compute all tasks and return their results in order, some thousand blocks at a time: a graph has its size too.
-
-        ``sizes`` gives bytes by key, for the progress; it is filled while ``tasks`` are made.
-        """
-        limit_threads(self.plan.workers)
-        results: list[Any] = []
-        with (
-            threadpool_limits(1),
-            limited(self.device, self.device_memory),
-            _Reporter(sizes, progress),
-            _pool(self.plan.workers) as pool,
-        ):
-            for batch in _batches(tasks, sizes):
-                results += compute(*batch, scheduler="threads", pool=pool, optimize_graph=False)
-                sizes.clear()
-        return results
-
-
-def _batches(tasks: Iterable[Delayed], sizes: dict[str, int]) -> Iterator[list[Delayed]]:
-    batch: list[Delayed] = []
-    for made in tasks:
-        batch.append(made)
-        if len(sizes) >= _BLOCKS_AT_ONCE:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Worker threads, all of them done when it ends: after an error too nothing is written any more."""
-    pool = ThreadPoolExecutor(workers)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-class _Reporter(Callback):
-    def __init__(self, sizes: dict[str, int], progress: Progress) -> None:
-        def done(key: str, *_: Any) -> None:
-            if key in sizes:
-                progress(sizes[key])
-
-        super().__init__(posttask=done)
-
-
-def task(function: Callable[..., Any], *parts: Any, key: str) -> Delayed:
-    """One node of a graph, under a key that progress can be told by; only ``parts`` may hold other nodes."""
-    return delayed(function, pure=False, traverse=False)(*parts, dask_key_name=key)
 
 
 def _shrinking(work: Callable[[int], Any], tile_bytes: int) -> Any:
@@ -177,57 +105,74 @@ def _check_finite(bits: Array, base: Array, block: Block) -> None:
         )
 
 
+# What a pass does with a block comes last in these, so that the rest can be bound once and travel to workers by itself.
+
+
+def _gram(store: Store, steps: tuple[int, ...], tile_bytes: int, device: str, block: Block) -> np.ndarray:
+    return gram_block(store, block, steps, tile_bytes, device)
+
+
+def _operator(
+    store: Store, x: dict[str, np.ndarray], steps: tuple[int, ...], tile_bytes: int, device: str, block: Block
+) -> np.ndarray:
+    return operator_block(store, block, steps, x[block.tensor.name], tile_bytes, device)
+
+
 def _write_block(
     store: Store,
-    block: Block,
     steps: tuple[int, ...],
-    weights: np.ndarray | None,
+    weights: dict[str, np.ndarray],
     targets: int,
     tile_bytes: int,
     device: str,
     sink: Sink,
+    block: Block,
 ) -> None:
     """Hand the block's result for every target to the sink; without weights, its bits at the window's last step."""
-    if weights is None:
+    found = weights.get(block.tensor.name)
+    if found is None:
         results = [observed(store, block, steps[-1])] * targets
     else:
-        results = combine_block(store, block, steps, weights, tile_bytes, device)
+        results = combine_block(store, block, steps, found, tile_bytes, device)
     for target, bits in enumerate(results):
         sink(block, target, bits)
+
+
+def _on(block: Block, kernel: Callable[[Block], Any]) -> Any:
+    return kernel(block)
 
 
 def _add(parts: list[np.ndarray]) -> np.ndarray:
     return np.sum(parts, axis=0) if len(parts) > 1 else parts[0]
 
 
-def _fold(parts: list[Delayed], name: str) -> Delayed:
+def _fold(made: Pass, parts: list[Delayed], name: str) -> Delayed:
     """The sum of the parts as a tree of fixed shape: the same digits for any number of workers."""
     level = 0
     while len(parts) > 1:
-        parts = [task(_add, parts[i : i + _FOLD], key=f"add-{name}-{level}-{i}") for i in range(0, len(parts), _FOLD)]
+        parts = [
+            made.task(_add, parts[i : i + _FOLD], key=f"add-{name}-{level}-{i}") for i in range(0, len(parts), _FOLD)
+        ]
         level += 1
     return parts[0]
 
 
-def _sum_over_blocks(
-    store: Store, tensor: Tensor, steps: int, kernel: Callable[[Block], np.ndarray], sizes: dict[str, int]
-) -> Delayed:
+def _sum_over_blocks(made: Pass, store: Store, tensor: Tensor, steps: int, kernel: Delayed) -> Delayed:
     parts = []
     for block in store.blocks(tensor):
-        key = f"block-{block.kind.name}-{block.index}"
-        sizes[key] = block.size * block.kind.itemsize * steps
-        parts.append(task(partial(kernel, block), key=key))
-    return _fold(parts, tensor.name)
+        key, size = f"block-{block.kind.name}-{block.index}", block.size * block.kind.itemsize * steps
+        parts.append(made.block(partial(_on, block), kernel, key=key, size=size))
+    return _fold(made, parts, tensor.name)
 
 
 def sums(
     store: Store, steps: int, kernel: Callable[[Block], np.ndarray], executor: Executor, progress: Progress
 ) -> dict[str, np.ndarray]:
     """Run a kernel over every block of the store; the sum of its results for every tensor that has a block."""
-    sizes: dict[str, int] = {}
+    made = executor.begin()
+    shared = made.shared(kernel)
     held = [tensor for tensor in store.tensors if store.blocks(tensor)]
-    tasks = (_sum_over_blocks(store, tensor, steps, kernel, sizes) for tensor in held)
-    results = executor.run(tasks, sizes, progress)
+    results = executor.run(made, (_sum_over_blocks(made, store, tensor, steps, shared) for tensor in held), progress)
     return {tensor.name: result for tensor, result in zip(held, results, strict=True)}
 
 
@@ -239,31 +184,20 @@ def gram(
     progress: Progress,
 ) -> None:
     """One pass: the Gram matrix of every fitted tensor, handed to ``keep`` as soon as its last block is in."""
-    sizes: dict[str, int] = {}
-
-    def kernel(block: Block) -> np.ndarray:
-        return gram_block(store, block, steps, executor.plan.tile_bytes, executor.device)
-
-    tasks = (
-        task(
-            partial(keep, tensor), _sum_over_blocks(store, tensor, len(steps), kernel, sizes), key=f"keep-{tensor.name}"
-        )
-        for tensor in store.fitted()
-    )
-    executor.run(tasks, sizes, progress)
+    made, fitted = executor.begin(), store.fitted()
+    shared = made.shared(partial(_gram, store, steps, executor.plan.tile_bytes, executor.device))
+    tasks = (_sum_over_blocks(made, store, tensor, len(steps), shared) for tensor in fitted)
+    executor.run(made, tasks, progress, lambda place, found: keep(fitted[place], found))
 
 
 def operator(
     store: Store, x: dict[str, np.ndarray], steps: tuple[int, ...], executor: Executor, progress: Progress
 ) -> dict[str, np.ndarray]:
     """One pass: M (M^T x) for every tensor named in ``x`` ([T, k] each)."""
-    sizes: dict[str, int] = {}
-
-    def kernel(block: Block) -> np.ndarray:
-        return operator_block(store, block, steps, x[block.tensor.name], executor.plan.tile_bytes, executor.device)
-
-    tasks = (_sum_over_blocks(store, store.tensor(name), len(steps), kernel, sizes) for name in x)
-    return dict(zip(x, executor.run(tasks, sizes, progress), strict=True))
+    made = executor.begin()
+    shared = made.shared(partial(_operator, store, x, steps, executor.plan.tile_bytes, executor.device))
+    tasks = (_sum_over_blocks(made, store, store.tensor(name), len(steps), shared) for name in x)
+    return dict(zip(x, executor.run(made, tasks, progress), strict=True))
 
 
 def combine(
@@ -279,16 +213,13 @@ def combine(
 
     Tensors without weights (buffers) are handed over as they are at the last of ``steps``.
     """
-    sizes: dict[str, int] = {}
-    tile_bytes = executor.plan.tile_bytes
+    made, size = executor.begin(), executor.plan.tile_bytes
+    shared = made.shared(partial(_write_block, store, steps, weights, targets, size, executor.device, sink))
 
     def tasks() -> Iterator[Delayed]:
         for tensor in store.tensors:
-            w = weights.get(tensor.name)
             for block in store.blocks(tensor):
-                key = f"combine-{tensor.kind.name}-{block.index}"
-                sizes[key] = block.size * block.kind.itemsize * targets
-                work = partial(_write_block, store, block, steps, w, targets, tile_bytes, executor.device, sink)
-                yield task(work, key=key)
+                key, size = f"combine-{tensor.kind.name}-{block.index}", block.size * block.kind.itemsize * targets
+                yield made.block(partial(_on, block), shared, key=key, size=size)
 
-    executor.run(tasks(), sizes, progress)
+    executor.run(made, tasks(), progress)

@@ -17,6 +17,10 @@ from relexio.errors import BudgetError, RequestError
 DEFAULT_MEMORY = 2_000_000_000
 #: Threads, allocator slack, the scheduler, and libraries still to be loaded (measured: 20 to 35 MB).
 OVERHEAD = 64 << 20
+#: A fresh worker process of a Dask cluster with all that it imports (measured: 73 MB).
+PROCESS = 96 << 20
+#: What starting such processes adds to the one that starts them: scheduler, client, resource tracker (measured: 28 MB).
+PROCESSES = 48 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of malloc.h
 _TILES = (2 << 20, 1 << 20, 1 << 19)  # small enough for the caches
 #: A tile of F, and where each of its numbers is a move: place, owner, bits, value and the value before.
@@ -115,23 +119,31 @@ def _block_bytes(block: int, itemsize: int, counts: int) -> int:
     return block * (2 * itemsize + counts + 2 + 8 + 8)
 
 
-def make(need: Need, memory: int, held: int, workers: int | None, shared: int = 0) -> Plan:
+def make(need: Need, memory: int, held: int, workers: int | None, shared: int = 0, each: int = 0) -> Plan:
     """The plan with most workers, then the largest tiles, that fits ``memory`` bytes.
 
-    The program held ``held`` bytes before the job, ``shared`` bytes are held once.
+    The program held ``held`` bytes before the job, ``shared`` bytes are held once, ``each`` by every worker beside its need.
     Raises BudgetError, naming projected and allowed bytes, where one worker does not fit.
     """
     held += OVERHEAD + shared
     for count in range(workers or cores(), 0, -1):
         for tile in _TILES:
-            projected = held + count * need.bytes(tile)
+            projected = held + count * (each + need.bytes(tile))
             if projected <= memory:
                 return Plan(count, tile, projected, memory)
-    worker = need.bytes(_TILES[-1])
+    worker = each + need.bytes(_TILES[-1])
     raise BudgetError(
         f"--memory {show(memory)} is too small: {show(held + worker)} are needed with one worker "
         f"({show(held)} for the program, {show(worker)} for the worker); give --memory {-(-(held + worker) // 10**6)}MB or more"
     )
+
+
+def make_processes(need: Need, memory: int, held: int, workers: int | None, shared: int = 0) -> Plan:
+    """As ``make``, where each worker is a process of its own: ``memory`` covers them all, and the one that starts them.
+
+    What threads hold once, ``shared`` bytes, every process holds. Raises BudgetError.
+    """
+    return make(need, memory, held + PROCESSES, workers, shared, PROCESS + OVERHEAD + shared)
 
 
 def show(count: float) -> str:

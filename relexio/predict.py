@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from relexio import atomic, graph, plan
 from relexio.checkpoints.header import header_for_transformers
 from relexio.checkpoints.write import CARD, Output, OutputShard, begin, model_card, validate, write_files
 from relexio.errors import BudgetError, ExistsError, RequestError, StorageError, StoreError
+from relexio.executor import Executor
 from relexio.extrapolate.methods import Recipe
 from relexio.fitting import Fit, check_carried, choose_solver, is_kept
-from relexio.places import place
+from relexio.places import METADATA, place
 from relexio.progress import Stages
 from relexio.resources import Resources
 from relexio.trajectory.schema import Block, StoredCheckpoint
@@ -128,14 +130,22 @@ def predict(fit: Fit, targets: list[Target], resources: Resources, stages: Stage
     with _staged(targets, shards) as outputs:
         for target, output in zip(targets, outputs, strict=True):
             _write_side_files(fit, target, Path(output.directory))
+        executor.require(_needed(store, outputs, shards))
         with stages("predict", bytes_of(store) * len(targets)) as advance:
             for first in range(0, len(targets), batch):
                 sink = Sink(tuple(outputs[first : first + batch]))
                 some = {name: w[:, first : first + batch] for name, w in weights.items()}
                 graph.combine(store, some, len(sink.outputs), fit.steps, sink, executor, advance)
+        executor.settle(Path(output.directory) for output in outputs)
 
 
-def _most_at_once(store: Store, steps: int, count: int, resources: Resources) -> tuple[graph.Executor, int]:
+def _needed(store: Store, outputs: list[Output], shards: list[OutputShard]) -> list[Path]:
+    """The files that whoever does the work must see: the store's marker, and the checkpoints begun."""
+    begun = [Path(output.directory, shard.name) for output in outputs for shard in shards]
+    return [*store.files(METADATA), *begun]
+
+
+def _most_at_once(store: Store, steps: int, count: int, resources: Resources) -> tuple[Executor, int]:
     """An executor, and how many of ``count`` targets it can make in one pass. Raises BudgetError if not even one."""
     while True:
         try:
@@ -156,13 +166,15 @@ def restore(store: Store, step: int | None, out: Path, resources: Resources, sta
     with _staged(targets, shards) as outputs:
         sink = Sink((outputs[0].tied({tensor.name for tensor in store.tensors}),))
         write_files(Path(outputs[0].directory), _files(store, record))
-
-        def work(block: Block) -> np.ndarray:
-            sink(block, 0, store.base_bits(block) if step is None else observed(store, block, step))
-            return np.zeros(1)
-
+        executor.require(_needed(store, outputs, shards))
         with stages("restore", sum(shard.size for shard in shards)) as advance:
-            graph.sums(store, 1, work, executor, advance)
+            graph.sums(store, 1, partial(_restore_block, store, step, sink), executor, advance)
+        executor.settle([Path(outputs[0].directory)])
+
+
+def _restore_block(store: Store, step: int | None, sink: Sink, block: Block) -> np.ndarray:
+    sink(block, 0, store.base_bits(block) if step is None else observed(store, block, step))
+    return np.zeros(1)
 
 
 def _shards(store: Store, record: StoredCheckpoint, change: Callable[[bytes], bytes]) -> Iterator[OutputShard]:

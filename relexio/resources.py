@@ -1,20 +1,30 @@
 """What a job may use, and the executor that keeps to it."""
 
+import re
 from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from relexio import backend, graph, plan
+from relexio import backend, plan
 from relexio.cache import SMALL
-from relexio.errors import RequestError
+from relexio.errors import ClusterError, RequestError
+from relexio.executor import Executor
 from relexio.trajectory.schema import count_type, moves_chunk
 from relexio.trajectory.store import Store
+
+if TYPE_CHECKING:
+    from relexio.cluster import Link
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Bytes of memory, worker threads (None for every core), device, bytes of device memory (None for most of it).
+    """Bytes of memory, workers (None for every core), device, bytes of device memory (None for most of it), and where.
 
+    ``scheduler`` is None for threads of this process, ``processes`` for worker processes of this machine, which share the
+    memory, or the address of a Dask scheduler, each of whose worker processes has the memory and at most so many threads.
+    As a context manager it leaves the cluster, or ends those processes, at its end; else they last as long as the program.
     ``held`` is what the program held when it was asked for the job: what one pass leaves to the next is not counted twice.
     """
 
@@ -23,38 +33,74 @@ class Resources:
     device: str = "auto"
     device_memory: int | None = None
     held: int = field(default_factory=plan.resident_bytes)
+    scheduler: str | None = None
+    _link: "Link | None" = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.workers is not None and (type(self.workers) is not int or self.workers < 1):
             raise RequestError(f"workers: {self.workers!r} is not a number of at least 1")
         if self.device not in backend.DEVICES:
             raise RequestError(f"unknown device {self.device!r}; known are {', '.join(backend.DEVICES)}")
+        if self.scheduler is not None and self._link is None:
+            object.__setattr__(self, "_link", _link(self.scheduler))  # what ``replace`` makes of it shares the cluster
 
-    def for_gram(self, store: Store, steps: int, whole: bool = True) -> graph.Executor:
+    def __enter__(self) -> "Resources":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._link is not None:
+            self._link.close()
+
+    def for_gram(self, store: Store, steps: int, whole: bool = True) -> Executor:
         """An executor for the Gram pass over T = ``steps``, or for the matrix-free one. Raises BudgetError."""
         shape = _Shape.of(store)
         need = plan.fit_need(shape.block, shape.itemsize, shape.counts, shape.chunks, steps, whole)
         held = 4 * 8 * steps * steps + 2 * min(SMALL, 8 * steps * steps * len(store.tensors))
-        return self._executor(
-            need, shared=held
-        )  # one Gram matrix and its copies, and all of them where they are kept whole
+        # one Gram matrix and its copies, and all of them where they are kept whole
+        return self._on_device(need, held)
 
-    def for_combine(self, store: Store, steps: int, targets: int) -> graph.Executor:
+    def for_combine(self, store: Store, steps: int, targets: int) -> Executor:
         """An executor for the pass that writes ``targets`` predictions. Raises BudgetError."""
         shape = _Shape.of(store)
         need = plan.combine_need(shape.block, shape.itemsize, shape.counts, shape.chunks, steps, targets)
-        return self._executor(need, shared=8 * steps * targets * len(store.tensors))
+        return self._on_device(need, 8 * steps * targets * len(store.tensors))
 
-    def plan_for(self, need: plan.Need, shared: int = 0) -> plan.Plan:
-        """The plan for a job of that need. Raises BudgetError."""
-        return plan.make(need, self.memory, self.held, self.workers, shared)
+    def on_cpu(self, need: plan.Need, shared: int = 0) -> Executor:
+        """An executor for a job of that need that knows no other device; ``shared`` bytes are held once. Raises BudgetError."""
+        return self._executor(need, shared, "cpu", 0)
 
-    def _executor(self, need: plan.Need, shared: int = 0) -> graph.Executor:
-        device = backend.resolve(self.device)
-        limit = 0
-        if device == "cuda":
-            limit = self.device_memory or int(backend.free_device_bytes() * 0.8)
-        return graph.Executor(self.plan_for(need, shared), device, limit)
+    def _on_device(self, need: plan.Need, shared: int) -> Executor:
+        device, free = self._link.device(self.device) if self._link else _here(self.device)
+        return self._executor(need, shared, device, (self.device_memory or int(free * 0.8)) if device == "cuda" else 0)
+
+    def _executor(self, need: plan.Need, shared: int, device: str, limit: int) -> Executor:
+        if self._link is not None:
+            made = self._link.plan(need, self.memory, self.held, self.workers, shared)
+            return self._link.executor(made, device, limit)
+        return Executor(plan.make(need, self.memory, self.held, self.workers, shared), device, limit)
+
+
+def _here(wanted: str) -> tuple[str, int]:
+    """The device of this process, and its free bytes. Raises DeviceError."""
+    device = backend.resolve(wanted)
+    return device, backend.free_device_bytes() if device == "cuda" else 0
+
+
+def _link(scheduler: str) -> "Link":
+    """A connection yet to be made. Raises RequestError for what is no address, ClusterError without dask.distributed."""
+    if scheduler != "processes" and not re.fullmatch(r"(tcp|tls)://\S+:\d+", scheduler):
+        raise RequestError(
+            f"--scheduler {scheduler}: give processes, or the address of a Dask scheduler: tcp://HOST:PORT"
+        )
+    try:
+        from relexio.cluster import Link
+    except ImportError as error:
+        raise ClusterError(
+            f"--scheduler {scheduler} needs dask.distributed ({error}); pip install 'relexio[distributed]'"
+        ) from error
+    return Link(scheduler)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,9 @@ difference.
 checked against a plan before any block is worked on: if it is too small for one worker, the command ends with
 exit code 1 and names the least that would do. `--dry-run` shows the plan.
 
+With `--scheduler` it bounds worker processes instead: each one of a cluster, or all local ones and the command together
+([clusters.md](clusters.md)).
+
 ## Step expressions
 
 `--steps` and `--window` take a comma-separated list. Each piece is one of these, and both ends are included:

@@ -72,7 +72,7 @@ def read_shard(path: Path) -> Shard:
             )
         header = _keep_one(file.read(length))
     parse_header(header, stat.st_size, path)
-    return Shard(path, stat.st_size, stat.st_mtime_ns, header)
+    return Shard(path.absolute(), stat.st_size, stat.st_mtime_ns, header)
 
 
 @lru_cache(maxsize=256)

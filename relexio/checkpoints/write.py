@@ -71,7 +71,7 @@ def begin(directory: Path, shards: Iterable[OutputShard]) -> Output:
                 os.truncate(file.fileno(), shard.size)
         for entry in parse_header(shard.header, shard.size, path):
             places[entry.name] = [(shard.name, entry.start)]
-    return Output(str(directory), places)
+    return Output(str(directory.absolute()), places)
 
 
 def write_files(directory: Path, files: Iterable[tuple[str, bytes]]) -> None:

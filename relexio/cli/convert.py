@@ -46,6 +46,7 @@ def _named(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
 )
 @options.memory
 @options.workers
+@options.scheduler
 @options.dry_run
 @options.as_json
 def convert(
@@ -56,6 +57,7 @@ def convert(
     named: dict[int, str],
     memory: int,
     workers: int | None,
+    scheduler: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -73,13 +75,14 @@ def convert(
 
     root, model = (local(path) if path is not None else None for path in (checkpoints, base))
     request = verb.Request(out, model, root, {step: local(path) for step, path in named.items()}, steps)
-    conversion = verb.prepare(request, Resources(memory, workers), stages)
-    for text in conversion.notes:
-        note(text)
-    if dry_run:
-        _show_plan(conversion, as_json)
-        return
-    done = verb.convert(conversion, stages)
+    with Resources(memory, workers, scheduler=scheduler) as resources:
+        conversion = verb.prepare(request, resources, stages)
+        for text in conversion.notes:
+            note(text)
+        if dry_run:
+            _show_plan(conversion, as_json)
+            return
+        done = verb.convert(conversion, stages)
     if done.resumed:
         note("went on with what an interrupted run had finished")
     for text in done.notes:

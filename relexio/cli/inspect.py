@@ -19,9 +19,16 @@ if TYPE_CHECKING:
 @options.rank
 @options.memory
 @options.workers
+@options.scheduler
 @options.as_json
 def inspect(
-    trajectory: str, window: Selection | None, rank: int, memory: int, workers: int | None, as_json: bool
+    trajectory: str,
+    window: Selection | None,
+    rank: int,
+    memory: int,
+    workers: int | None,
+    scheduler: str | None,
+    as_json: bool,
 ) -> None:
     """Show what a trajectory holds, and how each tensor moved.
 
@@ -34,7 +41,8 @@ def inspect(
     from relexio.trajectory.store import open_store
 
     store = open_store(trajectory)
-    found = verb(store, choose_window(store, window), rank, Resources(memory, workers), stages)
+    with Resources(memory, workers, scheduler=scheduler) as resources:
+        found = verb(store, choose_window(store, window), rank, resources, stages)
     if as_json:
         click.echo(json.dumps(found.to_json()))
     else:

@@ -42,6 +42,11 @@ memory = click.option(
 workers = click.option(
     "--workers", type=click.IntRange(min=1), help="Blocks worked on at once.  [default: one for each core]"
 )
+scheduler = click.option(
+    "--scheduler",
+    metavar="WHERE",
+    help="processes: --workers of them, on this machine. tcp://HOST:PORT: a Dask cluster.  [default: threads]",
+)
 dry_run = click.option("--dry-run", is_flag=True, help="Print the plan and stop: nothing is written.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 window = click.option(

@@ -43,6 +43,7 @@ _FAR = 5
 @options.device
 @options.memory
 @options.workers
+@options.scheduler
 @options.dry_run
 @options.as_json
 def predict(
@@ -58,6 +59,7 @@ def predict(
     device_memory: int | None,
     memory: int,
     workers: int | None,
+    scheduler: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -78,15 +80,15 @@ def predict(
     store = open_store(trajectory)
     chosen, recipe = choose_window(store, window), Recipe(method, rank, strength)
     targets = [verb.Target(step, local(out.replace("{step}", str(step)))) for step in steps]
-    resources = Resources(memory, workers, device, device_memory)
-    prospect = verb.prospect(store, chosen, recipe, solver, targets, resources)
-    if dry_run:
-        _show_plan(chosen, targets, prospect, as_json)
-        return
-    fitted = fit(store, chosen, recipe, solver, resources, stages)
-    for text in fitted.notes:
-        note(text)
-    verb.predict(fitted, targets, resources, stages)
+    with Resources(memory, workers, device, device_memory, scheduler=scheduler) as resources:
+        prospect = verb.prospect(store, chosen, recipe, solver, targets, resources)
+        if dry_run:
+            _show_plan(chosen, targets, prospect, as_json)
+            return
+        fitted = fit(store, chosen, recipe, solver, resources, stages)
+        for text in fitted.notes:
+            note(text)
+        verb.predict(fitted, targets, resources, stages)
     _show_result(fitted, targets, as_json)
 
 

@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from relexio.checkpoints.read import Checkpoint, open_checkpoint
 from relexio.convert.check import Source, Table, fit_to_base, refuse_base_among
 from relexio.convert.encode import Reader, digest_of
 from relexio.errors import CheckpointError, ExistsError, RequestError
+from relexio.executor import Executor
 from relexio.places import METADATA, Place, place
 from relexio.progress import Stages
 from relexio.resources import Resources
@@ -40,7 +42,7 @@ class Conversion:
     base: Source | None
     sources: tuple[Source, ...]
     block: int
-    executor: graph.Executor
+    executor: Executor
     present: tuple[int, ...]
     notes: tuple[str, ...]
 
@@ -109,7 +111,7 @@ def _table(store: Store | None, base: Checkpoint | None) -> Table:
 
 def _executor(
     entries: list[tuple[str, str, tuple[int, ...]]], block: int, sources: tuple[Source, ...], resources: Resources
-) -> graph.Executor:
+) -> Executor:
     """Where the blocks are encoded: on the CPU, within the memory. Raises BudgetError."""
     tensors = [tensor for tensor in lay_out(entries, block) if tensor.size]
     kinds = {tensor.kind for tensor in tensors}
@@ -118,7 +120,7 @@ def _executor(
     side = max((file.stat().st_size for source in sources for file in source.checkpoint.side.values()), default=0)
     need = plan.convert_need(block, itemsize, steps, moves_chunk(block, steps))
     resources = replace(resources, held=plan.resident_bytes())  # the headers of all steps are held by now
-    return graph.Executor(resources.plan_for(need, shared=3 * side))
+    return resources.on_cpu(need, shared=3 * side)
 
 
 def _require_same_base(store: Store, base: Source, resources: Resources, stages: Stages) -> None:
@@ -128,21 +130,23 @@ def _require_same_base(store: Store, base: Source, resources: Resources, stages:
     if known.source == str(base.checkpoint.path.resolve()) and now == tuple(map(_stamp, known.shards)):
         return
 
-    def differs(block: Block) -> np.ndarray:
-        bits = np.empty(block.size, block.kind.bits)
-        with ExitStack() as stack:
-            Reader(base, block, stack).read(0, bits)
-        return np.array([digest_of(bits) != store.digests("base", block).tobytes()])
-
     need = plan.convert_need(store.block, 4, 1, 0)
-    executor = graph.Executor(resources.plan_for(need))
+    executor = resources.on_cpu(need)
+    executor.require([*store.files(METADATA), *(shard.path for shard in base.checkpoint.shards)])
     with stages("compare the base", base.checkpoint.nbytes) as advance:
-        found = graph.sums(store, 1, differs, executor, advance)
+        found = graph.sums(store, 1, partial(_differs, store, base), executor, advance)
     for name, different in found.items():
         if different[0]:
             raise CheckpointError(
                 f"{base.checkpoint.label}: tensor {name} differs from the base of {store.address}; leave --base out"
             )
+
+
+def _differs(store: Store, base: Source, block: Block) -> np.ndarray:
+    bits = np.empty(block.size, block.kind.bits)
+    with ExitStack() as stack:
+        Reader(base, block, stack).read(0, bits)
+    return np.array([digest_of(bits) != store.digests("base", block).tobytes()])
 
 
 def _stamp(shard: StoredShard) -> tuple[str, int, int]:

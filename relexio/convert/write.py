@@ -5,17 +5,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from relexio import graph
 from relexio.checkpoints.read import Checkpoint, assert_unchanged
 from relexio.convert.encode import Job, encode_block
 from relexio.convert.request import Conversion
 from relexio.dtypes import is_buffer
-from relexio.errors import CheckpointError, ExistsError, RelexioError, StorageError, StoreError
+from relexio.errors import CheckpointError, ClusterError, ExistsError, RelexioError, StorageError, StoreError
 from relexio.places import METADATA, Place, place
 from relexio.progress import Stages
-from relexio.trajectory.schema import Group, StoredCheckpoint, StoredShard
+from relexio.trajectory.schema import Block, Group, StoredCheckpoint, StoredShard
 from relexio.trajectory.store import Store, begun, open_store, unfinished_store
 from relexio.trajectory.write import (
     Files,
@@ -42,7 +45,8 @@ def convert(conversion: Conversion, stages: Stages) -> Converted:
     """Write the new steps and commit them. The store is as it was, or not there, until the very end.
 
     After an interruption the same call takes up what is whole. After an error nothing is left behind, save where the
-    disk failed: what was written so far then waits for the same call. Raises a RelexioError naming file, tensor, step.
+    disk or the cluster failed: what was written so far then waits for the same call.
+    Raises a RelexioError naming file, tensor, step.
     """
     if not conversion.sources:
         if conversion.store is None:
@@ -76,15 +80,26 @@ def _convert(conversion: Conversion, stages: Stages) -> Converted:
         resumed = _begin(conversion, store, group)
         base = conversion.base if conversion.store is None else None
         job = Job(store, group, conversion.sources, base, conversion.executor.plan.tile_bytes, resumed)
-        _allow_files(2 * len(job.sources) * conversion.executor.plan.workers + 64)
+        executor = conversion.executor
+        executor.require([*store.files(f"{group.path}/{METADATA}"), *_shards(conversion)])
+        encode = partial(_encode, job, 2 * len(job.sources) * executor.plan.workers + 64)
         with stages("convert", conversion.bytes_read) as advance:
-            width = len(conversion.read)
-            counts = graph.sums(store, width, partial(encode_block, job), conversion.executor, advance)
+            counts = graph.sums(store, len(conversion.read), encode, executor, advance)
+        executor.settle(store.files(""))
         for source in conversion.read:
             assert_unchanged(source.checkpoint)
         write_changed(store, group, counts)
         done, notes = _commit(conversion, store, group)
     return Converted(replace(done, address=conversion.out.address, _opened={}), resumed, notes)
+
+
+def _shards(conversion: Conversion) -> list[Path]:
+    return [shard.path for source in conversion.read for shard in source.checkpoint.shards]
+
+
+def _encode(job: Job, files: int, block: Block) -> np.ndarray:
+    _allow_files(files)  # here, since this may be another process than the one that made the plan
+    return encode_block(job, block)
 
 
 @contextmanager
@@ -114,7 +129,7 @@ def _clean_up(remove: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     except RelexioError as error:
-        if not isinstance(error, StorageError):
+        if not isinstance(error, StorageError | ClusterError):
             remove()
         raise
 

@@ -13,7 +13,7 @@ import zarr
 
 from relexio.dtypes import KINDS
 from relexio.errors import MissingError, RequestError, StoreError
-from relexio.places import METADATA, Place, attributes, place
+from relexio.places import METADATA, Directory, Place, attributes, place
 from relexio.trajectory.chunks import decode, encode
 from relexio.trajectory.schema import Block, Group, StoredCheckpoint, Tensor, check_format, lay_out
 from relexio.trajectory.zarrs import AnyArray, open_group
@@ -33,7 +33,14 @@ class Store:
     _opened: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": {}}
+        # absolute: where it is unpickled, the working directory may be another
+        address = str((*self.files(""), self.address)[0])
+        return {**self.__dict__, "address": address, "_opened": {}}
+
+    def files(self, *names: str) -> list[Path]:
+        """Files of the store by their names in it, as absolute paths; none of a store on object storage."""
+        where = place(self.address)
+        return [(where.path / name).absolute() for name in names] if isinstance(where, Directory) else []
 
     @cached_property
     def steps(self) -> tuple[int, ...]:
