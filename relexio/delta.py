@@ -67,6 +67,13 @@ def count_changed(moves: Moves, steps: int) -> np.ndarray:
     return np.cumsum(np.bincount(moves.step, change, steps).astype(np.int64))
 
 
+def owners(xor: Array, first: Array) -> Array:
+    """The place of each move's element [E] from where the elements' first moves are [n], on whichever device these are."""
+    begins = np.zeros_like(xor, np.int32)
+    begins[first] = 1
+    return np.cumsum(begins, dtype=np.int32) - np.int32(1)
+
+
 def increments(xor: Array, base: Array, owner: Array, first: Array, kind: Kind) -> Array:
     """What each move adds to its element: XOR bits [E] and base bits [n] to float64 [E].
 

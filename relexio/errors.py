@@ -1,4 +1,4 @@
-"""The one hierarchy of errors that relexio raises; each is also the built-in that it resembles."""
+"""The one hierarchy of errors that relexio raises; each is also the built-in that it resembles. And its one warning."""
 
 
 class RelexioError(Exception):
@@ -39,3 +39,7 @@ class StorageError(RelexioError, OSError):
 
 class BusyError(RelexioError, BlockingIOError):
     """Another process is writing the same store."""
+
+
+class RelexioWarning(UserWarning):
+    """Work goes on, and right, but not as planned. Its text says what, and what to do."""

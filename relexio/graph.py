@@ -4,6 +4,8 @@ A task opens the store by its address, reads one block a tile at a time, and giv
 blocks to a sink. So tasks can run in any order, in any process, and again.
 """
 
+import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,9 +19,9 @@ from dask.callbacks import Callback
 from dask.delayed import Delayed, delayed
 from threadpoolctl import threadpool_limits
 
-from relexio.backend import limited, out_of_memory, to_device, to_host, zeros
+from relexio.backend import limited, out_of_memory, own_stream, to_device, to_host, zeros
 from relexio.dtypes import Array, from_float64, nonfinite, to_float64
-from relexio.errors import BudgetError, RequestError
+from relexio.errors import BudgetError, RelexioWarning, RequestError
 from relexio.plan import Plan
 from relexio.trajectory.schema import Block, Tensor
 from relexio.trajectory.store import Store
@@ -33,6 +35,11 @@ Progress = Callable[[int], None]
 _FOLD = 8
 _BLOCKS_AT_ONCE = 1024
 _SMALLEST_TILE = 1 << 12
+_WAIT, _WAITS = 0.1, 20  # seconds, times
+#: One text for all, so that Python says it once for however many blocks and threads.
+_SHRUNK = (
+    "the device ran out of memory: going on with smaller tiles, slower; give more --device-memory or fewer --workers"
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Executor:
             threadpool_limits(1),
             limited(self.device, self.device_memory),
             _Reporter(sizes, progress),
-            _pool(self.plan.workers) as pool,
+            _pool(self.plan.workers, self.device) as pool,
         ):
             for batch in _batches(tasks, sizes):
                 results += compute(*batch, scheduler="threads", pool=pool, optimize_graph=False)
@@ -74,9 +81,9 @@ def _batches(tasks: Iterable[Delayed], sizes: dict[str, int]) -> Iterator[list[D
 
 
 @contextmanager
-def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+def _pool(workers: int, device: str) -> Iterator[ThreadPoolExecutor]:
     """Worker threads, all of them done when it ends: after an error too nothing is written any more."""
-    pool = ThreadPoolExecutor(workers)
+    pool = ThreadPoolExecutor(workers, initializer=own_stream, initargs=(device,))
     try:
         yield pool
     finally:
@@ -98,14 +105,21 @@ def task(function: Callable[..., Any], *parts: Any, key: str) -> Delayed:
 
 
 def _shrinking(work: Callable[[int], Any], tile_bytes: int) -> Any:
-    """Run ``work(tile_bytes)``; where the device has no room for a tile so large, again with half of it."""
+    """Run ``work(tile_bytes)``; where the device has no room for a tile so large, again with half of it.
+
+    Raises BudgetError where there is no room for the smallest either, though others were given time to end theirs.
+    """
+    waits = iter(range(_WAITS))
     while True:
         try:
             return work(tile_bytes)
         except out_of_memory() as error:
-            if tile_bytes <= _SMALLEST_TILE:
+            if tile_bytes <= _SMALLEST_TILE and next(waits, None) is None:
                 raise BudgetError("--device-memory is too small for the smallest tile; give more") from error
-            tile_bytes //= 2
+        warnings.warn(_SHRUNK, RelexioWarning, stacklevel=1)  # out here, since the error holds what did fit
+        if tile_bytes <= _SMALLEST_TILE:
+            time.sleep(_WAIT)
+        tile_bytes = max(tile_bytes // 2, _SMALLEST_TILE)
 
 
 def gram_block(store: Store, block: Block, steps: tuple[int, ...], tile_bytes: int, device: str) -> np.ndarray:

@@ -1,10 +1,11 @@
 """What a job may use, and the executor that keeps to it."""
 
+import sys
 from dataclasses import dataclass, field
 
 from relexio import backend, graph, plan
 from relexio.cache import SMALL
-from relexio.errors import RequestError
+from relexio.errors import BudgetError, RequestError
 from relexio.trajectory.schema import moves_chunk
 from relexio.trajectory.store import Store
 
@@ -44,15 +45,23 @@ class Resources:
         return self._executor(need, shared=8 * steps * targets * len(store.tensors))
 
     def plan_for(self, need: plan.Need, shared: int = 0) -> plan.Plan:
-        """The plan for a job of that need. Raises BudgetError."""
+        """The plan for a job of that need on the CPU. Raises BudgetError."""
         return plan.make(need, self.memory, self.held, self.workers, shared)
 
     def _executor(self, need: plan.Need, shared: int = 0) -> graph.Executor:
-        device = backend.resolve(self.device)
-        limit = 0
-        if device == "cuda":
-            limit = self.device_memory or int(backend.free_device_bytes() * 0.8)
-        return graph.Executor(self.plan_for(need, shared), device, limit)
+        if backend.resolve(self.device) == "cuda":
+            try:
+                return self._on_device(need, shared + plan.CUDA)
+            except BudgetError:
+                if self.device == "cuda":  # and not auto: the CPU does with less
+                    raise
+        return graph.Executor(self.plan_for(need, shared))
+
+    def _on_device(self, need: plan.Need, shared: int) -> graph.Executor:
+        plan.make(need, self.memory, self.held, self.workers, shared, sys.maxsize)  # before the device takes memory
+        limit = backend.device_limit(self.device_memory)
+        made = plan.make(need, self.memory, self.held, self.workers, shared, limit)
+        return graph.Executor(made, "cuda", limit)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from relexio.backend import to_device, zeros
-from relexio.delta import Moves, increments
+from relexio.delta import Moves, increments, owners
 from relexio.dtypes import Array
 from relexio.trajectory.schema import Block, Group, moves_room
 from relexio.trajectory.store import Store
@@ -76,10 +76,13 @@ class Tile:
         width = len(self.elements)
         found = zeros((self.rows, width), device)
         for part in self.parts:
-            owner = part.moves.owner
-            at = (part.moves.step.astype(np.intp) + part.row) * width
-            at += part.columns[owner]
-            found.reshape(-1)[to_device(at, device)] = self._values(part, owner, device)
+            if not len(part.columns):
+                continue
+            step, columns = to_device(part.moves.step, device), to_device(part.columns, device)
+            values, owner = self._values(part, device)
+            at = (step.astype(np.intp) + part.row) * width
+            at += columns[owner]
+            found.reshape(-1)[at] = values
         return found
 
     def weigh(self, weights: np.ndarray, device: str = "cpu") -> Array:
@@ -88,16 +91,18 @@ class Tile:
             return to_device(weights.T.copy(), device) @ self.increments(device)
         found = np.zeros((weights.shape[1], len(self.elements)))
         for part in self.parts:
-            values, first = self._values(part, part.moves.owner, device), part.moves.first
+            values, first = self._values(part, device)[0], part.moves.first
             if len(first):
                 for row, weight in zip(found, weights[part.row :].T, strict=True):
                     row[part.columns] += np.add.reduceat(weight[part.moves.step] * values, first)
         return found
 
-    def _values(self, part: Part, owner: np.ndarray, device: str) -> Array:
-        arrays = (part.moves.xor, self.base[part.columns], owner, part.moves.first)
-        xor, base, owner, first = (to_device(array, device) for array in arrays)
-        return increments(xor, base, owner, first, self.block.kind)
+    def _values(self, part: Part, device: str) -> tuple[Array, Array]:
+        """What the part's moves add [E], and their elements' places [E]: a device finds these itself, to be sent less."""
+        arrays = (part.moves.xor, self.base[part.columns], part.moves.first)
+        xor, base, first = (to_device(array, device) for array in arrays)
+        owner = part.moves.owner if device == "cpu" else owners(xor, first)
+        return increments(xor, base, owner, first, self.block.kind), owner
 
 
 class Cursor:
