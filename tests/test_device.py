@@ -4,6 +4,7 @@ The kernels on a real device are tested where there is one (marker ``gpu``).
 """
 
 import operator
+import subprocess
 import sys
 import threading
 import warnings
@@ -235,6 +236,17 @@ def test_the_stand_in_has_nothing_that_cupy_lacks() -> None:
     missing += [name for name in ("use", "synchronize") if not hasattr(cupy.cuda.Stream, name)]
     assert not missing
     assert issubclass(cupy.cuda.memory.OutOfMemoryError, MemoryError)
+
+
+def test_the_gpu_benchmark_says_in_a_line_that_there_is_no_gpu() -> None:
+    tools = Path(__file__).parents[1] / "tools"
+    script = (
+        f"import sys, runpy; sys.modules['cupy'] = None; sys.path.insert(0, {str(tools)!r}); sys.argv = ['gpu.py']; "
+    )
+    script += f"runpy.run_path({str(tools / 'gpu.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith("tools/gpu.py needs CuPy and a GPU") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.gpu
