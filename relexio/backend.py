@@ -1,5 +1,6 @@
 """NumPy or CuPy: where the arrays of a task live. The kernels themselves are the same."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ from relexio.dtypes import Array
 from relexio.errors import DeviceError
 
 DEVICES = ("auto", "cpu", "cuda")
+_thread = threading.local()
 
 
 def resolve(device: str) -> str:
@@ -40,9 +42,27 @@ def _cuda_problem() -> str | None:
     return None
 
 
+def own_stream(device: str) -> None:
+    """Give the calling thread a stream of its own, once: its copies and kernels run beside those of other threads.
+
+    CuPy keeps the current stream, and the cuBLAS handle, a thread; what is freed goes to the stream that had it.
+    """
+    if device != "cuda":
+        return
+    import cupy
+
+    if getattr(_thread, "stream_of", None) is not cupy:
+        cupy.cuda.Stream(non_blocking=True).use()
+        _thread.stream_of = cupy
+
+
 @contextmanager
 def limited(device: str, limit: int) -> Iterator[None]:
-    """Hold the device's memory pool under ``limit`` bytes while inside."""
+    """Hold the device's memory pool under ``limit`` bytes while inside; enter and leave with no worker running.
+
+    The limit is one for all streams. Each stream keeps what it freed, but CuPy gives all that back to the device
+    before it says out of memory. So a worker never does: in CuPy 13 that can lock up with another that allocates.
+    """
     if device != "cuda":
         yield
         return
@@ -55,14 +75,16 @@ def limited(device: str, limit: int) -> Iterator[None]:
         yield
     finally:
         pool.free_all_blocks()
+        cupy.get_default_pinned_memory_pool().free_all_blocks()
         pool.set_limit(size=before)
 
 
-def free_device_bytes() -> int:
-    """Bytes of device memory that are free now."""
+def device_limit(wanted: int | None) -> int:
+    """Bytes of device memory to stay under: ``wanted``, or four fifths of what is free, and never more than that."""
     import cupy
 
-    return int(cupy.cuda.runtime.memGetInfo()[0])
+    free = int(cupy.cuda.runtime.memGetInfo()[0] * 0.8)  # the rest is for the context, cuBLAS, and other programs
+    return min(wanted or free, free)
 
 
 def out_of_memory() -> tuple[type[BaseException], ...]:
@@ -75,7 +97,10 @@ def out_of_memory() -> tuple[type[BaseException], ...]:
 
 
 def to_device(array: np.ndarray, device: str) -> Array:
-    """The array on the device; itself on the CPU."""
+    """The array on the device; itself on the CPU.
+
+    CuPy copies it to pinned memory, which it keeps until the stream is past the copy, and goes on without waiting.
+    """
     if device != "cuda":
         return array
     import cupy
@@ -93,5 +118,5 @@ def zeros(shape: tuple[int, ...], device: str) -> Array:
 
 
 def to_host(array: Array) -> np.ndarray:
-    """The array as NumPy's."""
+    """The array as NumPy's, when all that the thread's stream has to do for it is done."""
     return array if isinstance(array, np.ndarray) else array.get()

@@ -27,7 +27,7 @@ from distributed import Client, Future, KilledWorker, LocalCluster, get_worker
 from threadpoolctl import threadpool_limits
 
 from relexio import atomic, backend, plan
-from relexio.backend import limited
+from relexio.backend import limited, own_stream
 from relexio.errors import ClusterError, DeviceError, RelexioError
 from relexio.executor import Executor, Keep, Pass, Progress, batches
 from relexio.plan import Plan
@@ -51,7 +51,7 @@ _FRESH = {
 
 @dataclass(frozen=True)
 class Worker:
-    """What one worker process says of itself: bytes resident, threads, device (or why there is none), its free bytes."""
+    """What one worker process says of itself: bytes resident, threads, device (or why there is none), bytes to use of it."""
 
     held: int
     threads: int
@@ -71,20 +71,27 @@ class Link:
         self._stack = ExitStack()
         weakref.finalize(self, self._stack.close)  # also at the end of the program, where nobody closes it
 
-    def plan(self, need: plan.Need, memory: int, held: int, workers: int | None, shared: int) -> Plan:
+    def plan(
+        self,
+        need: plan.Need,
+        memory: int,
+        held: int,
+        workers: int | None,
+        shared: int,
+        device_memory: int | None = None,
+    ) -> Plan:
         """The plan of all processes together for ``processes``, else that of the largest worker. Raises BudgetError."""
         if self.scheduler == PROCESSES:
-            return plan.make_processes(need, memory, held, workers, shared)
+            return plan.make_processes(need, memory, held, workers, shared, device_memory)
         found = self._ask("cpu").values()
         threads = max(worker.threads for worker in found)
         held = max(worker.held for worker in found)
-        return plan.make(need, memory, held, min(workers or threads, threads), shared)
+        return plan.make(need, memory, held, min(workers or threads, threads), shared, device_memory=device_memory)
 
-    def device(self, wanted: str) -> tuple[str, int]:
-        """Device and its free bytes where the work is done. Raises DeviceError, naming the worker that has none."""
+    def device(self, wanted: str) -> str:
+        """The device where the work is done. Raises DeviceError, naming the worker that has none."""
         if self.scheduler == PROCESSES:
-            device = backend.resolve(wanted)
-            return device, backend.free_device_bytes() if device == "cuda" else 0
+            return backend.resolve(wanted)
         found = self._ask(wanted)
         for name, worker in found.items():
             if worker.problem:
@@ -92,7 +99,14 @@ class Link:
         devices = {worker.device for worker in found.values()}
         if len(devices) > 1:
             raise DeviceError("some workers have a GPU and others none; choose with --device cpu or --device cuda")
-        return devices.pop(), min(worker.free for worker in found.values())
+        return devices.pop()
+
+    def device_limit(self, wanted: int | None) -> int:
+        """Bytes of device memory to stay under: of the one that ``processes`` share, else of each worker's."""
+        if self.scheduler == PROCESSES:
+            return backend.device_limit(wanted)
+        free = min(worker.free for worker in self._ask("cuda").values())
+        return min(wanted or free, free)
 
     def executor(self, made: Plan, device: str, device_memory: int) -> Executor:
         """An executor on this cluster."""
@@ -191,7 +205,7 @@ def _look(device: str, dask_worker: Any) -> Worker:
     problem, free = "", 0
     try:
         device = backend.resolve(device)
-        free = backend.free_device_bytes() if device == "cuda" else 0
+        free = backend.device_limit(None) if device == "cuda" else 0
     except DeviceError as error:
         problem = str(error)
     return Worker(plan.resident_bytes(), dask_worker.state.nthreads, device, problem, free)
@@ -274,6 +288,7 @@ def _work(settings: _Settings, key: str, function: Callable[..., Any], *parts: A
     if turns is None:
         return None
     try:
+        own_stream(settings.device)
         with turns.take() as go:
             result = function(*parts) if go else None
     except (RelexioError, OSError) as error:

@@ -78,6 +78,13 @@ def count_changed(moves: Moves, steps: int) -> np.ndarray:
     return np.cumsum(come - np.bincount(moves.step[before & ~now], minlength=steps))
 
 
+def owners(moves: Array, first: Array) -> Array:
+    """The place of each move's element [E] from where the elements' first moves are [n], on whichever device these are."""
+    begins = np.zeros_like(moves, np.int32)
+    begins[first] = 1
+    return np.cumsum(begins, dtype=np.int32) - np.int32(1)
+
+
 def increments(bits: Array, base: Array, first: Array, kind: Kind) -> Array:
     """What each move adds to its element: bits from it on [E] and base bits [n] to float64 [E].
 

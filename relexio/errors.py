@@ -1,4 +1,4 @@
-"""The one hierarchy of errors that relexio raises; each is also the built-in that it resembles."""
+"""The one hierarchy of errors that relexio raises; each is also the built-in that it resembles. And its one warning."""
 
 
 class RelexioError(Exception):
@@ -43,3 +43,7 @@ class BusyError(RelexioError, BlockingIOError):
 
 class ClusterError(RelexioError, ConnectionError):
     """A Dask cluster that cannot be reached, has no workers, lost them, or whose workers cannot do this work."""
+
+
+class RelexioWarning(UserWarning):
+    """Work goes on, and right, but not as planned. Its text says what, and what to do."""

@@ -15,7 +15,7 @@ from dask.callbacks import Callback
 from dask.delayed import Delayed, delayed
 from threadpoolctl import threadpool_limits
 
-from relexio.backend import limited
+from relexio.backend import limited, own_stream
 from relexio.plan import Plan
 from relexio.trajectory.zarrs import limit_threads
 
@@ -77,7 +77,7 @@ class Executor:
             threadpool_limits(1),
             limited(self.device, self.device_memory),
             _Reporter(made.sizes, progress),
-            _pool(self.plan.workers) as pool,
+            _pool(self.plan.workers, self.device) as pool,
         ):
             for batch in batches(made, tasks):
                 if keep is not None:
@@ -110,9 +110,9 @@ def batches(made: Pass, tasks: Iterable[Delayed]) -> Iterator[list[Delayed]]:
 
 
 @contextmanager
-def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+def _pool(workers: int, device: str) -> Iterator[ThreadPoolExecutor]:
     """Worker threads, all of them done when it ends: after an error too nothing is written any more."""
-    pool = ThreadPoolExecutor(workers)
+    pool = ThreadPoolExecutor(workers, initializer=own_stream, initargs=(device,))
     try:
         yield pool
     finally:

@@ -4,6 +4,8 @@ A task opens the store by its address, reads one block a tile at a time, and giv
 blocks to a sink. So tasks can run in any order, in any process, and again.
 """
 
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -13,7 +15,7 @@ from dask.delayed import Delayed
 
 from relexio.backend import out_of_memory, to_device, to_host, zeros
 from relexio.dtypes import Array, from_float64, nonfinite, to_float64
-from relexio.errors import BudgetError, RequestError
+from relexio.errors import BudgetError, RelexioWarning, RequestError
 from relexio.executor import Executor, Pass, Progress
 from relexio.trajectory.schema import Block, Tensor
 from relexio.trajectory.store import Store
@@ -23,17 +25,29 @@ from relexio.trajectory.tiles import Rows, observed, tiles
 Sink = Callable[[Block, int, np.ndarray], None]
 _FOLD = 8
 _SMALLEST_TILE = 1 << 12
+_WAIT, _WAITS = 0.1, 20  # seconds, times
+#: One text for all, so that Python says it once for however many blocks and threads.
+_SHRUNK = (
+    "the device ran out of memory: going on with smaller tiles, slower; give more --device-memory or fewer --workers"
+)
 
 
 def _shrinking(work: Callable[[int], Any], tile_bytes: int) -> Any:
-    """Run ``work(tile_bytes)``; where the device has no room for a tile so large, again with half of it."""
+    """Run ``work(tile_bytes)``; where the device has no room for a tile so large, again with half of it.
+
+    Raises BudgetError where there is no room for the smallest either, though others were given time to end theirs.
+    """
+    waits = iter(range(_WAITS))
     while True:
         try:
             return work(tile_bytes)
         except out_of_memory() as error:
-            if tile_bytes <= _SMALLEST_TILE:
+            if tile_bytes <= _SMALLEST_TILE and next(waits, None) is None:
                 raise BudgetError("--device-memory is too small for the smallest tile; give more") from error
-            tile_bytes //= 2
+        warnings.warn(_SHRUNK, RelexioWarning, stacklevel=1)  # out here, since the error holds what did fit
+        if tile_bytes <= _SMALLEST_TILE:
+            time.sleep(_WAIT)
+        tile_bytes = max(tile_bytes // 2, _SMALLEST_TILE)
 
 
 def gram_block(store: Store, block: Block, steps: tuple[int, ...], tile_bytes: int, device: str) -> np.ndarray:
@@ -83,14 +97,15 @@ def combine_block(
         spread = Rows.of(store, steps).spread(weights)
         for tile in tiles(store, block, steps, size, base):
             for piece in (tile,) if device == "cpu" else tile.pieces(size):
-                here = to_device(piece.base, device)[:, None]
+                here = to_device(piece.base.reshape(-1, 1), device)
                 with np.errstate(over="ignore", invalid="ignore"):  # told below, by name
                     values = piece.weigh(spread, device)
                 values += to_float64(here, block.kind)
                 bits = from_float64(values, block.kind)
                 _check_finite(bits, here, block)
+                found = to_host(bits)
                 for target, result in enumerate(results):
-                    result[piece.elements] = to_host(bits[:, target])
+                    result[piece.elements] = found[:, target]
         return results
 
     return _shrinking(work, tile_bytes)

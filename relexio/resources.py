@@ -1,6 +1,7 @@
 """What a job may use, and the executor that keeps to it."""
 
 import re
+import sys
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ import numpy as np
 
 from relexio import backend, plan
 from relexio.cache import SMALL
-from relexio.errors import ClusterError, RequestError
+from relexio.errors import BudgetError, ClusterError, RequestError
 from relexio.executor import Executor
 from relexio.trajectory.schema import count_type, moves_chunk
 from relexio.trajectory.store import Store
@@ -69,23 +70,28 @@ class Resources:
 
     def on_cpu(self, need: plan.Need, shared: int = 0) -> Executor:
         """An executor for a job of that need that knows no other device; ``shared`` bytes are held once. Raises BudgetError."""
-        return self._executor(need, shared, "cpu", 0)
+        if self._link is not None:
+            return self._link.executor(self._link.plan(need, self.memory, self.held, self.workers, shared), "cpu", 0)
+        return Executor(plan.make(need, self.memory, self.held, self.workers, shared))
 
     def _on_device(self, need: plan.Need, shared: int) -> Executor:
-        device, free = self._link.device(self.device) if self._link else _here(self.device)
-        return self._executor(need, shared, device, (self.device_memory or int(free * 0.8)) if device == "cuda" else 0)
+        device = self._link.device(self.device) if self._link else backend.resolve(self.device)
+        if device == "cuda":
+            try:
+                return self._on_cuda(need, shared + plan.CUDA)
+            except BudgetError:
+                if self.device == "cuda":  # and not auto: the CPU does with less
+                    raise
+        return self.on_cpu(need, shared)
 
-    def _executor(self, need: plan.Need, shared: int, device: str, limit: int) -> Executor:
+    def _on_cuda(self, need: plan.Need, shared: int) -> Executor:
+        asked = (need, self.memory, self.held, self.workers, shared)
         if self._link is not None:
-            made = self._link.plan(need, self.memory, self.held, self.workers, shared)
-            return self._link.executor(made, device, limit)
-        return Executor(plan.make(need, self.memory, self.held, self.workers, shared), device, limit)
-
-
-def _here(wanted: str) -> tuple[str, int]:
-    """The device of this process, and its free bytes. Raises DeviceError."""
-    device = backend.resolve(wanted)
-    return device, backend.free_device_bytes() if device == "cuda" else 0
+            limit = self._link.device_limit(self.device_memory)
+            return self._link.executor(self._link.plan(*asked, limit), "cuda", limit)
+        plan.make(*asked, device_memory=sys.maxsize)  # before the device takes memory
+        limit = backend.device_limit(self.device_memory)
+        return Executor(plan.make(*asked, device_memory=limit), "cuda", limit)
 
 
 def _link(scheduler: str) -> "Link":

@@ -1,52 +1,45 @@
-"""The device path, with NumPy standing in for CuPy: plumbing, memory limit, and what happens when memory runs out.
+"""The device path, with a strict stand-in for CuPy (device.py): plumbing, streams, memory limit, and when memory runs out.
 
 The kernels on a real device are tested where there is one (marker ``gpu``).
 """
 
+import operator
+import subprocess
 import sys
-import types
+import threading
+import warnings
 from pathlib import Path
 
+import device
 import numpy as np
 import pytest
-from make import Run, load_checkpoint, make_run, oracle
-from steps import fit_run, predict_run, store_run
-from test_oracle import agree
+from conftest import Relexio
+from device import DeviceArray, StandIn
+from make import BF16, Run, load_checkpoint, make_run, oracle
+from steps import CPU, fit_run, predict_run, small_blocks, store_run
+from test_memory import write_dense_run
+from test_oracle import DTYPES, agree
 
-from relexio.errors import BudgetError, DeviceError
+from relexio import plan
+from relexio.backend import own_stream
+from relexio.convert import Request, convert, prepare
+from relexio.errors import BudgetError, DeviceError, RelexioWarning
+from relexio.graph import combine_block, gram_block, operator_block
+from relexio.progress import silent
 from relexio.resources import Resources
+from relexio.trajectory.store import Store
+
+MB = 10**6
 
 
-class OutOfMemoryError(MemoryError):
-    pass
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    return use(monkeypatch, StandIn())
 
 
-class StandIn(types.ModuleType):
-    """As much of CuPy as the package uses; ``largest`` is the widest float64 array that fits."""
-
-    def __init__(self, largest: int = 1 << 60) -> None:
-        super().__init__("cupy")
-        self.limits: list[int] = []
-        self.refused = 0
-        self.largest = largest
-        memory = types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError)
-        runtime = types.SimpleNamespace(
-            getDeviceCount=lambda: 1, memGetInfo=lambda: (10**9, 10**9), CUDARuntimeError=RuntimeError
-        )
-        self.cuda = types.SimpleNamespace(memory=memory, runtime=runtime)
-
-    def get_default_memory_pool(self) -> object:
-        return types.SimpleNamespace(
-            get_limit=lambda: 0, set_limit=lambda size: self.limits.append(size), free_all_blocks=lambda: None
-        )
-
-    def zeros(self, shape: tuple[int, ...]) -> np.ndarray:
-        if shape[0] > self.largest:
-            self.refused += 1
-            raise OutOfMemoryError
-        return np.zeros(shape)
-
-    asarray = staticmethod(np.asarray)
+def use(monkeypatch: pytest.MonkeyPatch, cupy: StandIn) -> StandIn:
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    return cupy
 
 
 @pytest.fixture
@@ -54,21 +47,139 @@ def run(tmp_path: Path) -> Run:
     return make_run(tmp_path, steps=(1, 3, 4, 9), shapes={"w": (80, 50), "norm": (7,)})
 
 
+def dense(root: Path, elements: int, steps: int, dtype: np.dtype = BF16) -> Store:
+    """The store of a run in which every element changes at every step."""
+    write_dense_run(root, elements, steps, dtype)
+    return convert(
+        prepare(Request(root / "run.zarr", root / "base", root / "steps", {}, None), CPU, silent), silent
+    ).store
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
 @pytest.mark.parametrize("solver", ["gram", "blocks"])
-def test_the_same_result_as_on_the_cpu(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
-    cupy = StandIn(largest=600)
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    resources = Resources(device="cuda", device_memory=256_000_000)
+def test_the_same_result_as_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cupy: StandIn, dtype: np.dtype, solver: str
+) -> None:
+    small_blocks(monkeypatch, 512)
+    run = make_run(tmp_path, dtype, steps=(1, 3, 4, 9), shapes={"w": (80, 50), "norm": (7,)})
+    resources = Resources(workers=3, device="cuda", device_memory=256 * MB)
+    store_run(run, tmp_path / "run.zarr", "1,4")  # two groups, the second of which leaves some elements alone
     fitted = fit_run(store_run(run, tmp_path / "run.zarr"), solver=solver, resources=resources)
     agree(predict_run(fitted, 40, tmp_path / "out", resources), oracle(run.base, run.steps, 40))
-    assert cupy.refused, "too wide a tile was tried, and a narrower one taken"
-    assert 256_000_000 in cupy.limits and cupy.limits[-1] == 0, "the pool is limited, and given back as it was"
+    assert cupy.pool.peak, "the device was used"
+    assert cupy.pool.limits == [0, *[256 * MB, 0] * (len(cupy.pool.limits) // 2)], "limited, and given back as it was"
+    assert cupy.pool.used == 0, "nothing is left behind"
 
 
-def test_memory_too_small_for_anything_is_an_error(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cupy", StandIn(largest=3))
+def test_every_worker_has_a_stream_of_its_own(run: Run, tmp_path: Path, cupy: StandIn) -> None:
+    fit_run(store_run(run, tmp_path / "run.zarr"), resources=Resources(workers=3, device="cuda"))
+    assert cupy.streams and len(set(map(id, cupy.streams))) == len(cupy.streams)
+    assert not hasattr(cupy.current, "stream"), "the program's own stream is left alone"
+
+
+@pytest.mark.parametrize("dtype", [BF16, np.dtype("float32")], ids=lambda d: d.name)
+@pytest.mark.parametrize(("steps", "targets"), [(2, 1), (2, 6), (12, 1), (12, 6)])
+def test_no_tile_takes_more_of_a_device_than_planned(
+    tmp_path: Path, cupy: StandIn, dtype: np.dtype, steps: int, targets: int
+) -> None:
+    """On dense data, the worst case."""
+    store, tile = dense(tmp_path, 400_000 // steps, steps, dtype), 1 << 19
+    cupy.cuda.Stream(non_blocking=True).use()
+    (block,) = store.blocks(store.tensors[0])
+    x = np.ones((steps, 3))
+    for need, work in (
+        (plan.fit_need(1, 4, 1, 0, steps, True), lambda: gram_block(store, block, store.steps, tile, "cuda")),
+        (plan.fit_need(1, 4, 1, 0, steps, False), lambda: operator_block(store, block, store.steps, x, tile, "cuda")),
+        (
+            plan.combine_need(1, 4, 1, 0, steps, targets),
+            lambda: combine_block(store, block, store.steps, 1e-3 * np.ones((steps, targets)), tile, "cuda"),
+        ),
+    ):
+        cupy.pool.peak = 0
+        work()
+        assert 0 < cupy.pool.peak <= need.device_bytes(tile)
+
+
+def test_a_window_many_times_the_device_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cupy: StandIn) -> None:
+    small_blocks(monkeypatch, 1 << 14)
+    store = dense(tmp_path, 500_000, 12)  # 48 MB as float64; a warning would be an error
+    resources = Resources(workers=2, device="cuda", device_memory=2 * MB)
+    predict_run(fit_run(store, resources=resources), 900, tmp_path / "out", resources)
+    assert 0 < cupy.pool.peak <= 2 * MB and not cupy.pool.refused
+
+
+def test_memory_that_runs_out_is_said_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_blocks(monkeypatch, 1024)
+    cupy = use(monkeypatch, StandIn(room=150_000))  # less than the device says
+    resources = Resources(workers=4, device="cuda", device_memory=256 * MB)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        fitted = fit_run(store_run(run, tmp_path / "run.zarr"), resources=resources)
+        agree(predict_run(fitted, 40, tmp_path / "out", resources), oracle(run.base, run.steps, 40))
+    assert cupy.pool.refused > 4, "many tiles were too large"
+    assert [warning.category for warning in said] == [RelexioWarning]
+    assert "smaller tiles" in str(said[0].message)
+
+
+@pytest.mark.filterwarnings("default::relexio.errors.RelexioWarning")
+def test_the_command_line_says_it_as_a_note(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relexio: Relexio
+) -> None:
+    small_blocks(monkeypatch, 1024)
+    use(monkeypatch, StandIn(room=150_000))
+    store = store_run(run, tmp_path / "run.zarr").address
+    done = relexio("predict", store, "--step", 40, "-o", tmp_path / "out", "--device", "cuda", "--workers", 4)
+    notes = [line for line in done.err.splitlines() if "out of memory" in line]
+    assert done.code == 0 and len(notes) == 1 and notes[0].startswith("note: the device ")
+
+
+def test_other_warnings_are_shown_as_python_does(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relexio: Relexio
+) -> None:
+    store = store_run(run, tmp_path / "run.zarr").address
+    monkeypatch.setattr("relexio.executor.limited", lambda *_: warnings.warn("of another kind", stacklevel=1))
+    with pytest.raises(UserWarning, match="another kind"):  # pytest makes it an error: the filters are left alone
+        relexio("predict", store, "--step", 40, "-o", tmp_path / "out", "--device", "cpu")
+
+
+@pytest.mark.filterwarnings("ignore::relexio.errors.RelexioWarning")
+def test_memory_too_small_for_anything_is_an_error(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cupy: StandIn
+) -> None:
+    store = store_run(run, tmp_path / "run.zarr")
+    with pytest.raises(BudgetError, match="--device-memory 100 kB is too small"):
+        fit_run(store, resources=Resources(device="cuda", device_memory=100_000))
+    use(monkeypatch, StandIn(room=2000))
     with pytest.raises(BudgetError, match="device-memory"):
-        fit_run(store_run(run, tmp_path / "run.zarr"), resources=Resources(device="cuda"))
+        fit_run(store, resources=Resources(device="cuda"))
+
+
+def test_plans_for_a_device() -> None:
+    need = plan.fit_need(1 << 20, 2, 1, 3 << 20, 40, True)
+    roomy = plan.make(need, 64_000 * MB, 200 * MB, 16, plan.CUDA, device_memory=64_000 * MB)
+    assert (roomy.workers, roomy.tile_bytes) == (16, 64 << 20)
+    small = plan.make(need, 64_000 * MB, 200 * MB, 16, plan.CUDA, device_memory=256 * MB)
+    assert small.tile_bytes >= 8 << 20 and small.workers * need.device_bytes(small.tile_bytes) <= 256 * MB
+    tiny = plan.make(need, 64_000 * MB, 200 * MB, 16, plan.CUDA, device_memory=20 * MB)
+    assert tiny.workers * need.device_bytes(tiny.tile_bytes) <= 20 * MB
+    host = plan.make(need, 1000 * MB, 200 * MB, 16, plan.CUDA, device_memory=64_000 * MB)
+    assert host.projected <= 1000 * MB, "the host's memory bounds it too"
+    assert plan.make(need, 64_000 * MB, 200 * MB, 16).tile_bytes <= 2 << 20, "the CPU's tiles stay in its caches"
+
+
+def test_auto_takes_the_cpu_where_memory_is_too_small_for_cuda(run: Run, tmp_path: Path, cupy: StandIn) -> None:
+    store = store_run(run, tmp_path / "run.zarr")
+    little = {"memory": 400 * MB, "held": 60 * MB, "workers": 1}
+    assert Resources(device="auto", **little).for_gram(store, 4).device == "cpu"
+    assert Resources(device="auto", workers=1).for_gram(store, 4).device == "cuda"
+    with pytest.raises(BudgetError):
+        Resources(device="cuda", **little).for_gram(store, 4)
+
+
+def test_no_more_than_the_device_has_free(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, StandIn(free=100 * MB))
+    executor = Resources(device="cuda", device_memory=256 * MB).for_gram(store_run(run, tmp_path / "run.zarr"), 4)
+    assert executor.device_memory == 80 * MB
 
 
 def test_cuda_without_cupy_is_refused_and_auto_takes_the_cpu(
@@ -82,10 +193,69 @@ def test_cuda_without_cupy_is_refused_and_auto_takes_the_cpu(
     assert load_checkpoint(out).keys() == run.base.keys()
 
 
+def test_the_stand_in_is_strict(cupy: StandIn) -> None:
+    own_stream("cuda")
+    host, there = np.arange(4.0), cupy.asarray(np.arange(4.0))
+    for mix in (operator.add, operator.mul, operator.xor, operator.matmul, np.add, operator.setitem, operator.getitem):
+        for pair in ((host, there), (there, host)):
+            with pytest.raises((TypeError, IndexError, AssertionError)):
+                mix(*pair, 1.0) if mix is operator.setitem else mix(*pair)
+    for convert_ in (np.asarray, np.cumsum, list, np.sort, np.bincount):
+        if convert_ is not np.cumsum:  # CuPy has it
+            with pytest.raises(TypeError):
+                convert_(there)
+    with pytest.raises(AssertionError, match="undefined"):
+        there[cupy.asarray(np.array([1, 1]))] = 0.0
+    with pytest.raises(AssertionError, match="version"):
+        there + np.float32(1)
+    failed = []
+
+    def elsewhere() -> None:
+        own_stream("cuda")
+        try:
+            there + 1.0
+        except RuntimeError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert failed, "another thread's stream does not wait for this one's"
+
+
+def test_the_stand_in_has_nothing_that_cupy_lacks() -> None:
+    cupy = pytest.importorskip("cupy", reason="needs CuPy, no GPU")
+    names = (*device.UFUNCS, *device.FUNCTIONS, "zeros", "asarray", "get_default_memory_pool")
+    missing = [name for name in (*names, "get_default_pinned_memory_pool") if not hasattr(cupy, name)]
+    missing += [
+        name
+        for name in vars(DeviceArray)
+        if not name.startswith("_") and name != "held" and not hasattr(cupy.ndarray, name)
+    ]
+    missing += [name for name in device.OPERATORS if not hasattr(cupy.ndarray, f"__{name}__")]
+    missing += [name for name in ("use", "synchronize") if not hasattr(cupy.cuda.Stream, name)]
+    assert not missing
+    assert issubclass(cupy.cuda.memory.OutOfMemoryError, MemoryError)
+
+
+def test_the_gpu_benchmark_says_in_a_line_that_there_is_no_gpu() -> None:
+    tools = Path(__file__).parents[1] / "tools"
+    script = (
+        f"import sys, runpy; sys.modules['cupy'] = None; sys.path.insert(0, {str(tools)!r}); sys.argv = ['gpu.py']; "
+    )
+    script += f"runpy.run_path({str(tools / 'gpu.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith("tools/gpu.py needs CuPy and a GPU") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
 @pytest.mark.parametrize("solver", ["gram", "blocks"])
-def test_on_a_real_device(run: Run, tmp_path: Path, solver: str) -> None:
+def test_on_a_real_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: np.dtype, solver: str) -> None:
     pytest.importorskip("cupy", reason="needs CuPy and a GPU")
-    resources = Resources(device="cuda", device_memory=256_000_000)
+    small_blocks(monkeypatch, 4096)
+    run = make_run(tmp_path, dtype, steps=(1, 3, 4, 9), shapes={"w": (300, 200), "norm": (7,)})
+    resources = Resources(workers=3, device="cuda", device_memory=256 * MB)
     fitted = fit_run(store_run(run, tmp_path / "run.zarr"), solver=solver, resources=resources)
     agree(predict_run(fitted, 40, tmp_path / "out", resources), oracle(run.base, run.steps, 40))

@@ -3,12 +3,15 @@
 import importlib
 import logging
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
-from relexio.cli.show import printable
-from relexio.errors import RelexioError
+from relexio.cli.show import note, printable
+from relexio.errors import RelexioError, RelexioWarning
 from relexio.plan import use_one_heap
 from relexio.version import __version__
 
@@ -43,7 +46,8 @@ def main(arguments: list[str] | None = None) -> Any:
     """Run the command line. Exit codes: 0 done, 1 an error of the input or the machine, 2 wrong usage, 130 interrupted."""
     use_one_heap()
     try:
-        relexio_command(args=arguments, prog_name="relexio", standalone_mode=False)
+        with _warnings_as_notes():
+            relexio_command(args=arguments, prog_name="relexio", standalone_mode=False)
     except click.exceptions.Exit as end:
         sys.exit(end.exit_code)
     except click.ClickException as error:
@@ -59,6 +63,22 @@ def main(arguments: list[str] | None = None) -> Any:
         click.echo(f"error: {printable(_said(error))}", err=True)
         sys.exit(1)
     sys.exit(0)
+
+
+@contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    """Say relexio's own warnings as notes, and others as Python does."""
+    with warnings.catch_warnings():
+        as_python_does = warnings.showwarning
+
+        def say(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, RelexioWarning):
+                note(str(message))
+            else:
+                as_python_does(message, category, *where, **more)
+
+        warnings.showwarning = say
+        yield
 
 
 def _said(error: Exception) -> str:

@@ -205,7 +205,7 @@ def _commit(conversion: Conversion, store: Store, group: Group) -> tuple[Store, 
         step = group.steps[content.index(base)]
         raise CheckpointError(f"step {step}: is the base itself (bit for bit); leave it out with --steps")
     where = place(store.address)
-    for written in ("base", group.path):
+    for written in ("base", "groups"):
         where.below(written).settle()
     done = commit(store, replace(group, content=tuple(content)), base)
     where.settle_marker()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from relexio.backend import to_device, zeros
-from relexio.delta import Moves, gram_of_pairs, increments
+from relexio.delta import Moves, gram_of_pairs, increments, owners
 from relexio.dtypes import Array
 from relexio.trajectory.schema import Block, Group, moves_room
 from relexio.trajectory.store import Store
@@ -101,13 +101,16 @@ class Tile:
         """F: float64 [n, R]."""
         found = zeros((len(self.elements), self.rows), device)
         for part in self.parts:
-            values = self._values(part, device)
-            if part.full and part.moves.xor.size == found.size:
+            if not len(part.columns):
+                continue
+            values, owner = self._values(part, device)
+            if part.full and (len(part.columns), part.steps) == found.shape:
                 return values.reshape(found.shape)
-            at = part.columns[part.moves.owner] * self.rows
-            at += part.moves.step
+            step, columns = to_device(part.moves.step, device), to_device(part.columns, device)
+            at = columns[part.moves.owner if owner is None else owner] * self.rows
+            at += step.astype(np.intp)
             at += part.row
-            found.reshape(-1)[to_device(at, device)] = values
+            found.reshape(-1)[at] = values
         return found
 
     def gram(self, nbytes: int = TILE, device: str = "cpu") -> Array:
@@ -116,9 +119,8 @@ class Tile:
             number = np.zeros(len(self.elements), np.int64)
             for part in self.parts:
                 number[part.columns] += part.moves.count
-            few = 300 * number * (number + 1) < self.rows * (
-                self.rows + 120
-            )  # a pair takes 12 ns, else R (R + 120) / 50
+            # a pair takes some 12 ns, an element's part of F^T F some R (R + 120) / 50
+            few = 300 * number * (number + 1) < self.rows * (self.rows + 120)
             if few.any():
                 return self._only(few)._gram_of_pairs() + self._only(~few)._gram_of_pieces(nbytes, device)
         return self._gram_of_pieces(nbytes, device)
@@ -141,7 +143,7 @@ class Tile:
         return Tile(self.block, self.elements[which], self.base[which], tuple(parts), self.rows)
 
     def _gram_of_pairs(self) -> np.ndarray:
-        values = np.concatenate([self._values(part, "cpu") for part in self.parts])
+        values = np.concatenate([self._values(part, "cpu")[0] for part in self.parts])
         owner = np.concatenate([part.columns[part.moves.owner] for part in self.parts])
         row = np.concatenate([part.moves.step + np.intp(part.row) for part in self.parts])
         if len(self.parts) > 1:  # moves of one element stand beside each other, in the order of the rows
@@ -155,7 +157,7 @@ class Tile:
             return self.increments(device) @ to_device(weights, device)
         found = np.zeros((len(self.elements), weights.shape[1]))
         for part in self.parts:
-            values, weight = self._values(part, "cpu"), weights[part.row :][: part.steps]
+            values, weight = self._values(part, "cpu")[0], weights[part.row :][: part.steps]
             if part.full:
                 found[part.columns] += values.reshape(-1, part.steps) @ weight
             else:
@@ -163,11 +165,13 @@ class Tile:
                     column[part.columns] += np.add.reduceat(w[part.moves.step] * values, part.moves.first)
         return found
 
-    def _values(self, part: Part, device: str) -> Array:
+    def _values(self, part: Part, device: str) -> tuple[Array, Array | None]:
+        """What the part's moves add [E]; from a device, their elements' places [E] too: it finds these itself, to be sent less."""
         base = self.base[part.columns]
-        bits = part.moves.xor ^ np.repeat(base, part.moves.count)
-        bits, base, first = (to_device(array, device) for array in (bits, base, part.moves.first))
-        return increments(bits, base, first, self.block.kind)
+        xor, there, first = (to_device(array, device) for array in (part.moves.xor, base, part.moves.first))
+        owner = None if device == "cpu" else owners(xor, first)
+        bits = xor ^ (np.repeat(base, part.moves.count) if owner is None else there[owner])
+        return increments(bits, there, first, self.block.kind), owner
 
 
 class Cursor:
