@@ -90,10 +90,22 @@ def locked(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise BusyError(f"{directory}: another process is writing it; wait for it to end") from error
+            raise BusyError(f"{directory}: {_holder(fd)} is writing it; wait for it to end") from error
         yield
     finally:
         os.close(fd)
+
+
+def _holder(fd: int) -> str:
+    """Who holds the lock on an open file, as far as the system tells."""
+    stat = os.fstat(fd)
+    device = f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}:{stat.st_ino}"
+    locks = Path("/proc/locks")
+    for line in locks.read_text().splitlines() if locks.exists() else ():
+        fields = line.split()
+        if device in fields and "FLOCK" in fields and int(fields[4]) > 0:
+            return f"process {fields[4]}"
+    return "another process"
 
 
 @contextmanager

@@ -11,18 +11,21 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
 
 from relexio.atomic import PARTIAL
-from relexio.errors import BusyError
-from relexio.places import Place, place
+from relexio.errors import BusyError, StoreError
+from relexio.places import METADATA, Place, place
+from relexio.trajectory.seal import metadata_hashes, seal, unseal
 from relexio.trajectory.store import Store, damage
 from relexio.trajectory.zarrs import AnyArray, create, open_group
 
 #: Bytes up to which an array is kept as one chunk and held in memory.
 SMALL = 16 << 20
+_REMOVE = "remove this directory, and it is made again"
 #: A store that cannot be written, or a disk that is full, is no reason to fail: the result is kept for this run only.
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR}
 
@@ -59,20 +62,51 @@ class Kept:
             del group[name]
         return create(group, name, shape, chunks, "<f8", axes)
 
-    def read(self, name: str, place: int) -> np.ndarray:
+    def check(self) -> None:
+        """Read all of it. Raises StoreError where it is damaged."""
+        with damage(self.address, _REMOVE):
+            names = sorted(self._hashes())
+        for name in names:
+            with damage(f"{self.address}: {name}", _REMOVE):
+                self._array(name)[:]
+
+    def _hashes(self) -> dict[str, Any]:
+        return dict(unseal(place(self.address).get(METADATA) or b"")["relexio"]["metadata"])
+
+    def _array(self, name: str) -> AnyArray:
+        if metadata_hashes(place(self.address), [name]) != {name: self._hashes()[name]}:
+            raise ValueError("the checksum of its zarr.json is wrong")
+        found = open_group(self.address, "r")[name]
+        if not isinstance(found, zarr.Array):
+            raise ValueError("not an array")
+        return found
+
+    def read(self, name: str, entry: int) -> np.ndarray:
         """One tensor's entry. Raises StoreError where the kept file is damaged."""
-        with damage(f"{self.address}: {name}", "remove this directory, and it is made again"):
+        with damage(f"{self.address}: {name}", _REMOVE):
             if name not in self._opened:
-                found = open_group(self.address, "r")[name]
-                assert isinstance(found, zarr.Array)
+                found = self._array(name)
                 whole = found.chunks[0] > 1 or found.shape[0] == 1
                 self._opened[name] = np.asarray(found[:]) if whole else found
-            return np.asarray(self._opened[name][place])
+            return np.asarray(self._opened[name][entry])
 
 
 def has(store: Store, name: str) -> bool:
     """Whether something is kept under a name."""
     return place(store.address).below(f"cache/{name}").whole()
+
+
+def problems(store: Store) -> list[str]:
+    """What is damaged of all that is kept, a line each."""
+    kept, found = place(store.address).below("cache"), []
+    for name in sorted(kept.names()):
+        if name.endswith("partial") or not kept.below(name).whole():
+            continue
+        try:
+            Kept(kept.below(name).address).check()
+        except StoreError as error:
+            found.append(str(error))
+    return found
 
 
 def keep(store: Store, name: str, build: Callable[[Kept], None]) -> Kept:
@@ -97,8 +131,9 @@ def keep(store: Store, name: str, build: Callable[[Kept], None]) -> Kept:
 
 def _build(final: Place, build: Callable[[Kept], None]) -> None:
     with final.building() as building:
-        open_group(building.address, "a")
+        group = open_group(building.address, "a")
         build(Kept(building.address))
+        building.put(METADATA, seal({"metadata": metadata_hashes(building, sorted(group.array_keys()))}, whole=True))
 
 
 def _clear_away(kept: Place, name: str) -> None:

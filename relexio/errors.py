@@ -9,6 +9,10 @@ class CheckpointError(RelexioError, ValueError):
     """A checkpoint directory or safetensors file that cannot be used as it is."""
 
 
+class IncompleteError(CheckpointError):
+    """A checkpoint of which a part is not there: still being written, or cut off."""
+
+
 class MissingError(RelexioError, FileNotFoundError):
     """A file or directory that was named and is not there."""
 

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from dask.delayed import Delayed
@@ -23,6 +23,7 @@ from relexio.trajectory.tiles import Rows, observed, tiles
 
 #: Takes (block, which target, element bits [size]) and puts them where they belong.
 Sink = Callable[[Block, int, np.ndarray], None]
+T = TypeVar("T")
 _FOLD = 8
 _SMALLEST_TILE = 1 << 12
 _WAIT, _WAITS = 0.1, 20  # seconds, times
@@ -173,11 +174,12 @@ def _fold(made: Pass, parts: list[Delayed], name: str) -> Delayed:
 
 
 def _sum_over_blocks(made: Pass, store: Store, tensor: Tensor, steps: int, kernel: Delayed) -> Delayed:
-    parts = []
-    for block in store.blocks(tensor):
-        key, size = f"block-{block.kind.name}-{block.index}", block.size * block.kind.itemsize * steps
-        parts.append(made.block(partial(_on, block), kernel, key=key, size=size))
-    return _fold(made, parts, tensor.name)
+    return _fold(made, [_node(made, block, steps, kernel) for block in store.blocks(tensor)], tensor.name)
+
+
+def _node(made: Pass, block: Block, steps: int, kernel: Delayed) -> Delayed:
+    key, size = f"block-{block.kind.name}-{block.index}", block.size * block.kind.itemsize * steps
+    return made.block(partial(_on, block), kernel, key=key, size=size)
 
 
 def sums(
@@ -189,6 +191,16 @@ def sums(
     held = [tensor for tensor in store.tensors if store.blocks(tensor)]
     results = executor.run(made, (_sum_over_blocks(made, store, tensor, steps, shared) for tensor in held), progress)
     return {tensor.name: result for tensor, result in zip(held, results, strict=True)}
+
+
+def each(
+    store: Store, steps: int, kernel: Callable[[Block], T], executor: Executor, progress: Progress
+) -> list[tuple[Block, T]]:
+    """Run a kernel over every block of the store; the blocks and its results, in order."""
+    made = executor.begin()
+    shared = made.shared(kernel)
+    blocks = [block for tensor in store.tensors for block in store.blocks(tensor)]
+    return list(zip(blocks, executor.run(made, (_node(made, b, steps, shared) for b in blocks), progress), strict=True))
 
 
 def gram(

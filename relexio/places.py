@@ -365,15 +365,12 @@ class Remote:
 
     @contextmanager
     def building(self) -> Iterator[Place]:
-        """Build in place, and mark the group at the end.
+        """Build in place; the group's metadata with the mark must be written last.
 
         Nothing is removed first: another process may be building the same from the same data, and what each writes is
         as good as the other's.
         """
         yield self
-        metadata = json.loads(self.get(METADATA) or b"{}")
-        metadata["attributes"] = {**metadata.get("attributes", {}), "whole": True}
-        self.put(METADATA, json.dumps(metadata, indent=2).encode())
 
     def _files(self, key: str = "") -> tuple[Any, str]:
         """The file system that fsspec has for the address, and the path of a key below."""

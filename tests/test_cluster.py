@@ -123,14 +123,16 @@ def hang_once(module: str, name: str, marker: Path) -> None:
 
     def hang(*arguments: Any) -> Any:
         real(*arguments)
-        marker.write_text(str(os.getpid()))
+        own = marker.with_name(f"{marker.name}-{threading.get_ident()}")
+        own.write_text(str(os.getpid()))
+        own.replace(marker)  # two threads may be here at once, and nobody must read half of it
         time.sleep(600)
 
     setattr(where, name, hang)
 
 
 def kill_when_marked(marker: Path) -> None:
-    while not marker.exists() or not marker.read_text():
+    while not marker.exists():
         time.sleep(0.01)
     os.kill(int(marker.read_text()), signal.SIGKILL)
 

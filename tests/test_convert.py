@@ -224,7 +224,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
 
     run = make_run(tmp_path)
     store_run(run, tmp_path / "run.zarr", "1,2")
-    with locked(tmp_path / "run.zarr"), pytest.raises(BusyError, match="another process"):
+    with locked(tmp_path / "run.zarr"), pytest.raises(BusyError, match="is writing it"):
         store_run(run, tmp_path / "run.zarr")
 
 

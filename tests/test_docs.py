@@ -143,7 +143,10 @@ def test_json_of_the_store_page_is_what_a_store_holds(demo: Path) -> None:
 
     assert codecs == metadata("base/bf16/bits")["codecs"]
     root = metadata("")["attributes"]["relexio"]
-    assert marker == {**root, "groups": root["groups"][1:]}
+    assert {**marker, "metadata": 0, "seal": 0, "groups": 0} == {**root, "metadata": 0, "seal": 0, "groups": 0}
+    assert [{**g, "metadata": 0} for g in marker["groups"]] == [{**g, "metadata": 0} for g in root["groups"][1:]]
+    assert marker["metadata"].keys() <= root["metadata"].keys()
+    assert marker["groups"][0]["metadata"].keys() <= root["groups"][1]["metadata"].keys()
     assert tensors == metadata("base")["attributes"]["tensors"][:2]
     made = metadata("groups/0000")["attributes"]["sources"]
     assert sources.keys() == made.keys()

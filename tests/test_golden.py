@@ -26,11 +26,37 @@ def test_store(tmp_path: Path) -> None:
     run = Run(tmp_path, one.base, {**one.steps, 6: one.steps[4]})
     store_run(run, tmp_path / "run.zarr")
     root = zarr.open_group(tmp_path / "run.zarr", mode="r")
+
+    def hash_of(path: str | Path) -> str:
+        return xxhash.xxh3_128_hexdigest((tmp_path / "run.zarr" / path / "zarr.json").read_bytes())
+
+    def arrays(path: str, *names: str) -> list[str]:
+        return [f"{path}/bf16/{name}" for name in names]
+
     assert root.attrs["relexio"] == {
         "format": 2,
         "block": 1024,
         "base_content": "3414b3333ee8860eb87f523f059a4409373f13a5ff3110f1855b62f53e300a26",
-        "groups": [{"name": "0000", "steps": [1, 4, 6], "content": root.attrs["relexio"]["groups"][0]["content"]}],
+        "metadata": {
+            path: hash_of(path) for path in ("groups", "base", "base/bf16", *arrays("base", "bits", "digest"))
+        },
+        "groups": [
+            {
+                "name": "0000",
+                "steps": [1, 4, 6],
+                "content": root.attrs["relexio"]["groups"][0]["content"],
+                "metadata": root.attrs["relexio"]["groups"][0]["metadata"],
+            }
+        ],
+        "seal": root.attrs["relexio"]["seal"],
+    }
+    marker = (tmp_path / "run.zarr/zarr.json").read_bytes()
+    seal = root.attrs["relexio"]["seal"].encode()
+    assert xxhash.xxh3_128_hexdigest(marker.replace(seal, b"0" * 32)).encode() == seal
+    group = root.attrs["relexio"]["groups"][0]["metadata"]
+    assert group == {
+        str(path.parent.relative_to(tmp_path / "run.zarr")): hash_of(path.parent)
+        for path in (tmp_path / "run.zarr/groups/0000").rglob("zarr.json")
     }
     block_digest = xxhash.xxh3_128(run.base["w"].tobytes()).digest()
     assert root.attrs["relexio"]["base_content"] == hashlib.sha256(block_digest).hexdigest()

@@ -252,7 +252,7 @@ FAULTS: dict[str, tuple[Spoil, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("where", ["base", "steps/global_step_10"])
+@pytest.mark.parametrize("where", ["base", "steps/global_step_2"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_files_that_make_no_model_are_refused(
     run: Run, relexio: Relexio, tmp_path: Path, fault: str, where: str

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from relexio.dtypes import BITS
-from relexio.errors import CheckpointError
+from relexio.errors import CheckpointError, IncompleteError
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 _MAX_DIMENSIONS = 64
@@ -63,10 +63,10 @@ def read_shard(path: Path) -> Shard:
         stat = os.fstat(file.fileno())
         prefix = file.read(8)
         if len(prefix) < 8:
-            raise CheckpointError(f"{path}: truncated: {stat.st_size} bytes, too short for a safetensors header")
+            raise IncompleteError(f"{path}: truncated: {stat.st_size} bytes, too short for a safetensors header")
         (length,) = struct.unpack("<Q", prefix)
         if length > min(MAX_HEADER, stat.st_size - 8):
-            raise CheckpointError(
+            raise IncompleteError(
                 f"{path}: truncated or not a safetensors file: "
                 f"it announces a header of {length:,} bytes and has {stat.st_size:,} in all; copy the file again"
             )
@@ -102,8 +102,8 @@ def parse_header(header: bytes, size: int, path: Path | str) -> tuple[Entry, ...
             raise CheckpointError(f"{path}: tensors {before.name} and {after.name} {word} in the file")
     end = entries[-1].end if entries else first
     if end != size:
-        word = "truncated" if end > size else "longer than its header says"
-        raise CheckpointError(f"{path}: {word}: {size:,} bytes where the header needs {end:,}; copy the file again")
+        word, kind = ("truncated", IncompleteError) if end > size else ("longer than its header says", CheckpointError)
+        raise kind(f"{path}: {word}: {size:,} bytes where the header needs {end:,}; copy the file again")
     return tuple(entries)
 
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from relexio.checkpoints.header import Entry, Shard, parse_json, read_shard
-from relexio.errors import CheckpointError, MissingError
+from relexio.errors import CheckpointError, IncompleteError, MissingError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -81,7 +81,7 @@ def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
         shards = _sharded(path, data)
     else:
         data = None
-        shards = (read_shard(_single(path, step)),)
+        shards = (read_shard(_inside(path, _single(path, step))),)
     checkpoint = Checkpoint(path, step, shards, data, dict(_side_files(path)))
     if not checkpoint.entries:
         raise CheckpointError(f"{checkpoint.label}: its safetensors files hold no tensor")
@@ -103,9 +103,13 @@ def _single(path: Path, step: int | None) -> Path:
     if len(found) == 1:
         return found[0]
     if found:
-        raise CheckpointError(f"{path}: {len(found)} safetensors files and no {INDEX}; a shard or the index is missing")
+        raise IncompleteError(f"{path}: {len(found)} safetensors files and no {INDEX}; a shard or the index is missing")
     way_out = "give the directory of the base model" if step is None else "leave this step out with --steps"
-    raise CheckpointError(f"{path}: {_no_weights(path, way_out)}")
+    problem = _other_format(path)
+    if problem:
+        raise CheckpointError(f"{path}: {problem}")
+    what = "a config and no weights" if (path / "config.json").is_file() else "no safetensors file"
+    raise IncompleteError(f"{path}: {what}; {way_out}, or save its weights as safetensors")
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -113,7 +117,8 @@ def weight_files(path: Path) -> list[Path]:
     return sorted(p for p in path.glob("*.safetensors") if p.is_file() and not p.name.startswith("adapter_"))
 
 
-def _no_weights(path: Path, way_out: str) -> str:
+def _other_format(path: Path) -> str | None:
+    """What a directory holds in place of safetensors weights, and what to do; None if it holds no weights at all."""
     if (path / "adapter_model.safetensors").is_file():
         return "holds a LoRA adapter, not a model; merge it into its base first (peft: merge_and_unload)"
     shards = list(path.glob("**/model_world_size_*_rank_*.pt")) or list(
@@ -125,8 +130,7 @@ def _no_weights(path: Path, way_out: str) -> str:
         return "holds a torch distributed checkpoint (DCP), no safetensors; convert it to Hugging Face format first"
     if any(path.glob("*.bin")) or any(path.glob("*.pt")):
         return "holds torch files and no safetensors; save it again with safe_serialization=True"
-    what = "a config and no weights" if (path / "config.json").is_file() else "no safetensors file"
-    return f"{what}; {way_out}, or save its weights as safetensors"
+    return None
 
 
 def _sharded(path: Path, data: bytes) -> tuple[Shard, ...]:
@@ -139,8 +143,8 @@ def _sharded(path: Path, data: bytes) -> tuple[Shard, ...]:
         if name != Path(name).name or name in ("", ".", "..") or "\\" in name or "\0" in name:
             raise CheckpointError(f"{index}: names a shard outside its directory: {name!r}")
         if name not in present:
-            raise CheckpointError(f"{path / name}: the index names this shard and it is not there; copy it again")
-        shards.append(read_shard(path / name))
+            raise IncompleteError(f"{path / name}: the index names this shard and it is not there; copy it again")
+        shards.append(read_shard(_inside(path, path / name)))
     found = {entry.name: shard.path.name for shard in shards for entry in shard.entries}
     if sum(len(shard.entries) for shard in shards) != len(found):
         raise CheckpointError(f"{path}: a tensor stands in two of its shards")
@@ -158,7 +162,19 @@ def _side_files(path: Path) -> Iterator[tuple[str, Path]]:
         name = file.relative_to(path).as_posix()
         wanted = file.suffix in _SIDE_SUFFIXES or file.name in _SIDE_NAMES
         if wanted and not name.endswith(".index.json") and file.is_file() and file.stat().st_size <= _MAX_SIDE:
-            yield name, file
+            yield name, _inside(path, file)
+
+
+def _inside(directory: Path, file: Path) -> Path:
+    """The file. Raises CheckpointError for a link out of its directory: what it leads to would be stored, and published.
+
+    The Hub's cache is made of links to ``blobs`` beside ``snapshots``; these are followed.
+    """
+    real, here = file.resolve(), directory.resolve()
+    blobs = here.parent.parent / "blobs" if here.parent.name == "snapshots" else here
+    if not real.is_relative_to(here) and not real.is_relative_to(blobs):
+        raise CheckpointError(f"{file}: a link to {real}, outside its directory; put a copy of the file in its place")
+    return file
 
 
 def read_exactly(fd: int, start: int, out: memoryview, path: Path) -> None:

@@ -9,6 +9,7 @@ import click
 from relexio.checkpoints.layout import Selection
 from relexio.cli import options
 from relexio.cli.show import note, stages, table
+from relexio.cli.verify import report
 
 if TYPE_CHECKING:
     from relexio.convert import Conversion, Converted
@@ -47,6 +48,7 @@ def _named(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
 @options.memory
 @options.workers
 @options.scheduler
+@click.option("--verify", is_flag=True, help="Afterwards read all of it again and compare it with the checkpoints.")
 @options.dry_run
 @options.as_json
 def convert(
@@ -58,6 +60,7 @@ def convert(
     memory: int,
     workers: int | None,
     scheduler: str | None,
+    verify: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -83,11 +86,17 @@ def convert(
             _show_plan(conversion, as_json)
             return
         done = verb.convert(conversion, stages)
-    if done.resumed:
-        note("went on with what an interrupted run had finished")
-    for text in done.notes:
-        note(text)
-    _show_result(conversion, done, as_json)
+        if done.resumed:
+            note("went on with what an interrupted run had finished")
+        for text in done.notes:
+            note(text)
+        if not verify:
+            _show_result(conversion, done, as_json)
+            return
+        found = verb.verify(done.store, verb.Originals(conversion.by_step, conversion.base), resources, stages)
+    if not as_json:
+        _show_result(conversion, done, as_json)
+    report(out, found, as_json)
 
 
 def _show_plan(conversion: "Conversion", as_json: bool) -> None:

@@ -15,7 +15,7 @@ from relexio.errors import RelexioError, RelexioWarning
 from relexio.plan import use_one_heap
 from relexio.version import __version__
 
-_COMMANDS = ("convert", "predict", "inspect", "demo")
+_COMMANDS = ("convert", "predict", "inspect", "verify", "restore", "demo")
 
 
 class _Lazy(click.Group):
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> Any:
     use_one_heap()
     try:
         with _warnings_as_notes():
-            relexio_command(args=arguments, prog_name="relexio", standalone_mode=False)
+            code = relexio_command(args=arguments, prog_name="relexio", standalone_mode=False)
     except click.exceptions.Exit as end:
         sys.exit(end.exit_code)
     except click.ClickException as error:
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> Any:
     except (RelexioError, OSError) as error:
         click.echo(f"error: {printable(_said(error))}", err=True)
         sys.exit(1)
-    sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 @contextmanager

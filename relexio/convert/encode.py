@@ -13,12 +13,12 @@ from xxhash import xxh3_128
 
 from relexio.checkpoints.read import Location, read_exactly
 from relexio.convert.check import Source
-from relexio.delta import Moves, changed, count_changed, expand, find_moves
-from relexio.dtypes import Kind, nonfinite
+from relexio.delta import Moves, changed, count_changed, find_moves
+from relexio.dtypes import nonfinite
 from relexio.errors import CheckpointError, StoreError
 from relexio.trajectory.schema import DIGEST, Block, Group, moves_room
+from relexio.trajectory.state import block_state, digest_of, tile_width
 from relexio.trajectory.store import Store
-from relexio.trajectory.tiles import Cursor
 
 #: So many tiles are read at a time: a read of a few hundred kB costs little more than one of a few ten.
 _READ = 4
@@ -63,7 +63,7 @@ class _Encoder:
 
     def run(self) -> np.ndarray:
         job, block = self.job, self.block
-        base, tile = self._base(), tile_width(job, block.kind)
+        base, tile = self._base(), tile_width(self.steps, block.kind.itemsize, job.tile_bytes)
         wide = min(_READ * tile, block.size)
         buffer = np.empty((self.steps, wide), block.kind.bits)
         with ExitStack() as stack:
@@ -127,16 +127,6 @@ class _Encoder:
             )
 
 
-def tile_width(job: Job, kind: Kind) -> int:
-    """Elements of a block that are read at all steps at once."""
-    return min(1 << 16, max(64, job.tile_bytes // (len(job.sources) * kind.itemsize)))
-
-
-def digest_of(bits: np.ndarray) -> bytes:
-    """The digest of a block's element bits: XXH3, 128 bits."""
-    return xxh3_128(bits.data).digest()
-
-
 class _Stream:
     """Fills the chunks of one array of moves, from the block's first place on."""
 
@@ -170,6 +160,12 @@ class Reader:
         self.source, self.block = source, block
         self.places = source.places(block.tensor.name)
         self.files = [_open(place, stack) for place in self.places]
+        first, count = block.start * block.kind.itemsize, block.size * block.kind.itemsize
+        if hasattr(
+            os, "posix_fadvise"
+        ):  # of hundreds of files small pieces are read in turn: let the disk see more of each
+            for place, fd in zip(self.places, self.files, strict=True):
+                os.posix_fadvise(fd, place.start + first, count, os.POSIX_FADV_WILLNEED)
 
     def read(self, first: int, row: np.ndarray) -> None:
         """Fill ``row`` with elements ``first`` and following of the block."""
@@ -198,28 +194,7 @@ def _finished(job: Job, block: Block) -> np.ndarray | None:
         base = job.store.base_bits(block)
         if digest_of(base) != job.store.digests("base", block).tobytes():
             return None
-        return _verify(job, block, base, digests)
+        found, counts = block_state(job.store, job.group, block, job.tile_bytes)
+        return counts if (found == digests).all() else None
     except StoreError:
         return None
-
-
-def _verify(job: Job, block: Block, base: np.ndarray, digests: np.ndarray) -> np.ndarray | None:
-    """Changed elements [K] of a stored block, or None if the bits of any step are not those that were hashed."""
-    steps = len(job.sources)
-    count = job.store.move_counts(job.group, block)
-    cursor, hashes, counts = (
-        Cursor(job.store, job.group, block),
-        [xxh3_128() for _ in range(steps)],
-        np.zeros(steps, int),
-    )
-    tile = tile_width(job, block.kind)
-    for first in range(0, block.size, tile):
-        here = base[first : first + tile]
-        elements = np.flatnonzero(count[first : first + tile])
-        moves = cursor.take(count[first : first + tile][elements])
-        counts += count_changed(moves, steps)
-        for row, hashed in zip(expand(moves, steps), hashes, strict=True):
-            bits = here.copy()
-            bits[elements] ^= row
-            hashed.update(bits.data)
-    return counts if b"".join(h.digest() for h in hashes) == digests.tobytes() else None

@@ -12,13 +12,14 @@ from relexio.atomic import PARTIAL
 from relexio.checkpoints.layout import Selection, choose
 from relexio.checkpoints.read import Checkpoint, open_checkpoint
 from relexio.convert.check import Source, Table, fit_to_base, refuse_base_among
-from relexio.convert.encode import Reader, digest_of
-from relexio.errors import CheckpointError, ExistsError, RequestError
+from relexio.convert.encode import Reader
+from relexio.errors import CheckpointError, ExistsError, IncompleteError, RequestError
 from relexio.executor import Executor
 from relexio.places import METADATA, Place, place
 from relexio.progress import Stages
 from relexio.resources import Resources
 from relexio.trajectory.schema import Block, StoredShard, block_elements, lay_out, moves_chunk
+from relexio.trajectory.state import digest_of
 from relexio.trajectory.store import Store, begun, describe_steps, open_store
 
 
@@ -52,6 +53,11 @@ class Conversion:
         return tuple(source.checkpoint.step for source in self.sources if source.checkpoint.step is not None)
 
     @property
+    def by_step(self) -> dict[int, Source]:
+        """The checkpoints to be added, by step."""
+        return dict(zip(self.steps, self.sources, strict=True))
+
+    @property
     def read(self) -> tuple[Source, ...]:
         """The checkpoints to be read: the new steps, and the base of a new store."""
         return self.sources if self.store or self.base is None else (self.base, *self.sources)
@@ -83,7 +89,7 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
     if store is None and request.base is None:
         raise RequestError(f"{out} does not exist yet: a new trajectory needs --base, the model before RL")
     present = tuple(step for step in found if store and step in store.steps)
-    checkpoints = [open_checkpoint(path, step) for step, path in found.items() if step not in present]
+    checkpoints, unfinished = _open_all(found, request, store.steps if store else ())
     base = open_checkpoint(request.base) if request.base else None
     table = _table(store, base)
     label = base.label if base else f"the base of {out}"
@@ -96,11 +102,34 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
     entries = [(name, dtype, shape) for name, (dtype, shape) in table.items()]
     block = store.block if store else block_elements(max((t.size for t in lay_out(entries, 1 << 62)), default=1))
     notes = [f"not step directories, left out: {', '.join(others)}"] if others else []
+    notes += unfinished
     if present:
         notes.append(f"already stored, not read again: {describe_steps(present)}")
     return Conversion(
         where, store, base_source, sources, block, _executor(entries, block, sources, resources), present, tuple(notes)
     )
+
+
+def _open_all(found: dict[int, Path], request: Request, stored: tuple[int, ...]) -> tuple[list[Checkpoint], list[str]]:
+    """The checkpoints that are not stored yet, and notes on those at the end of the run that are still being written.
+
+    Raises IncompleteError for one that was asked for by its number, or that a later one stands behind.
+    """
+    opened, unfinished = [], {}
+    for step, path in found.items():
+        if step in stored:
+            continue
+        try:
+            opened.append(open_checkpoint(path, step))
+        except IncompleteError as error:
+            if step in (request.named or {}) or step in (request.selection.named if request.selection else []):
+                raise
+            unfinished[step] = error
+    whole = [*stored, *(checkpoint.step or 0 for checkpoint in opened)]
+    for step, problem in unfinished.items():
+        if not whole or step < max(whole):
+            raise problem
+    return opened, [f"step {step} is not whole yet, left out: {problem}" for step, problem in unfinished.items()]
 
 
 def _table(store: Store | None, base: Checkpoint | None) -> Table:

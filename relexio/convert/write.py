@@ -76,7 +76,7 @@ def _begun(conversion: Conversion) -> set[int]:
 def _convert(conversion: Conversion, stages: Stages) -> Converted:
     """Write and commit the steps of a conversion as one group."""
     with conversion.out.storage_errors(), _workspace(conversion) as store:
-        group = Group(f"{len(store.groups):04d}", conversion.steps, ())
+        group = Group(f"{len(store.groups):04d}", conversion.steps)
         resumed = _begin(conversion, store, group)
         base = conversion.base if conversion.store is None else None
         job = Job(store, group, conversion.sources, base, conversion.executor.plan.tile_bytes, resumed)
@@ -183,12 +183,7 @@ def _recorded(store: Store, path: str) -> Any:
 
 
 def _names(*records: StoredCheckpoint) -> list[str]:
-    return [
-        name
-        for record in records
-        for name in (*record.side.values(), *(s.header for s in record.shards), record.index)
-        if name
-    ]
+    return [name for record in records for name in record.files]
 
 
 def _record(checkpoint: Checkpoint, files: Files) -> StoredCheckpoint:
@@ -207,7 +202,9 @@ def _commit(conversion: Conversion, store: Store, group: Group) -> tuple[Store, 
     where = place(store.address)
     for written in ("base", "groups"):
         where.below(written).settle()
-    done = commit(store, replace(group, content=tuple(content)), base)
+    records = _recorded(store, group.path)
+    files = _names(*map(StoredCheckpoint.from_json, [records["base"], *records["steps"]]))
+    done = commit(store, replace(group, content=tuple(content)), files, base)
     where.settle_marker()
     return done, tuple(_notes(done))
 

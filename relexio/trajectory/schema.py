@@ -1,6 +1,6 @@
 """What a trajectory store says about itself: records, and their JSON in Zarr attributes."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
@@ -128,6 +128,11 @@ class StoredCheckpoint:
     index: str | None
     side: dict[str, str]
 
+    @property
+    def files(self) -> list[str]:
+        """The paths of all arrays that it names."""
+        return [name for name in (*self.side.values(), *(s.header for s in self.shards), self.index) if name]
+
     def to_json(self) -> Json:
         """As it stands in Zarr attributes."""
         return {**asdict(self), "shards": [asdict(shard) for shard in self.shards]}
@@ -152,11 +157,15 @@ class StoredCheckpoint:
 
 @dataclass(frozen=True)
 class Group:
-    """The steps that one ``convert`` added, side by side in its arrays; ``content`` holds a hash for each."""
+    """The steps that one ``convert`` added, side by side in its arrays.
+
+    ``content`` holds a hash for each step, ``metadata`` one for the ``zarr.json`` of each group and array, by path.
+    """
 
     name: str
     steps: tuple[int, ...]
-    content: tuple[str, ...]
+    content: tuple[str, ...] = ()
+    metadata: dict[str, str] = field(default_factory=dict)
 
     @property
     def path(self) -> str:
@@ -166,13 +175,19 @@ class Group:
     @classmethod
     def from_json(cls, value: Json) -> "Group":
         """From Zarr attributes. Raises ValueError for what no writer writes."""
-        found = cls(value["name"], tuple(value["steps"]), tuple(value["content"]))
+        found = cls(value["name"], tuple(value["steps"]), tuple(value["content"]), hashes_from_json(value["metadata"]))
         _require(isinstance(found.name, str) and found.name.isalnum(), "a group's name is a number")
         _require(
             all(map(_is_count, found.steps)) and len(set(found.steps)) == len(found.steps) > 0, "steps are numbers"
         )
         _require([type(text) for text in found.content] == [str] * len(found.steps), "every step has a content hash")
         return found
+
+
+def hashes_from_json(value: Any) -> dict[str, str]:
+    """A table of hashes. Raises ValueError for what no writer writes."""
+    _require(isinstance(value, dict) and all(isinstance(text, str) for text in value.values()), "hashes are texts")
+    return dict(value)
 
 
 def _is_count(value: Any) -> bool:

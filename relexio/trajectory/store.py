@@ -1,8 +1,9 @@
 """Opening a trajectory store, and reading its blocks. What the commit marker does not list does not exist."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -15,7 +16,16 @@ from relexio.dtypes import KINDS
 from relexio.errors import MissingError, RequestError, StoreError
 from relexio.places import METADATA, Directory, Place, attributes, place
 from relexio.trajectory.chunks import decode, encode
-from relexio.trajectory.schema import Block, Group, StoredCheckpoint, Tensor, check_format, lay_out
+from relexio.trajectory.schema import (
+    Block,
+    Group,
+    StoredCheckpoint,
+    Tensor,
+    check_format,
+    hashes_from_json,
+    lay_out,
+)
+from relexio.trajectory.seal import hash_of, unseal
 from relexio.trajectory.zarrs import AnyArray, open_group
 
 T = TypeVar("T")
@@ -30,6 +40,7 @@ class Store:
     tensors: tuple[Tensor, ...]
     groups: tuple[Group, ...]
     base_content: str
+    base_metadata: dict[str, str] = field(default_factory=dict)
     _opened: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -83,6 +94,7 @@ class Store:
         """An array of the store, opened once for reading or (``r+``) writing. Raises StoreError if it is missing."""
         key = f"{mode} {path}"
         if key not in self._opened:
+            self.metadata(path)
             with damage(f"{self.address}: {path}"):
                 found = open_group(self.address, mode)[path]
                 if not isinstance(found, zarr.Array):
@@ -90,6 +102,25 @@ class Store:
                 # Zarr forgets this setting of the array's creation: zeros too are written, so that none is ever missing
                 self._opened[key] = found.with_config({"write_empty_chunks": True})
         return self._opened[key]
+
+    def metadata(self, path: str) -> Any:
+        """The ``zarr.json`` of a group or array. Raises StoreError if it is not the one that was committed."""
+        data = place(self.address).get(f"{path}/{METADATA}")
+        if data is None:
+            raise StoreError(f"{self.address}: {path}/{METADATA} is missing; the store is damaged")
+        known = self.sealed.get(path)
+        with damage(f"{self.address}: {path}/{METADATA}"):
+            if known is not None and hash_of(data) != known:
+                raise ValueError("its checksum is wrong")
+            return json.loads(data)
+
+    @cached_property
+    def sealed(self) -> dict[str, str]:
+        """The hash of the ``zarr.json`` of every group and array that was committed, by its path."""
+        found = dict(self.base_metadata)
+        for group in self.groups:
+            found |= group.metadata
+        return found
 
     def read(self, path: str, key: Any) -> np.ndarray:
         """Part of an array. Raises StoreError, naming it, where a chunk is missing or its checksum is wrong."""
@@ -154,7 +185,7 @@ class Store:
 
     def _sources(self, group: Group, parse: Callable[[Any], T]) -> T:
         with damage(f"{self.address}: attributes of {group.path}"):
-            return parse(open_group(self.address, "r")[group.path].attrs["sources"])
+            return parse(self.metadata(group.path)["attributes"]["sources"])
 
 
 @contextmanager
@@ -217,15 +248,15 @@ def unfinished_store(where: Place) -> Store | None:
 
 def _open(address: str) -> Store:
     with damage(address):
-        root = open_group(address, "r")
-        record = check_format(dict(root.attrs), address)
+        record = check_format(unseal(place(address).get(METADATA) or b""), address)
         groups = tuple(map(Group.from_json, record["groups"]))
-        table: Any = root["base"].attrs["tensors"]
-        tensors = tuple(map(Tensor.from_json, table))
+        hashes = hashes_from_json(record["metadata"])
+        store = Store(address, int(record["block"]), (), groups, str(record["base_content"]), hashes)
+        tensors = tuple(map(Tensor.from_json, store.metadata("base")["attributes"]["tensors"]))
         entries = [(t.name, t.dtype, t.shape) for t in tensors]
-        if lay_out(entries, int(record["block"])) != tensors:
+        if lay_out(entries, store.block) != tensors:
             raise StoreError(f"{address}: its tensors do not lie one after the other; the store is damaged")
-        return Store(address, int(record["block"]), tensors, groups, str(record["base_content"]))
+        return replace(store, tensors=tensors)
 
 
 def kinds_of(tensors: tuple[Tensor, ...], block: int) -> dict[str, int]:

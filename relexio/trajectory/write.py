@@ -2,14 +2,16 @@
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from relexio.dtypes import KINDS
-from relexio.trajectory.schema import DIGEST, FORMAT, Group, lay_out
+from relexio.places import METADATA, place
+from relexio.trajectory.schema import DIGEST, Group, lay_out
+from relexio.trajectory.seal import metadata_hashes, seal
 from relexio.trajectory.store import Store, damage, kinds_of
 from relexio.trajectory.zarrs import AnyArray, create, create_base, create_steps, open_group
 
@@ -21,7 +23,8 @@ def create_store(address: str, block: int, entries: list[tuple[str, str, tuple[i
     """
     tensors = lay_out(entries, block)
     store = Store(address, block, tensors, (), "")
-    root = open_group(address, "w-", _marker(store, ()))  # whatever is written after that is a conversion that began
+    place(address).put(METADATA, _marker(store))  # whatever is written after that is a conversion that began
+    root = open_group(address, "r+")
     root.create_group("groups")
     base = root.create_group("base")
     for kind, blocks in kinds_of(tensors, block).items():
@@ -30,14 +33,23 @@ def create_store(address: str, block: int, entries: list[tuple[str, str, tuple[i
     return store
 
 
-def _marker(store: Store, groups: tuple[Group, ...]) -> dict[str, Any]:
+def _marker(store: Store) -> bytes:
     record = {
-        "format": FORMAT,
         "block": store.block,
         "base_content": store.base_content,
-        "groups": [asdict(group) for group in groups],
+        "metadata": store.base_metadata,
+        "groups": [asdict(group) for group in store.groups],
     }
-    return {"relexio": record}
+    return seal(record)
+
+
+def _nodes(store: Store, path: str, arrays: tuple[str, ...]) -> list[str]:
+    kinds = kinds_of(store.tensors, store.block)
+    return [
+        path,
+        *(f"{path}/{kind}" for kind in kinds),
+        *(f"{path}/{kind}/{name}" for kind in kinds for name in arrays),
+    ]
 
 
 def create_steps_group(store: Store, group: Group) -> None:
@@ -115,8 +127,15 @@ def writable(store: Store, path: str) -> AnyArray:
     return store.array(path, "r+")
 
 
-def commit(store: Store, group: Group, base_content: str) -> Store:
-    """Write the commit marker with one more group; from here on its steps exist."""
-    done = Store(store.address, store.block, store.tensors, (*store.groups, group), base_content)
-    open_group(store.address, "r+").attrs.update(_marker(done, done.groups))
+def commit(store: Store, group: Group, files: Iterable[str], base_content: str) -> Store:
+    """Write the commit marker with one more group; from here on its steps exist. ``files`` are those that it names."""
+    where, base = place(store.address), store.base_metadata
+    if not base:
+        base = metadata_hashes(where, ["groups", *_nodes(store, "base", ("bits", "digest"))])
+    nodes = _nodes(store, group.path, ("count", "step", "xor", "digest"))
+    own = sorted({name for name in files if name.startswith(f"{group.path}/")})
+    nodes += [f"{group.path}/changed", f"{group.path}/files", *own]
+    group = replace(group, metadata=metadata_hashes(where, nodes))
+    done = Store(store.address, store.block, store.tensors, (*store.groups, group), base_content, base)
+    where.put(METADATA, _marker(done))
     return done

@@ -19,13 +19,17 @@ from relexio.trajectory.schema import BASE_CHUNK, DIGEST, count_type, moves_chun
 AnyArray = zarr.Array[Any]
 
 
+#: What Zarr looks for and may miss: metadata of nodes, and of the older format.
+_OPTIONAL = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
+
+
 class StrictStore(WrapperStore[Any]):
     """A Zarr store in which reading a chunk that is not there is an error."""
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """The value of a key; raises StoreError for a missing chunk."""
         value = await super().get(key, prototype, byte_range)
-        if value is None and ("/c/" in key or key.endswith("/c")):
+        if value is None and not key.endswith(_OPTIONAL):
             raise StoreError(f"{self._store.root}: chunk {key} is missing; the store is damaged")
         return value
 

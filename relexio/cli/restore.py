@@ -1,0 +1,57 @@
+"""``relexio restore``."""
+
+import json
+
+import click
+
+from relexio.cli import options
+from relexio.cli.show import stages, table
+
+
+class _Step(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
+    name = "step"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """A step's number, None for the base."""
+        text = str(value)
+        if text == "base":
+            return None
+        if not (text.isascii() and text.isdigit() and len(text) <= 15):
+            self.fail(f"{text!r} is neither a step nor base", param, ctx)
+        return int(text)
+
+
+@click.command()
+@click.argument("trajectory", type=click.Path())
+@click.option("--step", type=_Step(), required=True, metavar="STEP", help="Stored step, or base.")
+@click.option("-o", "--out", required=True, type=click.Path(), help="Directory to write.")
+@options.memory
+@options.workers
+@options.scheduler
+@options.as_json
+def restore(
+    trajectory: str,
+    step: int | None,
+    out: str,
+    memory: int,
+    workers: int | None,
+    scheduler: str | None,
+    as_json: bool,
+) -> None:
+    """Write a stored checkpoint again, exactly as it was.
+
+    The same shards with the same bytes, the same index and side files (config, tokenizer), whether or not the
+    original directory is still there.
+    """
+    from relexio.places import local
+    from relexio.predict import restore as verb
+    from relexio.resources import Resources
+    from relexio.trajectory.store import open_store
+
+    store = open_store(trajectory)
+    with Resources(memory, workers, "cpu", scheduler=scheduler) as resources:
+        verb(store, step, local(out), resources, stages)
+    if as_json:
+        click.echo(json.dumps({"step": step, "out": out}))
+    else:
+        table([("wrote", f"{out}: {'the base' if step is None else f'step {step}'}, as it was")])

@@ -1,0 +1,82 @@
+"""``relexio verify``, and what ``convert --verify`` prints."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from relexio.cli import options
+from relexio.cli.show import note, printable, stages, table
+
+if TYPE_CHECKING:
+    from relexio.convert.verify import Verified
+
+_SHOWN = 20
+
+
+@click.command()
+@click.argument("trajectory", type=click.Path())
+@click.argument("checkpoints", required=False, type=click.Path(path_type=Path))
+@click.option("--base", type=click.Path(path_type=Path), help="Compare the base with this model too.")
+@options.memory
+@options.workers
+@options.scheduler
+@options.as_json
+def verify(
+    trajectory: str,
+    checkpoints: Path | None,
+    base: Path | None,
+    memory: int,
+    workers: int | None,
+    scheduler: str | None,
+    as_json: bool,
+) -> None:
+    """Check that a trajectory is whole, to the last bit.
+
+    Reads all of TRAJECTORY: checksums, hashes of every tensor at every step, and structure. With CHECKPOINTS, the
+    directory that it was converted from, compares every stored step with its files bit for bit. Do that before you
+    delete them.
+    """
+    from relexio.convert.verify import find_originals
+    from relexio.convert.verify import verify as check
+    from relexio.resources import Resources
+    from relexio.trajectory.store import open_store
+
+    store = open_store(trajectory)
+    with Resources(memory, workers, "cpu", scheduler=scheduler) as resources:
+        found = check(store, find_originals(store, checkpoints, base), resources, stages)
+    report(trajectory, found, as_json)
+
+
+def report(trajectory: str, found: "Verified", as_json: bool) -> None:
+    """Print what was verified. Ends the program with 1 if anything is wrong."""
+    from relexio.plan import show
+    from relexio.trajectory.store import describe_steps
+
+    for text in found.notes:
+        note(text)
+    if as_json:
+        facts = {
+            "whole": not found.problems,
+            "steps": list(found.steps),
+            "compared": list(found.compared),
+            "bytes_checked": found.bytes_checked,
+            "problems": list(found.problems),
+        }
+        click.echo(json.dumps(facts))
+    else:
+        table(
+            [
+                ("trajectory", trajectory),
+                ("checked", f"the base and {describe_steps(found.steps)}: {show(found.bytes_checked)} of tensors"),
+                ("compared", describe_steps(found.compared) if found.compared else "with no checkpoint"),
+                ("result", f"{len(found.problems)} problems" if found.problems else "whole: every hash is right"),
+            ]
+        )
+    for text in found.problems[:_SHOWN]:
+        click.echo(f"error: {printable(text)}", err=True)
+    if len(found.problems) > _SHOWN:
+        click.echo(f"error: and {len(found.problems) - _SHOWN} more (--json has all)", err=True)
+    if found.problems:
+        raise click.exceptions.Exit(1)

@@ -1,0 +1,200 @@
+"""``verify``: whether a trajectory is what was written, and what the checkpoints hold that it was made from."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from relexio import cache, graph, plan
+from relexio.checkpoints.layout import choose
+from relexio.checkpoints.read import open_checkpoint
+from relexio.convert.check import Source, Table, fit_to_base
+from relexio.convert.encode import Reader
+from relexio.errors import CheckpointError, StoreError
+from relexio.places import METADATA, place
+from relexio.progress import Stages
+from relexio.resources import Resources
+from relexio.trajectory.schema import Block, Group, moves_chunk
+from relexio.trajectory.state import block_state, digest_of
+from relexio.trajectory.store import Store, describe_steps
+from relexio.trajectory.write import content_hashes
+
+#: How many elements differ from the base at each step, int64 [K], by the names of group and tensor.
+Changed = dict[tuple[str, str], np.ndarray | int]
+
+
+@dataclass(frozen=True)
+class Originals:
+    """Checkpoints to compare with: those of stored steps, the base if it was named, and notes on what is left out."""
+
+    steps: dict[int, Source] = field(default_factory=dict)
+    base: Source | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was looked at, and what is wrong: one line each, nothing if all is as it should be."""
+
+    steps: tuple[int, ...]
+    compared: tuple[int, ...]
+    bytes_checked: int
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass
+class _Found:
+    """What one block gave: problems, and by group how many elements differ from the base at each step."""
+
+    problems: list[str] = field(default_factory=list)
+    changed: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def find_originals(store: Store, root: Path | None, base: Path | None) -> Originals:
+    """The checkpoints below a directory that the store holds. Raises CheckpointError for what does not fit its tensors."""
+    table: Table = {tensor.name: (tensor.dtype, tensor.shape) for tensor in store.tensors}
+    label = f"the base of {store.address}"
+    found, notes = choose(root, {}, None)[0] if root is not None else {}, []
+    if absent := tuple(step for step in found if step not in store.steps):
+        notes.append(f"not in the trajectory: {describe_steps(absent)}")
+    if root is not None and (alone := tuple(step for step in store.steps if step not in found)):
+        notes.append(f"not compared, no such directory: {describe_steps(alone)}")
+    sources = {
+        step: fit_to_base(open_checkpoint(path, step), table, label)
+        for step, path in found.items()
+        if step in store.steps
+    }
+    return Originals(sources, fit_to_base(open_checkpoint(base), table, label) if base else None, tuple(notes))
+
+
+def verify(store: Store, originals: Originals, resources: Resources, stages: Stages) -> Verified:
+    """Read all of a store: checksums, hashes, structure; and compare it bit for bit with the checkpoints given."""
+    most = max(len(group.steps) for group in store.groups)
+    need = plan.convert_need(store.block, 4, most, moves_chunk(store.block, most))
+    executor = resources.on_cpu(need)
+    executor.require(store.files(METADATA))
+    total = sum(tensor.nbytes for tensor in store.tensors) * (1 + len(store.steps))
+    kernel = partial(_check_block, store, originals, executor.plan.tile_bytes)
+    with stages("verify", total) as advance:
+        blocks = graph.each(store, 1 + len(store.steps), kernel, executor, advance)
+    changed: Changed = {}
+    problems: list[str] = []
+    for block, found in blocks:
+        problems += found.problems
+        for group, counts in found.changed.items():
+            key = group, block.tensor.name
+            changed[key] = changed.get(key, 0) + counts
+    for check in _checks(store, changed):
+        try:
+            problems += check()
+        except StoreError as error:
+            problems.append(str(error))
+    problems += cache.problems(store)
+    notes = (*originals.notes, *_leftovers(store))
+    return Verified(store.steps, tuple(originals.steps), total, tuple(dict.fromkeys(problems)), notes)
+
+
+def _check_block(store: Store, originals: Originals, nbytes: int, block: Block) -> _Found:
+    found = _Found()
+    try:
+        found.problems += _check_base(store, originals.base, block)
+        for group in store.groups:
+            found.problems += _check_group(store, originals.steps, nbytes, group, block, found.changed)
+    except (StoreError, CheckpointError) as error:
+        found.problems.append(str(error))
+    return found
+
+
+def _check_base(store: Store, original: Source | None, block: Block) -> Iterator[str]:
+    bits = store.base_bits(block)
+    if digest_of(bits) != store.digests("base", block).tobytes():
+        yield f"{store.address}: base: tensor {block.tensor.name}: not the bits that were hashed; damaged"
+    if original is not None:
+        held = np.empty_like(bits)
+        with ExitStack() as stack:
+            Reader(original, block, stack).read(0, held)
+        if (held != bits).any():
+            yield f"{original.checkpoint.label}: tensor {block.tensor.name}: differs from what {store.address} holds"
+
+
+def _check_group(
+    store: Store,
+    originals: dict[int, Source],
+    nbytes: int,
+    group: Group,
+    block: Block,
+    changed: dict[str, np.ndarray],
+) -> Iterator[str]:
+    compared = {column: originals[step] for column, step in enumerate(group.steps) if step in originals}
+    unlike: set[int] = set()
+    with ExitStack() as stack:
+        readers = {column: Reader(source, block, stack) for column, source in compared.items()}
+
+        def see(first: int, bits: np.ndarray) -> None:
+            row = np.empty(bits.shape[1], bits.dtype)
+            for column, reader in readers.items():
+                reader.read(first, row)
+                if (row != bits[column]).any():
+                    unlike.add(column)
+
+        digests, changed[group.name] = block_state(store, group, block, nbytes, see)
+    for column in np.flatnonzero((digests != store.digests(group.path, block)).any(axis=1)):
+        yield (
+            f"{store.address}: step {group.steps[column]}: tensor {block.tensor.name}: not the bits that were hashed; damaged"
+        )
+    for place_ in sorted(unlike):
+        label = compared[place_].checkpoint.label
+        yield f"{label}: tensor {block.tensor.name}: differs from what {store.address} holds"
+
+
+def _checks(store: Store, changed: Changed) -> Iterator[Callable[[], list[str]]]:
+    """What is checked besides blocks: each check by itself, so that one that fails does not hide another."""
+    yield partial(_check_content, store, "base", (store.base_content,), 0)
+    for node in store.sealed:
+        yield partial(_check_node, store, node)
+    for group in store.groups:
+        yield partial(_check_content, store, group.path, group.content, len(group.steps))
+        yield partial(_check_changed, store, group, changed)
+        yield partial(_check_files, store, group)
+
+
+def _check_content(store: Store, path: str, content: tuple[str, ...], steps: int) -> list[str]:
+    same = tuple(content_hashes(store, path, steps)) == content
+    return [] if same else [f"{store.address}: {path}: content hashes are not those of its blocks; damaged"]
+
+
+def _check_node(store: Store, node: str) -> list[str]:
+    store.metadata(node)
+    return []
+
+
+def _check_changed(store: Store, group: Group, changed: Changed) -> list[str]:
+    table = store.changed(group)
+    for row, tensor in zip(table, store.tensors, strict=True):
+        if (row != changed.get((group.name, tensor.name), 0)).any():
+            return [f"{store.address}: {group.path}/changed: wrong for tensor {tensor.name}; damaged"]
+    return []
+
+
+def _check_files(store: Store, group: Group) -> list[str]:
+    records = [store.base(), *store.checkpoints(group).values()]
+    names = {name for record in records for name in record.files}
+    return [
+        f"{store.address}: {name}: not the bytes that were hashed; damaged"
+        for name in sorted(names)
+        if hashlib.sha256(store.file(name)).hexdigest()[:32] != name.rsplit("/", 1)[-1]
+    ]
+
+
+def _leftovers(store: Store) -> Iterator[str]:
+    """What an interrupted command left; nothing reads it, and the next one removes it or goes on with it."""
+    known = {group.name for group in store.groups} | {METADATA}
+    left = [f"groups/{name}" for name in place(store.address).below("groups").names() if name not in known]
+    left += [f"cache/{name}" for name in place(store.address).below("cache").names() if name.endswith("partial")]
+    if left:
+        yield f"left by an interrupted command, not read: {', '.join(sorted(left))}"
