@@ -202,10 +202,10 @@ def spoil(run: Run) -> None:
 
 def left_over(client: "distributed.Client") -> list[str]:
     """Keys that the scheduler still knows, and passes that a worker has not ended."""
-    from relexio import cluster
+    from relexio.cluster import worker
 
     def open_passes() -> list[str]:
-        return [token for token, turns in cluster._passes.items() if turns is not None]
+        return [token for token, turns in worker._passes.items() if turns is not None]
 
     deadline = time.monotonic() + 5
     while True:
@@ -303,10 +303,10 @@ def test_ctrl_c_leaves_the_cluster_clean(
 def test_a_scheduler_that_is_not_there(
     tmp_path: Path, run: Run, relexio: Relexio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from relexio import cluster
+    from relexio.cluster import link
 
-    assert cluster._PATIENCE < 10
-    monkeypatch.setattr(cluster, "_PATIENCE", 1.0)
+    assert link._PATIENCE < 10
+    monkeypatch.setattr(link, "_PATIENCE", 1.0)
     begun = time.monotonic()
     where = ("--scheduler", "tcp://127.0.0.1:1")
     failed = relexio("convert", run.steps_path, "--base", run.base_path, "-o", tmp_path / "run.zarr", *where)
@@ -316,7 +316,7 @@ def test_a_scheduler_that_is_not_there(
 
 
 def test_a_cluster_without_workers(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relexio.cluster._PATIENCE", 0.5)
+    monkeypatch.setattr("relexio.cluster.link._PATIENCE", 0.5)
     with (
         distributed.LocalCluster(n_workers=0, **OPTIONS) as made,
         Resources(scheduler=made.scheduler_address) as there,
@@ -328,7 +328,7 @@ def test_a_cluster_without_workers(run: Run, tmp_path: Path, monkeypatch: pytest
 def test_workers_of_another_version_are_refused(
     run: Run, tmp_path: Path, there: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relexio.cluster.__version__", "0.0.1")
+    monkeypatch.setattr("relexio.cluster.link.__version__", "0.0.1")
     with pytest.raises(ClusterError, match=r"worker tcp://.* relexio 0\.1.* relexio 0\.0\.1"):
         store_run(run, tmp_path / "run.zarr", resources=there)
 
@@ -336,7 +336,7 @@ def test_workers_of_another_version_are_refused(
 def test_workers_that_do_not_see_the_files_are_refused(
     run: Run, tmp_path: Path, there: Resources, client: "distributed.Client", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relexio.cluster._PATIENCE", 0.1)
+    monkeypatch.setattr("relexio.cluster.run._PATIENCE", 0.1)
     trajectory = store_run(run, tmp_path / "run.zarr")
     blind = next(iter(client.scheduler_info()["workers"]))
     client.run(blindfold, True, workers=[blind])
@@ -349,17 +349,18 @@ def test_workers_that_do_not_see_the_files_are_refused(
 
 def blindfold(on: bool) -> None:
     """Runs in a worker: from now on it sees no file, or those that there are."""
-    from relexio import cluster
+    from relexio.cluster import worker
 
     if on:
-        cluster._seen, cluster._really_seen = lambda path: None, cluster._seen  # type: ignore[attr-defined]
+        worker.seen, worker._really_seen = lambda path: None, worker.seen  # type: ignore[attr-defined]
     else:
-        cluster._seen = cluster._really_seen  # type: ignore[attr-defined]
+        worker.seen = worker._really_seen  # type: ignore[attr-defined]
 
 
 def test_without_dask_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
-    monkeypatch.delitem(sys.modules, "relexio.cluster", raising=False)
+    for name in [name for name in sys.modules if name.startswith("relexio.cluster")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(package, "cluster", raising=False)
     with pytest.raises(ClusterError, match=r"pip install 'relexio\[distributed\]'"):
         Resources(scheduler="processes")
