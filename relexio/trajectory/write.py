@@ -137,5 +137,5 @@ def commit(store: Store, group: Group, files: Iterable[str], base_content: str) 
     nodes += [f"{group.path}/changed", f"{group.path}/files", *own]
     group = replace(group, metadata=metadata_hashes(where, nodes))
     done = Store(store.address, store.block, store.tensors, (*store.groups, group), base_content, base)
-    where.put(METADATA, _marker(done))
+    where.commit(_marker(done))
     return done
