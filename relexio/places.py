@@ -220,7 +220,9 @@ class Directory:
         atomic.remove_tree(self.path)
 
     def zarr_store(self, read_only: bool) -> ZarrStore:
-        """Zarr's own store of files."""
+        """Zarr's own store of files; of a directory that is there, since Zarr would make one that has gone."""
+        if not read_only:
+            self.path.stat()
         return LocalStore(self.address, read_only=read_only)
 
     def locked(self) -> AbstractContextManager[None]:
