@@ -154,3 +154,18 @@ def test_a_disk_that_fails_while_predicting(
     monkeypatch.undo()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "run.zarr", "steps"]
     predict_run(fitted, 50, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    ["--every 23", "--every 0 --kills 4 --interrupts 4", "--every 0 --flips 60"],
+    ids=["killed at writes", "killed and interrupted at random", "damaged"],
+)
+def test_a_short_run_of_the_tool_loses_nothing(tmp_path: Path, options: str) -> None:
+    """Killed, interrupted and damaged in many places; docs/reliability.md has a long run."""
+    tool, none = Path(__file__).parents[1] / "tools" / "reliability.py", ["--kills", "--interrupts", "--flips"]
+    command = [sys.executable, tool, "--scratch", tmp_path, *(text for name in none for text in (name, "0"))]
+    done = subprocess.run(list(map(str, [*command, *options.split()])), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "\n0 problems" in done.stdout

@@ -187,6 +187,25 @@ class Scene:
                 self.check(f"killed after {after:.3f} s")
             self.finish(f"killed after {after:.3f} s")
 
+    def interrupt(self, count: int, rng: random.Random, lasts: float) -> None:
+        """Ctrl-C at random moments from when Python has started on: one line, 130, no traceback."""
+        for _ in range(count):
+            after = rng.uniform(0.1, lasts)
+            command = [sys.executable, "-m", "relexio", *map(str, self.arguments)]
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            time.sleep(after)
+            process.send_signal(signal.SIGINT)
+            said = process.communicate()[1]
+            lines = [line for line in said.splitlines() if not line.startswith("note:")]
+            if process.returncode or lines:  # else it had ended
+                self.points["interrupted"] += 1
+                if process.returncode != 130 or len(lines) != 1:
+                    self.problems.append(
+                        f"{self.name}, Ctrl-C after {after:.3f} s: {process.returncode}, {said[-500:]}"
+                    )
+            self.check(f"Ctrl-C after {after:.3f} s")
+            self.finish(f"Ctrl-C after {after:.3f} s")
+
     def kill_at_writes(self, every: int) -> None:
         """Killed at every n-th change to the disk until the command has no more of them."""
         self.set_up()

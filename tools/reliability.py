@@ -1,10 +1,10 @@
 """Tries to lose data: relexio is killed at random and at each of its writes, and what it stored is damaged.
 
-usage: python tools/reliability.py [--kills N] [--every N] [--flips N] [--seed S] [--scratch DIR] [--json FILE]
+usage: python tools/reliability.py [--kills N] [--every N] [--interrupts N] [--flips N] [--seed S] [--scratch DIR] [--json FILE]
 
 --kills: how often each of convert, convert to append, and predict is killed at a random moment. --every: each is
 killed at every N-th call that changes the disk too (0: none), before it, and where it writes, also when half is
-written. --flips: how many damages. Prints a table (docs/reliability.md explains it). Ends with 1 if anything was lost.
+written. --interrupts: how often each gets Ctrl-C. --flips: how many damages. Prints a table (docs/reliability.md explains it). Ends with 1 if anything was lost.
 """
 
 import argparse
@@ -26,6 +26,8 @@ from typing import Any
 from killing import make_run, must, scenes, snapshot
 
 from relexio.cli.main import main as command_line
+
+OPTIONS = (("--kills", 100), ("--every", 1), ("--interrupts", 20), ("--flips", 1000), ("--seed", 0))
 
 
 def in_process(*arguments: object) -> tuple[int, str, str]:
@@ -145,6 +147,7 @@ def measure(root: Path, chosen: argparse.Namespace) -> dict[str, Any]:
         if chosen.every:
             scene.kill_at_writes(chosen.every)
         scene.kill_at_random(chosen.kills, rng, lasts)
+        scene.interrupt(chosen.interrupts, rng, lasts)
         rows += [[f"{scene.name}, killed {how}", count] for how, count in scene.points.items()]
         problems += scene.problems
     if chosen.flips:
@@ -158,7 +161,7 @@ def measure(root: Path, chosen: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Run it all, print the table, say what was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("--kills", 100), ("--every", 1), ("--flips", 1000), ("--seed", 0)):
+    for name, default in OPTIONS:
         parser.add_argument(name, type=int, default=default)
     for name in ("--scratch", "--json"):
         parser.add_argument(name)
