@@ -159,7 +159,7 @@ def test_a_disk_that_fails_while_predicting(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    ["--every 23", "--every 0 --kills 4 --interrupts 4", "--every 0 --flips 60"],
+    ["--every 40", "--every 0 --kills 2 --interrupts 2", "--every 0 --flips 40"],
     ids=["killed at writes", "killed and interrupted at random", "damaged"],
 )
 def test_a_short_run_of_the_tool_loses_nothing(tmp_path: Path, options: str) -> None:

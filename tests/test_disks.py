@@ -219,7 +219,7 @@ class Disk:
         patch(ctypes, "CDLL", lambda *rest, **more: SimpleNamespace(syncfs=self.syncfs))
 
     def path(self, fd: int) -> Path:
-        return Path(os.readlink(f"/proc/self/fd/{fd}"))
+        return Path(f"/proc/self/fd/{fd}").readlink()
 
     def wrote(self, path: Path) -> None:
         self.dirty |= {path.absolute(), path.absolute().parent}

@@ -196,7 +196,7 @@ class Scene:
             time.sleep(after)
             process.send_signal(signal.SIGINT)
             said = process.communicate()[1]
-            lines = [line for line in said.splitlines() if not line.startswith("note:")]
+            lines = [line for line in said.splitlines() if line and not line.startswith("note:")]
             if process.returncode or lines:  # else it had ended
                 self.points["interrupted"] += 1
                 if process.returncode != 130 or len(lines) != 1:

@@ -4,7 +4,8 @@ usage: python tools/reliability.py [--kills N] [--every N] [--interrupts N] [--f
 
 --kills: how often each of convert, convert to append, and predict is killed at a random moment. --every: each is
 killed at every N-th call that changes the disk too (0: none), before it, and where it writes, also when half is
-written. --interrupts: how often each gets Ctrl-C. --flips: how many damages. Prints a table (docs/reliability.md explains it). Ends with 1 if anything was lost.
+written. --interrupts: how often each gets Ctrl-C. --flips: how many damages. Prints a table (docs/reliability.md
+explains it). Ends with 1 if anything was lost.
 """
 
 import argparse
