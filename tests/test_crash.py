@@ -156,6 +156,28 @@ def test_a_disk_that_fails_while_predicting(
     predict_run(fitted, 50, tmp_path / "out")
 
 
+INTERRUPTED = """import atexit, os, signal, sys
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == when: os.kill(os.getpid(), signal.SIGINT)
+when = sys.argv.pop(1)
+sys.meta_path.insert(0, Finder())
+if when == "exit": atexit.register(os.kill, os.getpid(), signal.SIGINT)
+from relexio.cli.entry import main
+main()"""
+
+
+@pytest.mark.parametrize("when", ["relexio.cli.main", "click", "relexio.cli.convert", "zarr", "dask.base", "exit"])
+def test_ctrl_c_while_it_starts_or_ends(run: Run, tmp_path: Path, when: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, when, "convert", run.steps_path, "--base", run.base_path, "--dry-run"]
+    done = subprocess.run([*map(str, command), "-o", tmp_path / "out"], capture_output=True, text=True, timeout=60)
+    if when == "exit":  # too late: the work is done
+        assert (done.returncode, done.stderr) == (0, "")
+        return
+    assert done.returncode == 130
+    assert [line[:12] for line in done.stderr.splitlines() if line] == ["interrupted:"], done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
