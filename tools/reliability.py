@@ -84,8 +84,11 @@ class Damage:
         names = sorted(self.whole)
         name = self.rng.choice(names)
         if how == "swapped":
+            alike = self.rng.choice(
+                (lambda n: len(self.whole[n]), lambda n: n.split("/c/")[0])
+            )  # in size, or one array's
             pairs = [(a, b) for a, b in itertools.combinations(names, 2)
-                     if len(self.whole[a]) == len(self.whole[b]) and self.whole[a] != self.whole[b]]  # fmt: skip
+                     if alike(a) == alike(b) and self.whole[a] != self.whole[b]]  # fmt: skip
             hit = list(self.rng.choice(pairs))
             new = [self.whole[name] for name in reversed(hit)]
         else:

@@ -256,8 +256,9 @@ def unfinished_store(where: Place) -> Store | None:
 
 
 def _open(address: str) -> Store:
-    with damage(address):
+    with damage(f"{address}/{METADATA}"):
         record = check_format(unseal(place(address).get(METADATA) or b""), address)
+    with damage(address):
         groups = tuple(map(Group.from_json, record["groups"]))
         hashes = hashes_from_json(record["metadata"])
         store = Store(address, int(record["block"]), (), groups, str(record["base_content"]), hashes)
