@@ -84,9 +84,8 @@ class Damage:
         names = sorted(self.whole)
         name = self.rng.choice(names)
         if how == "swapped":
-            alike = self.rng.choice(
-                (lambda n: len(self.whole[n]), lambda n: n.split("/c/")[0])
-            )  # in size, or one array's
+            kinds = (lambda n: len(self.whole[n]), lambda n: n.split("/c/")[0])  # of one size, or of one array
+            alike = self.rng.choice(kinds)
             pairs = [(a, b) for a, b in itertools.combinations(names, 2)
                      if alike(a) == alike(b) and self.whole[a] != self.whole[b]]  # fmt: skip
             hit = list(self.rng.choice(pairs))
@@ -106,6 +105,7 @@ class Damage:
         code, _, err = in_process("verify", self.store)
         said = err.replace(": chunk ", "/").replace(": ", "/")
         named = str(self.store / hit[0].removesuffix("/zarr.json").split("/c/")[0]) in said
+        named |= hit == ["zarr.json"] and "it has no zarr.json" in said
         if code != 1 or "Traceback" in err or not (how == "swapped" or named):
             self.problems.append(f"{how} {hit}: verify ends with {code}: {err[-400:]}")
         for verb, right in zip(("predict", "inspect"), self.right, strict=True):
