@@ -174,7 +174,7 @@ class Scene:
     def kill_at_random(self, count: int, rng: random.Random, lasts: float) -> None:
         """Killed at random moments, start-up included; one time in three it is killed again when it goes on."""
         self.set_up()
-        while self.points["at random"] < count:
+        while self.points["killed at random"] < count:
             for _ in range(1 + (rng.random() < 1 / 3)):
                 after = rng.uniform(0, lasts)
                 process = subprocess.Popen(
@@ -183,7 +183,7 @@ class Scene:
                 )  # fmt: skip
                 time.sleep(after)
                 process.kill()
-                self.points["at random"] += process.wait() == -signal.SIGKILL
+                self.points["killed at random"] += process.wait() == -signal.SIGKILL
                 self.check(f"killed after {after:.3f} s")
             self.finish(f"killed after {after:.3f} s")
 
@@ -216,7 +216,7 @@ class Scene:
                     if code:
                         self.problems.append(f"{self.name}, strike {strike}: {said[-500:]}")
                     return
-                self.points["in a write" if half else "before a change"] += 1
+                self.points["killed in a write" if half else "killed before a change"] += 1
                 self.check(f"killed at change {strike}{' half-way' * half}")
                 self.finish(f"killed at change {strike}{' half-way' * half}")
                 if "a write" not in said:

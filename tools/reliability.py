@@ -152,7 +152,7 @@ def measure(root: Path, chosen: argparse.Namespace) -> dict[str, Any]:
             scene.kill_at_writes(chosen.every)
         scene.kill_at_random(chosen.kills, rng, lasts)
         scene.interrupt(chosen.interrupts, rng, lasts)
-        rows += [[f"{scene.name}, killed {how}", count] for how, count in scene.points.items()]
+        rows += [[f"{scene.name}, {how}", count] for how, count in scene.points.items()]
         problems += scene.problems
     if chosen.flips:
         must(["predict", root / "two.zarr", "--step", 9, "-o", root / "ten"])
