@@ -1,5 +1,5 @@
 """``python -m relexio`` is ``relexio``."""
 
-from relexio.cli.main import main
+from relexio.cli.entry import main
 
 main()

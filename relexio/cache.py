@@ -5,7 +5,9 @@ store that cannot be written keeps them in a temporary directory for the length 
 """
 
 import errno
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -27,7 +29,18 @@ from relexio.trajectory.zarrs import AnyArray, create, open_group
 SMALL = 16 << 20
 _REMOVE = "remove this directory, and it is made again"
 #: A store that cannot be written, or a disk that is full, is no reason to fail: the result is kept for this run only.
-_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR}
+#: (ENOENT: another process that clears away has taken our directory for one that was left, before we had locked it.)
+_NOT_WRITABLE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR, errno.ENOENT)
+}
+
+
+class _Temporary:
+    """A directory that goes with this object, or with the process (unlike tempfile's own, without a warning)."""
+
+    def __init__(self) -> None:
+        self.path = tempfile.mkdtemp(prefix="relexio-")
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -121,8 +134,8 @@ def keep(store: Store, name: str, build: Callable[[Kept], None]) -> Kept:
     except OSError as error:
         if error.errno not in _NOT_WRITABLE:
             raise
-        owner = tempfile.TemporaryDirectory(prefix="relexio-")
-        final = place(Path(owner.name, name))
+        owner = _Temporary()
+        final = place(Path(owner.path, name))
         with final.storage_errors():
             _build(final, build)
         return Kept(final.address, owner)
@@ -140,8 +153,9 @@ def _clear_away(kept: Place, name: str) -> None:
     """Remove what nobody will ask for again: results on fewer groups, and what a killed process left unfinished."""
     solver, groups = name.split("-")[:2]
     for other in kept.names():
-        if other.endswith(PARTIAL):
-            with suppress(BusyError), kept.below(other).locked():
+        with suppress(BusyError, FileNotFoundError):  # another process may finish it, or clear it away, meanwhile
+            if other.endswith(PARTIAL):
+                with kept.below(other).locked():
+                    kept.below(other).remove()
+            elif other.startswith(solver) and other.split("-")[1] < groups:
                 kept.below(other).remove()
-        elif other.startswith(solver) and other.split("-")[1] < groups:
-            kept.below(other).remove()

@@ -97,8 +97,8 @@ class Place(Protocol):
     def settle(self) -> None:
         """Make all below durable, without what a killed writer left half-written."""
 
-    def settle_marker(self) -> None:
-        """Make the commit marker durable."""
+    def commit(self, marker: bytes) -> None:
+        """Replace the commit marker: durable when this returns, and the old one or the new one at any moment."""
 
     def publish(self, final: "Place") -> None:
         """Give what was built here its final name. Raises ExistsError if that is taken."""
@@ -184,18 +184,28 @@ class Directory:
 
     def put(self, key: str, data: bytes) -> None:
         """Write a file below, beside its name first."""
-        final = self.path / key
+        self._put(self.path / key, data, durable=False)
+
+    def _put(self, final: Path, data: bytes, durable: bool) -> None:
         partial = final.with_name(f"{final.name}.{uuid4().hex}.partial")
         try:
             try:
                 partial.write_bytes(data)
             except FileNotFoundError:
-                final.parent.mkdir(parents=True, exist_ok=True)
+                self._make_below(final.parent)
                 partial.write_bytes(data)
+            if durable:
+                atomic.sync(partial)
             partial.replace(final)
         except OSError:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):  # what went wrong first is what matters
+                partial.unlink(missing_ok=True)
             raise
+
+    def _make_below(self, folder: Path) -> None:
+        """Make a directory below; not this one itself: where it is gone meanwhile, nothing takes its name."""
+        self.path.stat()
+        folder.mkdir(parents=True, exist_ok=True)
 
     def make(self) -> None:
         """Make it, and the directories above it."""
@@ -210,7 +220,9 @@ class Directory:
         atomic.remove_tree(self.path)
 
     def zarr_store(self, read_only: bool) -> ZarrStore:
-        """Zarr's own store of files."""
+        """Zarr's own store of files; of a directory that is there, since Zarr would make one that has gone."""
+        if not read_only:
+            self.path.stat()
         return LocalStore(self.address, read_only=read_only)
 
     def locked(self) -> AbstractContextManager[None]:
@@ -227,9 +239,11 @@ class Directory:
             leftover.unlink()
         atomic.sync_tree(self.path)
 
-    def settle_marker(self) -> None:
-        """Sync the root's metadata, and the directory that names it."""
-        atomic.sync(self.path / METADATA)
+    def commit(self, marker: bytes) -> None:
+        """Sync the new marker before it takes the old one's name: a power loss in between could leave an empty file."""
+        for leftover in self.path.glob("*.partial"):
+            leftover.unlink()
+        self._put(self.path / METADATA, marker, durable=True)
         atomic.sync(self.path)
 
     def publish(self, final: Place) -> None:
@@ -353,8 +367,9 @@ class Remote:
     def settle(self) -> None:
         """Nothing: an object that was written is durable."""
 
-    def settle_marker(self) -> None:
-        """Nothing, likewise."""
+    def commit(self, marker: bytes) -> None:
+        """Replace one object, whole."""
+        self.put(METADATA, marker)
 
     def publish(self, final: Place) -> None:
         """Nothing: the commit marker is what makes it exist."""

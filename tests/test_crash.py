@@ -154,3 +154,40 @@ def test_a_disk_that_fails_while_predicting(
     monkeypatch.undo()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "run.zarr", "steps"]
     predict_run(fitted, 50, tmp_path / "out")
+
+
+INTERRUPTED = """import atexit, os, signal, sys
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == when: os.kill(os.getpid(), signal.SIGINT)
+when = sys.argv.pop(1)
+sys.meta_path.insert(0, Finder())
+if when == "exit": atexit.register(os.kill, os.getpid(), signal.SIGINT)
+from relexio.cli.entry import main
+main()"""
+
+
+@pytest.mark.parametrize("when", ["relexio.cli.main", "click", "relexio.cli.convert", "zarr", "dask.base", "exit"])
+def test_ctrl_c_while_it_starts_or_ends(run: Run, tmp_path: Path, when: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, when, "convert", run.steps_path, "--base", run.base_path, "--dry-run"]
+    done = subprocess.run([*map(str, command), "-o", tmp_path / "out"], capture_output=True, text=True, timeout=60)
+    if when == "exit":  # too late: the work is done
+        assert (done.returncode, done.stderr) == (0, "")
+        return
+    assert done.returncode == 130
+    assert [line[:12] for line in done.stderr.splitlines() if line] == ["interrupted:"], done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    ["--every 40", "--every 0 --kills 2 --interrupts 2", "--every 0 --flips 40"],
+    ids=["killed at writes", "killed and interrupted at random", "damaged"],
+)
+def test_a_short_run_of_the_tool_loses_nothing(tmp_path: Path, options: str) -> None:
+    """Killed, interrupted and damaged in many places; docs/reliability.md has a long run."""
+    tool, none = Path(__file__).parents[1] / "tools" / "reliability.py", ["--kills", "--interrupts", "--flips"]
+    command = [sys.executable, tool, "--scratch", tmp_path, *(text for name in none for text in (name, "0"))]
+    done = subprocess.run(list(map(str, [*command, *options.split()])), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "\n0 problems" in done.stdout

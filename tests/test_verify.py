@@ -206,3 +206,31 @@ def test_blocks_of_any_size_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     store_run(made, tmp_path / "run.zarr")
     done = relexio("verify", "run.zarr", made.steps_path, "--base", made.base_path)
     assert done.code == 0, done.err
+
+
+def test_stored_files_that_have_changed_places(run: Run, tmp_path: Path, relexio: Relexio) -> None:
+    """Their chunks' checksums are right; their names are not those of their bytes."""
+    for name in "ab":
+        (run.base_path / f"{name}.json").write_text(f'"{name}"')
+    relexio("convert", run.steps_path, "--base", run.base_path, "-o", "run.zarr")
+    found = {path.read_bytes(): path for path in Path("run.zarr/groups/0000/files").glob("*/c/0")}
+    one, other = (
+        path for path in found.values() if json.loads((path.parents[1] / "zarr.json").read_text())["shape"] == [3]
+    )
+    data = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(data)
+    for command in (["predict", "run.zarr", "--step", 9], ["restore", "run.zarr", "--step", "base"]):
+        done = relexio(*command, "-o", "out")
+        assert done.code == 1 and "not the bytes that were hashed" in done.err and not Path("out").exists()
+    done = relexio("verify", "run.zarr")
+    assert done.code == 1 and str(one.parents[1].name) in done.err and str(other.parents[1].name) in done.err
+
+
+def test_what_a_killed_writer_left_beside_the_marker_goes(run: Run, relexio: Relexio) -> None:
+    relexio("convert", run.steps_path, "--base", run.base_path, "--steps", "1:2", "-o", "run.zarr")
+    left = [Path("run.zarr/zarr.0123.partial"), Path("run.zarr/zarr.json.0123.partial")]
+    for path in left:
+        path.write_text("{")
+    assert relexio("convert", run.steps_path, "-o", "run.zarr").code == 0
+    assert not any(path.exists() for path in left)

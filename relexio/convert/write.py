@@ -205,7 +205,6 @@ def _commit(conversion: Conversion, store: Store, group: Group) -> tuple[Store, 
     records = _recorded(store, group.path)
     files = _names(*map(StoredCheckpoint.from_json, [records["base"], *records["steps"]]))
     done = commit(store, replace(group, content=tuple(content)), files, base)
-    where.settle_marker()
     return done, tuple(_notes(done))
 
 

@@ -1,5 +1,6 @@
 """Opening a trajectory store, and reading its blocks. What the commit marker does not list does not exist."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -180,12 +181,20 @@ class Store:
         return self._sources(self.groups[0], lambda value: StoredCheckpoint.from_json(value["base"]))
 
     def file(self, path: str) -> bytes:
-        """The bytes of a stored file (a header, an index, or a side file)."""
-        return self.read(path, slice(None)).tobytes()
+        """The bytes of a stored file (a header, an index, or a side file). Raises StoreError if they are another file's."""
+        data = self.read(path, slice(None)).tobytes()
+        if file_digest(data) != path.rsplit("/", 1)[-1]:
+            raise StoreError(f"{self.address}: {path}: not the bytes that were hashed; damaged")
+        return data
 
     def _sources(self, group: Group, parse: Callable[[Any], T]) -> T:
         with damage(f"{self.address}: attributes of {group.path}"):
             return parse(self.metadata(group.path)["attributes"]["sources"])
+
+
+def file_digest(data: bytes) -> str:
+    """What the array of a stored file is named by: the first 32 hexadecimal digits of its SHA-256."""
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 @contextmanager
@@ -247,8 +256,9 @@ def unfinished_store(where: Place) -> Store | None:
 
 
 def _open(address: str) -> Store:
-    with damage(address):
+    with damage(f"{address}/{METADATA}"):
         record = check_format(unseal(place(address).get(METADATA) or b""), address)
+    with damage(address):
         groups = tuple(map(Group.from_json, record["groups"]))
         hashes = hashes_from_json(record["metadata"])
         store = Store(address, int(record["block"]), (), groups, str(record["base_content"]), hashes)

@@ -12,7 +12,7 @@ from relexio.dtypes import KINDS
 from relexio.places import METADATA, place
 from relexio.trajectory.schema import DIGEST, Group, lay_out
 from relexio.trajectory.seal import metadata_hashes, seal
-from relexio.trajectory.store import Store, damage, kinds_of
+from relexio.trajectory.store import Store, damage, file_digest, kinds_of
 from relexio.trajectory.zarrs import AnyArray, create, create_base, create_steps, open_group
 
 
@@ -71,7 +71,7 @@ class Files:
 
     def name(self, data: bytes | Path) -> str:
         """The name of the array that holds, or after ``write`` will hold, these bytes or this file's."""
-        digest = hashlib.sha256(_content(data)).hexdigest()[:32]
+        digest = file_digest(_content(data))
         if digest not in self._names:
             self._names[digest] = f"{self._path}/files/{digest}"
             self._new[digest] = data
@@ -137,5 +137,5 @@ def commit(store: Store, group: Group, files: Iterable[str], base_content: str) 
     nodes += [f"{group.path}/changed", f"{group.path}/files", *own]
     group = replace(group, metadata=metadata_hashes(where, nodes))
     done = Store(store.address, store.block, store.tensors, (*store.groups, group), base_content, base)
-    where.put(METADATA, _marker(done))
+    where.commit(_marker(done))
     return done

@@ -1,0 +1,51 @@
+"""Where the program starts: what Ctrl-C does is settled before anything large is imported."""
+
+import os
+import signal
+import warnings
+from types import FrameType
+
+_SAID = b"interrupted: nothing half-written has a final name; run the same command again to go on\n"
+
+
+class _Interrupted(KeyboardInterrupt):
+    """What Ctrl-C raises. Python remembers a plain KeyboardInterrupt that has passed through an import, and kills itself."""
+
+
+def main() -> None:
+    """Run the command line. Ctrl-C ends it with one line and 130 at any moment, also while it starts and ends."""
+    if (
+        signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):  # as under nohup, or embedded: not ours to set
+        _run()
+        return
+    signal.signal(signal.SIGINT, _leave)  # nothing is written yet, so there is nothing to clean up
+    from relexio.cli import main as _  # noqa: F401
+
+    try:
+        signal.signal(signal.SIGINT, _interrupt)
+        _run()
+    except SystemExit as end:
+        # What is left is Python's own end. After Ctrl-C a second one need not wait for it; after the work is done it
+        # is too late to interrupt.
+        signal.signal(signal.SIGINT, _leave if end.code == 130 else signal.SIG_IGN)
+        if end.code == 130:
+            warnings.simplefilter("ignore")  # of what Zarr had under way, and nobody waits for now
+        raise
+    except KeyboardInterrupt:
+        _leave()
+
+
+def _run() -> None:
+    from relexio.cli.main import main as command_line
+
+    command_line()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise _Interrupted
+
+
+def _leave(number: int = signal.SIGINT, frame: FrameType | None = None) -> None:
+    os.write(2, _SAID)
+    os._exit(130)
