@@ -18,7 +18,7 @@ import zarr
 
 from relexio.atomic import PARTIAL
 from relexio.errors import BusyError, StoreError
-from relexio.places import METADATA, Place, place
+from relexio.places import METADATA, Directory, Place, place
 from relexio.trajectory.chunks import decode, most_bytes
 from relexio.trajectory.schema import check_array, hashes_from_json
 from relexio.trajectory.seal import hash_of, metadata_hashes, seal, unseal
@@ -139,6 +139,8 @@ def keep(store: Store, name: str, build: Callable[[Kept], None]) -> Kept:
     if final.whole():
         return Kept(final.address)
     try:
+        if isinstance(kept, Directory) and kept.path.is_symlink():  # to write there is not what was asked for
+            raise NotADirectoryError(errno.ENOTDIR, "a link", kept.address)
         _clear_away(kept, name)
         _build(final, build)
     except OSError as error:

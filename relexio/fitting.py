@@ -16,7 +16,7 @@ from relexio import graph
 from relexio.cache import Kept, has, keep
 from relexio.checkpoints.layout import Selection
 from relexio.dtypes import is_buffer
-from relexio.errors import BudgetError, RequestError
+from relexio.errors import BudgetError, RequestError, StoreError
 from relexio.executor import Executor
 from relexio.extrapolate.fit import Line, fit_line
 from relexio.extrapolate.methods import METHODS, Recipe, directions
@@ -142,6 +142,8 @@ def _iterate_all(
             images = graph.operator(store, wanted, window, executor, advance)
         wanted = {}
         for name, image in images.items():
+            if not np.isfinite(image).all():
+                raise StoreError(f"{store.address}: tensor {name}: its moves are no numbers; damaged")
             try:
                 wanted[name] = running[name].send(image)
             except StopIteration as end:

@@ -12,8 +12,6 @@ import json
 import mmap
 import os
 import random
-import resource
-import shutil
 import signal
 import struct
 import sys
@@ -22,7 +20,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from hashlib import sha256
 from io import StringIO
 from pathlib import Path
@@ -65,7 +63,9 @@ def _json(data: bytes, rng: random.Random) -> bytes:
     except (ValueError, RecursionError):
         return _bytes(data, rng)
     rest = data[start:].decode()[end:].encode()
-    holders = [(holder, key) for holder in _walk(value) for key in (holder if isinstance(holder, dict) else range(len(holder)))]
+    holders = [
+        (holder, key) for holder in _walk(value) for key in (holder if isinstance(holder, dict) else range(len(holder)))
+    ]
     if holders:
         _change(*rng.choice(holders), rng, holders)
     text = json.dumps(value).encode()
@@ -196,7 +196,11 @@ class Session:
 
             if self.options.coverage and atheris:
                 self._guided(one, seeds, world)
-            rng, end, pool = random.Random(f"{self.options.seed} {self.name}"), time.monotonic() + self.options.seconds, [*seeds]
+            rng, end, pool = (
+                random.Random(f"{self.options.seed} {self.name}"),
+                time.monotonic() + self.options.seconds,
+                [*seeds],
+            )
             for data in seeds:
                 one(data)
             while time.monotonic() < end:
@@ -214,8 +218,16 @@ class Session:
             rng = random.Random(seed)
             return (mutate(data, rng) if rng.random() < 0.7 else atheris.Mutate(data, most))[:most]
 
-        limits = [f"-max_total_time={self.options.seconds}", "-max_len=100000", "-timeout=60", "-rss_limit_mb=0", "-verbosity=0"]
-        atheris.Setup(["fuzz", *limits, f"-seed={self.options.seed}", str(world.root / "seeds")], one, custom_mutator=custom)
+        limits = [
+            f"-max_total_time={self.options.seconds}",
+            "-max_len=100000",
+            "-timeout=60",
+            "-rss_limit_mb=0",
+            "-verbosity=0",
+        ]
+        atheris.Setup(
+            ["fuzz", *limits, f"-seed={self.options.seed}", str(world.root / "seeds")], one, custom_mutator=custom
+        )
         atheris.Fuzz()
 
 
