@@ -29,7 +29,7 @@ JSON = st.recursive(
     max_leaves=12,
 )
 FEW = settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-SOME = settings(FEW, max_examples=4)
+SOME = settings(FEW, max_examples=3)
 
 
 def _load() -> ModuleType:

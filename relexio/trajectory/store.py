@@ -298,7 +298,10 @@ def _open(address: str) -> Store:
             raise StoreError(f"{address}: two of its tensors have one name; the store is damaged")
         if max(kinds_of(tensors, store.block).values(), default=0) > MOST_BLOCKS:
             raise StoreError(f"{address}: has more blocks than any model; the store is damaged")
-        return replace(store, tensors=tensors)
+        store = replace(store, tensors=tensors)
+        for kind in kinds_of(tensors, store.block):  # one look here, or every block would find it out by itself
+            store._check_layout(f"base/{kind}/bits", store.metadata(f"base/{kind}/bits"))
+        return store
 
 
 def _block_of(record: dict[str, Any]) -> int:
