@@ -5,6 +5,7 @@ store that cannot be written keeps them in a temporary directory for the length 
 """
 
 import errno
+import json
 import shutil
 import tempfile
 import weakref
@@ -13,20 +14,24 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import zarr
 
 from relexio.atomic import PARTIAL
 from relexio.errors import BusyError, StoreError
-from relexio.places import METADATA, Place, place
-from relexio.trajectory.seal import metadata_hashes, seal, unseal
+from relexio.places import METADATA, Directory, Place, place
+from relexio.trajectory.chunks import decode, most_bytes
+from relexio.trajectory.schema import check_array, hashes_from_json
+from relexio.trajectory.seal import hash_of, metadata_hashes, seal, unseal
 from relexio.trajectory.store import Store, damage
 from relexio.trajectory.zarrs import AnyArray, create, open_group
 
 #: Bytes up to which an array is kept as one chunk and held in memory.
 SMALL = 16 << 20
+_NUMBER = np.dtype("<f8")
+#: More than the squares of 2^63 of the largest float32 add up to.
+_LARGE = 1e100
 _REMOVE = "remove this directory, and it is made again"
 #: A store that cannot be written, or a disk that is full, is no reason to fail: the result is kept for this run only.
 #: (ENOENT: another process that clears away has taken our directory for one that was left, before we had locked it.)
@@ -49,7 +54,7 @@ class Kept:
 
     address: str
     owner: object = None  # a temporary directory lives as long as this
-    _opened: dict[str, AnyArray | np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+    _opened: dict[str, tuple[int, ...] | np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
     @contextmanager
     def create(self, name: str, shape: tuple[int, ...]) -> Iterator[AnyArray | np.ndarray]:
@@ -75,33 +80,51 @@ class Kept:
             del group[name]
         return create(group, name, shape, chunks, "<f8", axes)
 
-    def check(self) -> None:
-        """Read all of it. Raises StoreError where it is damaged."""
+    def check(self, tensors: int, steps: int) -> None:
+        """Read all of it, kept for so many tensors and steps. Raises StoreError where it is damaged."""
         with damage(self.address, _REMOVE):
             names = sorted(self._hashes())
         for name in names:
             with damage(f"{self.address}: {name}", _REMOVE):
-                self._array(name)[:]
+                shape, chunks = self._layout(name)
+                if shape[0] != tensors or any(size > steps for size in shape[1:]):
+                    raise ValueError(f"its shape {list(shape)[:4]} is not of {tensors} tensors and {steps} steps")
+                for first in range(0, tensors, chunks[0]):
+                    self._chunk(name, chunks, first // chunks[0])
 
-    def _hashes(self) -> dict[str, Any]:
-        return dict(unseal(place(self.address).get(METADATA) or b"")["relexio"]["metadata"])
+    def _hashes(self) -> dict[str, str]:
+        return hashes_from_json(unseal(place(self.address).get(METADATA) or b"")["relexio"]["metadata"])
 
-    def _array(self, name: str) -> AnyArray:
-        if metadata_hashes(place(self.address), [name]) != {name: self._hashes()[name]}:
+    def _layout(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape and chunks: all in one, or one for each tensor. Raises ValueError for what this module does not write."""
+        data = place(self.address).get(f"{name}/{METADATA}") or b""
+        if hash_of(data) != self._hashes()[name]:
             raise ValueError("the checksum of its zarr.json is wrong")
-        found = open_group(self.address, "r")[name]
-        if not isinstance(found, zarr.Array):
-            raise ValueError("not an array")
-        return found
+        shape, chunks = check_array(json.loads(data), ("float64",))
+        if chunks not in (shape, (1, *shape[1:])):
+            raise ValueError(f"its chunks {list(chunks)[:4]} are neither all of it nor those of a tensor")
+        return shape, chunks
 
-    def read(self, name: str, entry: int) -> np.ndarray:
-        """One tensor's entry. Raises StoreError where the kept file is damaged."""
+    def _chunk(self, name: str, chunks: tuple[int, ...], number: int) -> np.ndarray:
+        key = "/".join(map(str, (name, "c", number, *(0 for _ in chunks[1:]))))
+        data = place(self.address).get(key, most_bytes(_NUMBER, prod(chunks)))
+        if data is None:
+            raise ValueError(f"chunk {key} is missing")
+        return decode(data, _NUMBER, prod(chunks)).reshape(chunks)
+
+    def read(self, name: str, entry: int, shape: tuple[int, ...]) -> np.ndarray:
+        """One tensor's entry of an array of that shape. Raises StoreError where the kept file is damaged."""
         with damage(f"{self.address}: {name}", _REMOVE):
             if name not in self._opened:
-                found = self._array(name)
-                whole = found.chunks[0] > 1 or found.shape[0] == 1
-                self._opened[name] = np.asarray(found[:]) if whole else found
-            return np.asarray(self._opened[name][entry])
+                found, chunks = self._layout(name)
+                if found != shape:
+                    raise ValueError(f"its shape is {list(found)[:4]}, not {list(shape)}")
+                self._opened[name] = self._chunk(name, chunks, 0) if chunks == shape else chunks
+            held = self._opened[name]
+            numbers = held[entry] if isinstance(held, np.ndarray) else self._chunk(name, held, entry)[0]
+            if not (np.abs(numbers) < _LARGE).all():  # false for NaN too
+                raise ValueError("it holds numbers that no weights make")
+            return numbers
 
 
 def has(store: Store, name: str) -> bool:
@@ -116,7 +139,7 @@ def problems(store: Store) -> list[str]:
         if name.endswith("partial") or not kept.below(name).whole():
             continue
         try:
-            Kept(kept.below(name).address).check()
+            Kept(kept.below(name).address).check(len(store.fitted()), len(store.steps))
         except StoreError as error:
             found.append(str(error))
     return found
@@ -129,6 +152,8 @@ def keep(store: Store, name: str, build: Callable[[Kept], None]) -> Kept:
     if final.whole():
         return Kept(final.address)
     try:
+        if isinstance(kept, Directory) and kept.path.is_symlink():  # to write there is not what was asked for
+            raise NotADirectoryError(errno.ENOTDIR, "a link", kept.address)
         _clear_away(kept, name)
         _build(final, build)
     except OSError as error:
@@ -157,5 +182,5 @@ def _clear_away(kept: Place, name: str) -> None:
             if other.endswith(PARTIAL):
                 with kept.below(other).locked():
                     kept.below(other).remove()
-            elif other.startswith(solver) and other.split("-")[1] < groups:
+            elif other.startswith(f"{solver}-") and other.split("-")[1] < groups:
                 kept.below(other).remove()

@@ -16,7 +16,7 @@ from relexio import graph
 from relexio.cache import Kept, has, keep
 from relexio.checkpoints.layout import Selection
 from relexio.dtypes import is_buffer
-from relexio.errors import BudgetError, RequestError
+from relexio.errors import BudgetError, RequestError, StoreError
 from relexio.executor import Executor
 from relexio.extrapolate.fit import Line, fit_line
 from relexio.extrapolate.methods import METHODS, Recipe, directions
@@ -97,7 +97,12 @@ def _gram_solver(store: Store, executor: Executor, stages: Stages) -> Grams:
                 graph.gram(store, steps, keep_one, executor, advance)
 
     kept = keep(store, _kept_name(store, "gram", (), 0), build)
-    return Grams(steps, True, lambda tensor: kept.read("gram", places[tensor.name]), kept.owner is None)
+    return Grams(
+        steps,
+        True,
+        lambda tensor: kept.read("gram", places[tensor.name], (len(places), count, count)),
+        kept.owner is None,
+    )
 
 
 def _blocks_solver(store: Store, window: tuple[int, ...], rank: int, executor: Executor, stages: Stages) -> Grams:
@@ -115,8 +120,8 @@ def _blocks_solver(store: Store, window: tuple[int, ...], rank: int, executor: E
 
     def read(tensor: Tensor) -> np.ndarray:
         place = places[tensor.name]
-        vectors = kept.read("vectors", place)
-        return (vectors * kept.read("values", place)) @ vectors.T
+        vectors = kept.read("vectors", place, (len(places), len(window), rank))
+        return (vectors * kept.read("values", place, (len(places), rank))) @ vectors.T
 
     kept = keep(store, _kept_name(store, "blocks", window, rank), build)
     return Grams(window, False, read, kept.owner is None)
@@ -137,6 +142,8 @@ def _iterate_all(
             images = graph.operator(store, wanted, window, executor, advance)
         wanted = {}
         for name, image in images.items():
+            if not np.isfinite(image).all():
+                raise StoreError(f"{store.address}: tensor {name}: its moves are no numbers; damaged")
             try:
                 wanted[name] = running[name].send(image)
             except StopIteration as end:

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from errno import EACCES
 from functools import lru_cache
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -27,10 +28,12 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import FsspecStore, LocalStore
 
 from relexio import atomic
-from relexio.errors import BusyError, RelexioError, RequestError, StorageError
+from relexio.errors import BusyError, RelexioError, RequestError, StorageError, StoreError
 
 #: Metadata of a Zarr group. That of a store's root carries the commit marker.
 METADATA = "zarr.json"
+#: No such file has more bytes: the tensor table of 400,000 tensors.
+METADATA_BYTES = 64 << 20
 #: The object that one writer of a remote store holds.
 LOCK = ".relexio-lock"
 _URL = re.compile(r"[A-Za-z][\w+.:-]*://")
@@ -70,8 +73,8 @@ class Place(Protocol):
     def free_bytes(self) -> int | None:
         """Bytes that there is room for; None where nobody knows."""
 
-    def get(self, key: str) -> bytes | None:
-        """The bytes of one file or object below; None if it is not there."""
+    def get(self, key: str, most: int = METADATA_BYTES) -> bytes | None:
+        """The bytes of one file or object below, ``most`` at most; None if it is not there."""
 
     def put(self, key: str, data: bytes) -> None:
         """Write one file or object below, of at least a byte: whole, or not at all."""
@@ -175,10 +178,18 @@ class Directory:
         """Bytes free on its file system."""
         return atomic.free_bytes(self.path)
 
-    def get(self, key: str) -> bytes | None:
-        """The bytes of a file below; None if it is not there."""
+    def get(self, key: str, most: int = METADATA_BYTES) -> bytes | None:
+        """The bytes of a file below; None if it is not there. Raises StoreError where it has more than ``most``."""
         try:
-            return (self.path / key).read_bytes()
+            with open(os.open(self.path / key, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # no waiting for a pipe
+                stat = os.fstat(file.fileno())
+                if not S_ISREG(stat.st_mode):
+                    return None
+                if stat.st_size > most:
+                    raise StoreError(
+                        f"{self.path / key}: {stat.st_size:,} bytes, which is too many; the store is damaged"
+                    )
+                return file.read(most)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
 
@@ -310,8 +321,8 @@ class Remote:
         """Nobody knows."""
         return
 
-    def get(self, key: str) -> bytes | None:
-        """The bytes of an object; None if it is not there."""
+    def get(self, key: str, most: int = METADATA_BYTES) -> bytes | None:
+        """The bytes of an object; None if it is not there. (``most`` is not asked for: that would be one more request.)"""
         files, path = self._files(key)
         with _told(self.address), suppress(FileNotFoundError):
             return bytes(files.cat_file(path, start=0))  # s3fs asks for the size first where it is not told a range

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from relexio import atomic, graph, plan
-from relexio.checkpoints.header import header_for_transformers
+from relexio.checkpoints.header import header_for_transformers, parse_header
+from relexio.checkpoints.read import EMBEDDINGS, HEAD
 from relexio.checkpoints.write import CARD, Output, OutputShard, begin, model_card, validate, write_files
 from relexio.errors import BudgetError, ExistsError, RequestError, StorageError, StoreError
 from relexio.executor import Executor
@@ -178,10 +179,18 @@ def _restore_block(store: Store, step: int | None, sink: Sink, block: Block) -> 
 
 
 def _shards(store: Store, record: StoredCheckpoint, change: Callable[[bytes], bytes]) -> Iterator[OutputShard]:
+    table = {tensor.name: (tensor.dtype, tensor.shape) for tensor in store.tensors}
+    tied = {HEAD: next((name for name in EMBEDDINGS if name in table), "")}
     for shard in record.shards:
         if shard.name != Path(shard.name).name or shard.name in ("", ".", ".."):
             raise StoreError(f"{store.address}: names a shard outside its directory: {shard.name!r}")
         header = store.file(shard.header)
+        for entry in parse_header(header, shard.size, f"{store.address}: {shard.header}"):
+            # a tensor longer in the table than in its file would be written over the next one
+            if (entry.dtype, entry.shape) != table.get(entry.name if entry.name in table else tied.get(entry.name, "")):
+                raise StoreError(
+                    f"{store.address}: {shard.header}: tensor {entry.name} is not as in the table; damaged"
+                )
         yield OutputShard(shard.name, change(header), shard.size - 8 - len(header))
 
 

@@ -1,7 +1,7 @@
 """Moves are the XOR bits they came from, and increments add up to the deltas."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relexio.delta import changed, count_changed, expand, find_moves, increments
@@ -32,6 +32,7 @@ CASES = {
 }
 
 
+@settings(deadline=None)
 @given(**CASES)
 def test_moves_are_lossless_and_increments_add_up(steps: int, width: int, share: float, kind: str, seed: int) -> None:
     base, xor = some_bits(steps, width, share, kind, seed)
@@ -50,6 +51,7 @@ def test_moves_are_lossless_and_increments_add_up(steps: int, width: int, share:
     np.testing.assert_allclose(np.cumsum(found, axis=0), want, rtol=0, atol=1e-15 * np.abs(want).max(initial=1.0))
 
 
+@settings(deadline=None)
 @given(st.sampled_from(["u1", "<u2", "<u4"]), st.integers(1, 5000), st.data())
 def test_a_chunk_that_any_bit_of_was_flipped_is_refused(dtype: str, count: int, data: st.DataObject) -> None:
     values = np.random.default_rng(0).integers(0, 5, count).astype(dtype)
@@ -65,6 +67,7 @@ def test_a_chunk_that_any_bit_of_was_flipped_is_refused(dtype: str, count: int, 
         raise AssertionError("a flipped bit went unseen")
 
 
+@settings(deadline=None)
 @given(
     steps=st.integers(1, 80), groups=st.integers(1, 3), share=st.sampled_from([0.01, 0.1, 1.0]), seed=st.integers(0, 9)
 )

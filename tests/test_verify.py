@@ -39,6 +39,7 @@ def test_what_is_whole_is_said_to_be(run: Run, tmp_path: Path, relexio: Relexio)
         "whole": True,
         "steps": [1, 2, 4, 7],
         "compared": [1, 2, 4, 7],
+        "base_compared": True,
         "bytes_checked": 5 * 2 * (40 * 30 + 50 * 20 + 9 + 1),
         "problems": [],
     }
@@ -62,6 +63,32 @@ def test_an_original_that_differs_is_named(run: Run, tmp_path: Path, relexio: Re
     (run.base_path / "model.safetensors").write_bytes(data)
     done = relexio("verify", "run.zarr", "--base", run.base_path, "--json")
     assert done.code == 1 and "base" in json.loads(done.out)["problems"][0]
+
+
+def test_side_files_are_compared_too(run: Run, relexio: Relexio) -> None:
+    relexio("convert", run.steps_path, "--base", run.base_path, "-o", "run.zarr")
+    (run.steps_path / "global_step_4" / "tokenizer.json").write_text("{}")
+    (run.steps_path / "global_step_2" / "new.json").write_text("{}")
+    (run.base_path / "config.json").unlink()
+    (run.steps_path / "global_step_1" / "model.safetensors").write_bytes(b"cut")
+    problems = json.loads(relexio("verify", "run.zarr", run.steps_path, "--base", run.base_path, "--json").out)[
+        "problems"
+    ]
+    assert len(problems) == 4
+    for step, name in (
+        ("step 4", "tokenizer.json"),
+        ("step 2", "new.json"),
+        ("base", "config.json"),
+        ("_1", "truncated"),
+    ):
+        assert [text for text in problems if step in text and name in text], (step, name)
+
+
+def test_convert_verifies_what_was_there_before_too(run: Run, relexio: Relexio) -> None:
+    relexio("convert", run.steps_path, "--base", run.base_path, "--steps", "1:4", "-o", "run.zarr")
+    for _ in range(2):
+        done = relexio("convert", run.steps_path, "-o", "run.zarr", "--verify", "--json")
+        assert json.loads(done.out)["compared"] == [1, 2, 4, 7]
 
 
 def test_convert_can_verify_at_once(run: Run, relexio: Relexio, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,10 @@ def model_directory(path: Path) -> Path:
     """The directory inside a step directory that holds the weights; the step directory itself if none does."""
     for inside in _INSIDE:
         candidate = path / inside if inside else path
+        if candidate.is_dir() and not candidate.resolve().is_relative_to(path.resolve()):
+            raise CheckpointError(
+                f"{candidate}: a link out of its step; put a copy in its place, or name it with --checkpoint"
+            )
         if candidate.is_dir() and ((candidate / INDEX).is_file() or weight_files(candidate)):
             return candidate
     for inside in reversed(_INSIDE):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from relexio.checkpoints.header import Entry, Shard, parse_json, read_shard
+from relexio.checkpoints.header import MAX_HEADER, Entry, Shard, parse_json, read_shard
 from relexio.errors import CheckpointError, IncompleteError, MissingError
 
 INDEX = "model.safetensors.index.json"
@@ -77,7 +77,9 @@ def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
     if index.is_file() and (path / SINGLE).is_file():
         raise CheckpointError(f"{path}: holds both {SINGLE} and {INDEX}; remove the one that is not the model")
     if index.is_file():
-        data = index.read_bytes()
+        if index.stat().st_size > MAX_HEADER:
+            raise CheckpointError(f"{index}: {index.stat().st_size:,} bytes, which no index has; copy it again")
+        data = _inside(path, index).read_bytes()
         shards = _sharded(path, data)
     else:
         data = None

@@ -1,7 +1,7 @@
 """``relexio convert``."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import click
@@ -93,7 +93,9 @@ def convert(
         if not verify:
             _show_result(conversion, done, as_json)
             return
-        found = verb.verify(done.store, verb.Originals(conversion.by_step, conversion.base), resources, stages)
+        originals = verb.find_originals(done.store, root, model)
+        originals = replace(originals, steps={**originals.steps, **conversion.by_step})
+        found = verb.verify(done.store, originals, resources, stages)
     if not as_json:
         _show_result(conversion, done, as_json)
     report(out, found, as_json)

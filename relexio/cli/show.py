@@ -78,7 +78,8 @@ def _lines(name: str, total: int) -> Iterator[Callable[[int], None]]:
         nonlocal done, due
         done += count
         now = time.monotonic()
-        if now >= due and 0 < done < total:
+        telling = 100 * done >= total or now - begun > _EVERY  # before, the rate is that of the first few blocks
+        if now >= due and telling and done < total:
             due = now + _EVERY
             left = (now - begun) / done * (total - done)
             rate = done / (now - begun)

@@ -49,6 +49,19 @@ def verify(
     report(trajectory, found, as_json)
 
 
+def _compared(found: "Verified") -> str:
+    from relexio.trajectory.store import describe_steps
+
+    base = "the base" if found.base_compared else "not the base (--base names it)"
+    return (
+        f"{describe_steps(found.compared)}; {base}" if found.compared or found.base_compared else "with no checkpoint"
+    )
+
+
+def _counted(found: "Verified") -> str:
+    return f"{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}"
+
+
 def report(trajectory: str, found: "Verified", as_json: bool) -> None:
     """Print what was verified. Ends the program with 1 if anything is wrong."""
     from relexio.plan import show
@@ -61,6 +74,7 @@ def report(trajectory: str, found: "Verified", as_json: bool) -> None:
             "whole": not found.problems,
             "steps": list(found.steps),
             "compared": list(found.compared),
+            "base_compared": found.base_compared,
             "bytes_checked": found.bytes_checked,
             "problems": list(found.problems),
         }
@@ -70,8 +84,8 @@ def report(trajectory: str, found: "Verified", as_json: bool) -> None:
             [
                 ("trajectory", trajectory),
                 ("checked", f"the base and {describe_steps(found.steps)}: {show(found.bytes_checked)} of tensors"),
-                ("compared", describe_steps(found.compared) if found.compared else "with no checkpoint"),
-                ("result", f"{len(found.problems)} problems" if found.problems else "whole: every hash is right"),
+                ("compared", _compared(found)),
+                ("result", _counted(found) if found.problems else "whole: every hash is right"),
             ]
         )
     for text in found.problems[:_SHOWN]:

@@ -10,28 +10,33 @@ import numpy as np
 
 from relexio import cache, graph, plan
 from relexio.checkpoints.layout import choose
-from relexio.checkpoints.read import open_checkpoint
+from relexio.checkpoints.read import INDEX, Checkpoint, open_checkpoint
 from relexio.convert.check import Source, Table, fit_to_base
 from relexio.convert.encode import Reader
 from relexio.errors import CheckpointError, StoreError
 from relexio.places import METADATA, place
 from relexio.progress import Stages
 from relexio.resources import Resources
-from relexio.trajectory.schema import Block, Group, moves_chunk
+from relexio.trajectory.schema import Block, Group, StoredCheckpoint, moves_chunk
 from relexio.trajectory.state import block_state, digest_of
-from relexio.trajectory.store import Store, describe_steps
+from relexio.trajectory.store import Store, describe_steps, file_digest
 from relexio.trajectory.write import content_hashes
 
+_UNKNOWN = ""  # in place of a group: of that tensor a block could not be read
 #: How many elements differ from the base at each step, int64 [K], by the names of group and tensor.
 Changed = dict[tuple[str, str], np.ndarray | int]
 
 
 @dataclass(frozen=True)
 class Originals:
-    """Checkpoints to compare with: those of stored steps, the base if it was named, and notes on what is left out."""
+    """Checkpoints to compare with: those of stored steps, and the base if it was named.
+
+    ``problems`` are those that cannot be compared, ``notes`` say what is left out.
+    """
 
     steps: dict[int, Source] = field(default_factory=dict)
     base: Source | None = None
+    problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -41,6 +46,7 @@ class Verified:
 
     steps: tuple[int, ...]
     compared: tuple[int, ...]
+    base_compared: bool
     bytes_checked: int
     problems: tuple[str, ...]
     notes: tuple[str, ...]
@@ -55,7 +61,7 @@ class _Found:
 
 
 def find_originals(store: Store, root: Path | None, base: Path | None) -> Originals:
-    """The checkpoints below a directory that the store holds. Raises CheckpointError for what does not fit its tensors."""
+    """The checkpoints below a directory that the store holds. Raises CheckpointError for a base that is none."""
     table: Table = {tensor.name: (tensor.dtype, tensor.shape) for tensor in store.tensors}
     label = f"the base of {store.address}"
     found, notes = choose(root, {}, None)[0] if root is not None else {}, []
@@ -63,12 +69,14 @@ def find_originals(store: Store, root: Path | None, base: Path | None) -> Origin
         notes.append(f"not in the trajectory: {describe_steps(absent)}")
     if root is not None and (alone := tuple(step for step in store.steps if step not in found)):
         notes.append(f"not compared, no such directory: {describe_steps(alone)}")
-    sources = {
-        step: fit_to_base(open_checkpoint(path, step), table, label)
-        for step, path in found.items()
-        if step in store.steps
-    }
-    return Originals(sources, fit_to_base(open_checkpoint(base), table, label) if base else None, tuple(notes))
+    sources, problems = {}, []
+    for step in (step for step in found if step in store.steps):
+        try:
+            sources[step] = fit_to_base(open_checkpoint(found[step], step), table, label)
+        except CheckpointError as error:
+            problems.append(str(error))
+    original = fit_to_base(open_checkpoint(base), table, label) if base else None
+    return Originals(sources, original, tuple(problems), tuple(notes))
 
 
 def verify(store: Store, originals: Originals, resources: Resources, stages: Stages) -> Verified:
@@ -82,20 +90,23 @@ def verify(store: Store, originals: Originals, resources: Resources, stages: Sta
     with stages("verify", total) as advance:
         blocks = graph.each(store, 1 + len(store.steps), kernel, executor, advance)
     changed: Changed = {}
-    problems: list[str] = []
+    problems = list(originals.problems)
     for block, found in blocks:
         problems += found.problems
+        if found.problems:
+            changed[_UNKNOWN, block.tensor.name] = 1
         for group, counts in found.changed.items():
             key = group, block.tensor.name
             changed[key] = changed.get(key, 0) + counts
-    for check in _checks(store, changed):
+    for check in _checks(store, originals, changed):
         try:
             problems += check()
         except StoreError as error:
             problems.append(str(error))
     problems += cache.problems(store)
     notes = (*originals.notes, *_leftovers(store))
-    return Verified(store.steps, tuple(originals.steps), total, tuple(dict.fromkeys(problems)), notes)
+    compared, base = tuple(originals.steps), originals.base is not None
+    return Verified(store.steps, compared, base, total, tuple(dict.fromkeys(problems)), notes)
 
 
 def _check_block(store: Store, originals: Originals, nbytes: int, block: Block) -> _Found:
@@ -151,7 +162,7 @@ def _check_group(
         yield f"{label}: tensor {block.tensor.name}: differs from what {store.address} holds"
 
 
-def _checks(store: Store, changed: Changed) -> Iterator[Callable[[], list[str]]]:
+def _checks(store: Store, originals: Originals, changed: Changed) -> Iterator[Callable[[], list[str]]]:
     """What is checked besides blocks: each check by itself, so that one that fails does not hide another."""
     yield partial(_check_content, store, "base", (store.base_content,), 0)
     for node in store.sealed:
@@ -160,6 +171,11 @@ def _checks(store: Store, changed: Changed) -> Iterator[Callable[[], list[str]]]
         yield partial(_check_content, store, group.path, group.content, len(group.steps))
         yield partial(_check_changed, store, group, changed)
         yield partial(_check_files, store, group)
+        for step, record in store.checkpoints(group).items():
+            if step in originals.steps:
+                yield partial(_check_side, store, record, originals.steps[step].checkpoint)
+    if originals.base is not None:
+        yield partial(_check_side, store, store.base(), originals.base.checkpoint)
 
 
 def _check_content(store: Store, path: str, content: tuple[str, ...], steps: int) -> list[str]:
@@ -175,7 +191,8 @@ def _check_node(store: Store, node: str) -> list[str]:
 def _check_changed(store: Store, group: Group, changed: Changed) -> list[str]:
     table = store.changed(group)
     for row, tensor in zip(table, store.tensors, strict=True):
-        if (row != changed.get((group.name, tensor.name), 0)).any():
+        known = (_UNKNOWN, tensor.name) not in changed
+        if known and (row != changed.get((group.name, tensor.name), 0)).any():
             return [f"{store.address}: {group.path}/changed: wrong for tensor {tensor.name}; damaged"]
     return []
 
@@ -192,10 +209,27 @@ def _check_files(store: Store, group: Group) -> list[str]:
     return problems
 
 
+def _check_side(store: Store, record: StoredCheckpoint, original: Checkpoint) -> list[str]:
+    """What differs of a checkpoint besides its tensors: headers, the index, config, tokenizer."""
+    held = {shard.name: shard.header for shard in record.shards} | record.side | {INDEX: record.index or ""}
+    now: dict[str, bytes | Path] = {shard.path.name: shard.header for shard in original.shards}
+    now |= original.side | {INDEX: original.index or b""}
+    return [
+        f"{original.label}: {name}: differs from what {store.address} holds"
+        for name in sorted(held.keys() | now.keys())
+        if (file_digest(_bytes(now.get(name, b""))) if now.get(name) else "") != held.get(name, "").rsplit("/", 1)[-1]
+    ]
+
+
+def _bytes(data: bytes | Path) -> bytes:
+    return data if isinstance(data, bytes) else data.read_bytes()
+
+
 def _leftovers(store: Store) -> Iterator[str]:
     """What an interrupted command left; nothing reads it, and the next one removes it or goes on with it."""
     known = {group.name for group in store.groups} | {METADATA}
     left = [f"groups/{name}" for name in place(store.address).below("groups").names() if name not in known]
+    left += [name for name in place(store.address).names() if name.endswith(".partial")]
     left += [f"cache/{name}" for name in place(store.address).below("cache").names() if name.endswith("partial")]
     if left:
         yield f"left by an interrupted command, not read: {', '.join(sorted(left))}"

@@ -24,13 +24,20 @@ def encode(values: np.ndarray) -> bytes:
     return packed + google_crc32c.value(packed).to_bytes(4, "little")
 
 
+def most_bytes(dtype: np.dtype, count: int) -> int:
+    """The bytes that a stored chunk of so many elements has at most."""
+    return count * dtype.itemsize + _HEADER + 4
+
+
 def decode(data: bytes, dtype: np.dtype, count: int) -> np.ndarray:
     """The ``count`` elements of a stored chunk. Raises ValueError where its checksum is wrong or its size another."""
     packed = np.frombuffer(data, np.uint8)[:-4]
     if len(packed) < _HEADER or google_crc32c.value(packed).to_bytes(4, "little") != data[-4:]:
         raise ValueError("a checksum is wrong")
-    found = np.empty(count, dtype)
-    if int.from_bytes(data[4:8], "little") != found.nbytes:
+    if int.from_bytes(data[4:8], "little") != count * dtype.itemsize:
         raise ValueError("a chunk has another size than its array says")
+    if int.from_bytes(data[12:16], "little") != len(packed):  # Blosc believes it, and would read on behind the end
+        raise ValueError("a chunk has another length than it says")
+    found = np.empty(count, dtype)
     blosc.decompress(packed, found)
     return found

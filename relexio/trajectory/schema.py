@@ -1,7 +1,11 @@
 """What a trajectory store says about itself: records, and their JSON in Zarr attributes."""
 
+import os
+import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from math import prod
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -18,6 +22,12 @@ BASE_CHUNK = 1 << 17
 DIGEST = 16
 #: Moves that one chunk holds at most: enough for a large read, little enough to be held by every worker.
 MOVES_CHUNK = 1 << 18
+#: Blocks of one kind: 4 T elements. A store that says it has more is a lie that would only fill the memory.
+MOST_BLOCKS = 1 << 22
+_MOST_DIMENSIONS, _MOST_CHUNK = 64, (1 << 31) - 1  # as in safetensors; Blosc's limit
+_NODE = re.compile(r"[0-9A-Za-z_]{1,64}(/[0-9A-Za-z_]{1,64}){0,4}")
+_FILE = re.compile(r"groups/\d{4,8}/files/[0-9a-f]{32}")
+_CODECS = ["bytes", "blosc", "crc32c"]
 
 Json = dict[str, Any]
 
@@ -50,7 +60,8 @@ class Tensor:
     def from_json(cls, value: Json) -> "Tensor":
         """From Zarr attributes. Raises ValueError for what no writer writes."""
         found = cls(value["name"], value["dtype"], tuple(value["shape"]), value["first_block"])
-        _require(isinstance(found.name, str) and found.dtype in BITS, "a tensor has a name and a known dtype")
+        _require(_is_text(found.name) and found.dtype in BITS, "a tensor has a name and a known dtype")
+        _require(len(found.shape) <= _MOST_DIMENSIONS, "a shape is a list of sizes")
         _require(all(map(_is_count, (*found.shape, found.first_block))), "a shape is a list of sizes")
         return found
 
@@ -69,6 +80,10 @@ class Tensor:
         """Bytes of the tensor in a checkpoint."""
         return prod(self.shape) * BITS[self.dtype] // 8
 
+    def count(self, block: int) -> int:
+        """How many blocks of ``block`` elements it has."""
+        return -(-self.size // block)
+
     def blocks(self, block: int) -> list[Block]:
         """Its blocks of ``block`` elements, the last one shorter; none for an empty tensor."""
         return [
@@ -83,7 +98,7 @@ def lay_out(entries: list[tuple[str, str, tuple[int, ...]]], block: int) -> tupl
     tensors = []
     for name, dtype, shape in entries:
         tensor = Tensor(name, dtype, shape, following[kind_of(dtype).name])
-        following[tensor.kind.name] += len(tensor.blocks(block))
+        following[tensor.kind.name] += tensor.count(block)
         tensors.append(tensor)
     return tuple(tensors)
 
@@ -142,14 +157,18 @@ class StoredCheckpoint:
         """From Zarr attributes."""
         shards = tuple(StoredShard(s["name"], s["size"], s["mtime_ns"], s["header"]) for s in value["shards"])
         found = cls(value["step"], value["source"], shards, value["index"], dict(value["side"]))
-        texts = [
-            found.source,
-            found.index or "",
-            *found.side,
+        _require(_is_text(found.source), "a source is a text")
+        for name in (*(shard.name for shard in shards), *found.side):
+            _require(_is_text(name) and _is_inside(name), f"a file stands inside its directory, and {name!r} does not")
+        _require(
+            all(shard.name == PurePosixPath(shard.name).name for shard in shards), "a shard is in no directory below"
+        )
+        arrays = [
             *found.side.values(),
-            *(s.name + s.header for s in shards),
+            *(shard.header for shard in shards),
+            *([] if found.index is None else [found.index]),
         ]
-        _require(all(isinstance(text, str) for text in texts), "names and sources are texts")
+        _require(all(isinstance(a, str) and _FILE.fullmatch(a) for a in arrays), "files are arrays of a group")
         _require(all(_is_count(s.size) and _is_count(s.mtime_ns) for s in shards), "sizes and times are numbers")
         _require(found.step is None or _is_count(found.step), "a step is a number")
         return found
@@ -176,9 +195,10 @@ class Group:
     def from_json(cls, value: Json) -> "Group":
         """From Zarr attributes. Raises ValueError for what no writer writes."""
         found = cls(value["name"], tuple(value["steps"]), tuple(value["content"]), hashes_from_json(value["metadata"]))
-        _require(isinstance(found.name, str) and found.name.isalnum(), "a group's name is a number")
+        _require(isinstance(found.name, str) and re.fullmatch(r"\d{4,8}", found.name), "a group's name is a number")
         _require(
-            all(map(_is_count, found.steps)) and len(set(found.steps)) == len(found.steps) > 0, "steps are numbers"
+            all(map(_is_count, found.steps)) and list(found.steps) == sorted({*found.steps}) and found.steps,
+            "steps are numbers, ascending",
         )
         _require([type(text) for text in found.content] == [str] * len(found.steps), "every step has a content hash")
         return found
@@ -187,14 +207,40 @@ class Group:
 def hashes_from_json(value: Any) -> dict[str, str]:
     """A table of hashes. Raises ValueError for what no writer writes."""
     _require(isinstance(value, dict) and all(isinstance(text, str) for text in value.values()), "hashes are texts")
+    _require(all(map(_NODE.fullmatch, value)), "hashes are of groups and arrays of the store")
     return dict(value)
 
 
+def check_array(found: Any, dtypes: Collection[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and chunks of an array by its ``zarr.json``. Raises ValueError unless types and codecs are those of this format."""
+    shape, grid = found["shape"], found["chunk_grid"]["configuration"]["chunk_shape"]
+    _require(found["data_type"] in dtypes, f"the data type is one of {', '.join(dtypes)}")
+    _require([codec["name"] for codec in found["codecs"]] == _CODECS, f"codecs are {', '.join(_CODECS)}")
+    _require(all(map(_is_count, (*shape, *grid))) and len(shape) == len(grid), "a shape is a list of sizes")
+    _require(0 < prod(grid) * np.dtype(found["data_type"]).itemsize <= _MOST_CHUNK, "a chunk has room for something")
+    return tuple(shape), tuple(grid)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is text that a file system can have: JSON may hold halves of characters."""
+    try:
+        return isinstance(value, str) and os.fsencode(value) is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a path names a file in its directory, or one directory below."""
+    parts = PurePosixPath(name).parts
+    plain = all(part not in ("/", "..") and "\0" not in part and len(os.fsencode(part)) < 256 for part in parts)
+    return plain and 1 <= len(parts) <= 2 and str(PurePosixPath(name)) == name
+
+
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 2**63
 
 
-def _require(right: bool, rule: str) -> None:
+def _require(right: object, rule: str) -> None:
     if not right:
         raise ValueError(f"not as it was written: {rule}")
 

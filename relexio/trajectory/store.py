@@ -16,15 +16,22 @@ import zarr
 from relexio.dtypes import KINDS
 from relexio.errors import MissingError, RequestError, StoreError
 from relexio.places import METADATA, Directory, Place, attributes, place
-from relexio.trajectory.chunks import decode, encode
+from relexio.trajectory.chunks import decode, encode, most_bytes
 from relexio.trajectory.schema import (
+    BLOCK,
+    DIGEST,
+    MOST_BLOCKS,
+    MOVES_CHUNK,
     Block,
     Group,
     StoredCheckpoint,
     Tensor,
+    check_array,
     check_format,
+    count_type,
     hashes_from_json,
     lay_out,
+    moves_room,
 )
 from relexio.trajectory.seal import hash_of, unseal
 from relexio.trajectory.zarrs import AnyArray, open_group
@@ -83,20 +90,21 @@ class Store:
 
     def columns(self, steps: tuple[int, ...]) -> list[tuple[Group, np.ndarray, np.ndarray]]:
         """For each group that holds any of ``steps``: the group, its columns, and their places in ``steps``."""
-        found = []
+        found, wanted = [], {step: i for i, step in enumerate(steps)}
         for group in self.groups:
-            places = [i for i, step in enumerate(steps) if step in group.steps]
-            if places:
-                held = np.array([group.steps.index(steps[i]) for i in places])
-                found.append((group, held, np.array(places)))
+            columns = {wanted[step]: column for column, step in enumerate(group.steps) if step in wanted}
+            if columns:
+                places = sorted(columns)
+                found.append((group, np.array([columns[i] for i in places]), np.array(places)))
         return found
 
     def array(self, path: str, mode: str = "r") -> AnyArray:
         """An array of the store, opened once for reading or (``r+``) writing. Raises StoreError if it is missing."""
         key = f"{mode} {path}"
         if key not in self._opened:
-            self.metadata(path)
+            known = self.metadata(path)
             with damage(f"{self.address}: {path}"):
+                self._check_layout(path, known)
                 found = open_group(self.address, mode)[path]
                 if not isinstance(found, zarr.Array):
                     raise StoreError(f"{self.address}: {path} is not an array; the store is damaged")
@@ -115,6 +123,37 @@ class Store:
                 raise ValueError("its checksum is wrong")
             return json.loads(data)
 
+    def _check_layout(self, path: str, found: Any) -> None:
+        """Raise ValueError unless an array is as large, and in chunks of such a size, as its tensors and steps ask for.
+
+        What it says is what will be allocated, and its type what bytes are taken for.
+        """
+        shape, chunks = check_array(found, ("uint8", "uint16", "uint32", "int64"))
+        top, _, name = path.rpartition("/")
+        group = next((g for g in self.groups if path.startswith(f"{g.path}/")), None)
+        if top.endswith("/files"):
+            right = len(shape) == 1 and chunks == (max(shape[0], 1),) and found["data_type"] == "uint8"
+        elif group is not None and path == f"{group.path}/changed":
+            right = shape == chunks == (len(self.tensors), len(group.steps)) and found["data_type"] == "int64"
+        elif group is None and not path.startswith("base/"):
+            return  # being written: the marker does not know it yet
+        else:
+            dtype, want, most = self._wanted(top.rpartition("/")[2], name, len(group.steps) if group else 0)
+            right = (found["data_type"], shape) == (dtype, want) and chunks[1:] == want[1:]
+            right = right and most % chunks[0] == 0 and (most > 1 or chunks[0] == 1)
+            right = right and (name not in ("step", "xor") or chunks[0] <= max(MOVES_CHUNK, self.block))
+            right = right and (name != "count" or chunks[0] == self.block)
+        if not right:
+            raise ValueError(f"its shape {list(shape)[:4]}, chunks or data type are not those of its tensors and steps")
+
+    def _wanted(self, kind: str, name: str, steps: int) -> tuple[str, tuple[int, ...], int]:
+        """Data type and shape of an array of blocks, and what the first number of its chunks must divide."""
+        blocks, bits = kinds_of(self.tensors, self.block)[kind], np.dtype(KINDS[kind].bits).name
+        if name == "digest":
+            return "uint8", ((blocks, steps, DIGEST) if steps else (blocks, DIGEST)), 1
+        room = moves_room(self.block, steps) if name in ("step", "xor") else self.block
+        return np.dtype(count_type(steps)).name if name in ("step", "count") else bits, (blocks * room,), room
+
     @cached_property
     def sealed(self) -> dict[str, str]:
         """The hash of the ``zarr.json`` of every group and array that was committed, by its path."""
@@ -123,17 +162,11 @@ class Store:
             found |= group.metadata
         return found
 
-    def read(self, path: str, key: Any) -> np.ndarray:
-        """Part of an array. Raises StoreError, naming it, where a chunk is missing or its checksum is wrong."""
-        array = self.array(path)
-        with damage(f"{self.address}: {path}"):
-            return np.asarray(array[key])
-
     def chunk(self, path: str, *where: int) -> np.ndarray:
         """One whole chunk of an array. Raises StoreError, naming it, where it is missing or its checksum is wrong."""
         array = self.array(path)
         key = "/".join(map(str, (path, "c", *where)))
-        data = place(self.address).get(key)
+        data = place(self.address).get(key, most_bytes(array.dtype, prod(array.chunks)))
         if data is None:
             raise StoreError(f"{self.address}: chunk {key} is missing; the store is damaged")
         with damage(f"{self.address}: {key}"):
@@ -155,7 +188,11 @@ class Store:
 
     def move_counts(self, group: Group, block: Block) -> np.ndarray:
         """How often each element of a block moves in a group, 0 for those that never differ from the base: [size]."""
-        return self.chunk(f"{group.path}/{block.kind.name}/count", block.index)[: block.size]
+        path = f"{group.path}/{block.kind.name}/count"
+        found = self.chunk(path, block.index)[: block.size]
+        if found.max(initial=0) > len(group.steps):
+            raise StoreError(f"{self.address}: {path}: an element moves more often than there are steps; damaged")
+        return found
 
     def digests(self, path: str, block: Block) -> np.ndarray:
         """The digests of a block in the base [16] or in a group [K, 16], by its Zarr path."""
@@ -164,10 +201,7 @@ class Store:
 
     def changed(self, group: Group) -> np.ndarray:
         """How many elements of each tensor differ from the base at each step of a group: int64 [tensors, K]."""
-        found = self.read(f"{group.path}/changed", slice(None))
-        if found.shape != (len(self.tensors), len(group.steps)):
-            raise StoreError(f"{self.address}: {group.path}/changed does not fit the tensors; the store is damaged")
-        return found
+        return self.chunk(f"{group.path}/changed", 0, 0)
 
     def checkpoints(self, group: Group) -> dict[int, StoredCheckpoint]:
         """The source checkpoints of a group, by step."""
@@ -182,7 +216,7 @@ class Store:
 
     def file(self, path: str) -> bytes:
         """The bytes of a stored file (a header, an index, or a side file). Raises StoreError if they are another file's."""
-        data = self.read(path, slice(None)).tobytes()
+        data = self.chunk(path, 0).tobytes() if self.array(path).shape[0] else b""
         if file_digest(data) != path.rsplit("/", 1)[-1]:
             raise StoreError(f"{self.address}: {path}: not the bytes that were hashed; damaged")
         return data
@@ -261,17 +295,35 @@ def _open(address: str) -> Store:
     with damage(address):
         groups = tuple(map(Group.from_json, record["groups"]))
         hashes = hashes_from_json(record["metadata"])
-        store = Store(address, int(record["block"]), (), groups, str(record["base_content"]), hashes)
+        store = Store(address, _block_of(record), (), groups, str(record["base_content"]), hashes)
+        if [group.name for group in groups] != [f"{i:04d}" for i in range(len(groups))]:
+            raise StoreError(f"{address}: its groups are not numbered one after the other; the store is damaged")
+        if len({*store.steps}) != len(store.steps):
+            raise StoreError(f"{address}: a step is in two groups; the store is damaged")
         tensors = tuple(map(Tensor.from_json, store.metadata("base")["attributes"]["tensors"]))
         entries = [(t.name, t.dtype, t.shape) for t in tensors]
         if lay_out(entries, store.block) != tensors:
             raise StoreError(f"{address}: its tensors do not lie one after the other; the store is damaged")
-        return replace(store, tensors=tensors)
+        if len({t.name for t in tensors}) != len(tensors):
+            raise StoreError(f"{address}: two of its tensors have one name; the store is damaged")
+        if max(kinds_of(tensors, store.block).values(), default=0) > MOST_BLOCKS:
+            raise StoreError(f"{address}: has more blocks than any model; the store is damaged")
+        store = replace(store, tensors=tensors)
+        for kind in kinds_of(tensors, store.block):  # one look here, or every block would find it out by itself
+            store._check_layout(f"base/{kind}/bits", store.metadata(f"base/{kind}/bits"))
+        return store
+
+
+def _block_of(record: dict[str, Any]) -> int:
+    block = record["block"]
+    if type(block) is not int or not 0 < block <= BLOCK or block & (block - 1):
+        raise ValueError(f"block {str(block)[:30]} is not a power of two up to {BLOCK}")
+    return block
 
 
 def kinds_of(tensors: tuple[Tensor, ...], block: int) -> dict[str, int]:
     """The kinds that have any block, with their number of blocks."""
-    counts = {name: sum(len(t.blocks(block)) for t in tensors if t.kind.name == name) for name in KINDS}
+    counts = {name: sum(t.count(block) for t in tensors if t.kind.name == name) for name in KINDS}
     return {name: count for name, count in counts.items() if count}
 
 

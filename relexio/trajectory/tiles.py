@@ -12,6 +12,7 @@ import numpy as np
 from relexio.backend import to_device, zeros
 from relexio.delta import Moves, gram_of_pairs, increments, owners
 from relexio.dtypes import Array
+from relexio.errors import StoreError
 from relexio.trajectory.schema import Block, Group, moves_room
 from relexio.trajectory.store import Store
 
@@ -178,12 +179,15 @@ class Cursor:
     """The moves of one group in one block, taken element by element in order, holding one decoded chunk at a time."""
 
     def __init__(self, store: Store, group: Group, block: Block) -> None:
+        self._steps, self._what = len(group.steps), f"{store.address}: {group.path}/{block.kind.name}/step"
         self._streams = [Stream(store, group, block, name) for name in ("step", "xor")]
 
     def take(self, count: np.ndarray) -> Moves:
         """The moves of the next elements, which have ``count`` [n] each."""
         total = int(count.sum(dtype=np.int64))
         step, xor = (stream.take(total) for stream in self._streams)
+        if step.max(initial=0) >= self._steps:  # it is what rows of F are counted by
+            raise StoreError(f"{self._what}: a move at a step that the group does not have; damaged")
         return Moves(count, step, xor)
 
 

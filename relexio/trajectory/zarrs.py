@@ -44,7 +44,7 @@ def open_group(address: str, mode: str, attributes: dict[str, Any] | None = None
     store = StrictStore(place(address).zarr_store(read_only=mode == "r"))
     if mode == "w-":
         return zarr.create_group(store, zarr_format=3, attributes=attributes)
-    return zarr.open_group(store, mode=mode, zarr_format=3)  # type: ignore[arg-type]
+    return zarr.open_group(store, mode=mode, zarr_format=3, use_consolidated=False)  # type: ignore[arg-type]
 
 
 def create(
