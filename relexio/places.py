@@ -77,7 +77,7 @@ class Place(Protocol):
         """The bytes of one file or object below, ``most`` at most; None if it is not there."""
 
     def put(self, key: str, data: bytes) -> None:
-        """Write one file or object below, of at least a byte: whole, or not at all."""
+        """Write one file or object below, of at least a byte: whole, or not at all. A directory must have been made."""
 
     def make(self) -> None:
         """Make the directory, and those above it, where there are any."""

@@ -495,6 +495,7 @@ def test_any_other_file_system(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
 def test_single_objects(bucket: Bucket, tmp_path: Path, where: str) -> None:
     there = place(bucket.url() if where == "s3" else tmp_path / "run.zarr")
     assert there.get("groups/0000/bf16/xor/c/0/0") is None and there.names() == [] and there.nbytes() == 0
+    there.make()
     there.put("groups/0000/bf16/xor/c/0/0", b"old")
     there.put("groups/0000/bf16/xor/c/0/0", bytes(range(256)))
     copied = pickle.loads(pickle.dumps(there))  # noqa: S301
