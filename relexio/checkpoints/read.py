@@ -74,6 +74,15 @@ def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
     """
     if not path.is_dir():
         raise MissingError(f"{path}: {_not_a_directory(path)}")
+    try:
+        return _open(path, step)
+    except OSError as error:
+        if error.errno != ENAMETOOLONG:
+            raise
+        raise CheckpointError(f"{error.filename}: a link to a name that no file can have; remove it") from error
+
+
+def _open(path: Path, step: int | None) -> Checkpoint:
     index = path / INDEX
     if is_file(index) and is_file(path / SINGLE):
         raise CheckpointError(f"{path}: holds both {SINGLE} and {INDEX}; remove the one that is not the model")
