@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from relexio.checkpoints.header import digits
-from relexio.checkpoints.read import INDEX, weight_files
+from relexio.checkpoints.read import INDEX, is_file, weight_files
 from relexio.errors import CheckpointError, MissingError, RequestError
 
 _STEP = re.compile(r"(?:global_step_?|checkpoint-|step_|step-)(\d{1,15})(?:_hf)?")
@@ -104,7 +104,7 @@ def _advice(root: Path | None) -> str:
 
 def _holds_weights(path: Path) -> bool:
     inside = model_directory(path)
-    return (inside / INDEX).is_file() or bool(weight_files(inside))
+    return is_file(inside / INDEX) or bool(weight_files(inside))
 
 
 def model_directory(path: Path) -> Path:
@@ -115,7 +115,7 @@ def model_directory(path: Path) -> Path:
             raise CheckpointError(
                 f"{candidate}: a link out of its step; put a copy in its place, or name it with --checkpoint"
             )
-        if candidate.is_dir() and ((candidate / INDEX).is_file() or weight_files(candidate)):
+        if candidate.is_dir() and (is_file(candidate / INDEX) or weight_files(candidate)):
             return candidate
     for inside in reversed(_INSIDE):
         if (path / inside).is_dir():

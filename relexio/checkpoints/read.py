@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from errno import ENAMETOOLONG
 from functools import cached_property
 from pathlib import Path
 
@@ -73,10 +74,19 @@ def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
     """
     if not path.is_dir():
         raise MissingError(f"{path}: {_not_a_directory(path)}")
+    try:
+        return _open(path, step)
+    except OSError as error:
+        if error.errno != ENAMETOOLONG:
+            raise
+        raise CheckpointError(f"{error.filename}: a link to a name that no file can have; remove it") from error
+
+
+def _open(path: Path, step: int | None) -> Checkpoint:
     index = path / INDEX
-    if index.is_file() and (path / SINGLE).is_file():
+    if is_file(index) and is_file(path / SINGLE):
         raise CheckpointError(f"{path}: holds both {SINGLE} and {INDEX}; remove the one that is not the model")
-    if index.is_file():
+    if is_file(index):
         if index.stat().st_size > MAX_HEADER:
             raise CheckpointError(f"{index}: {index.stat().st_size:,} bytes, which no index has; copy it again")
         data = _inside(path, index).read_bytes()
@@ -110,18 +120,28 @@ def _single(path: Path, step: int | None) -> Path:
     problem = _other_format(path)
     if problem:
         raise CheckpointError(f"{path}: {problem}")
-    what = "a config and no weights" if (path / "config.json").is_file() else "no safetensors file"
+    what = "a config and no weights" if is_file(path / "config.json") else "no safetensors file"
     raise IncompleteError(f"{path}: {what}; {way_out}, or save its weights as safetensors")
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file. A link to a name that no file can have leads nowhere, like any other dead link."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        if error.errno != ENAMETOOLONG:  # a permission that is missing is told by its name
+            raise
+        return False
 
 
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a directory that can hold a whole model, sorted."""
-    return sorted(p for p in path.glob("*.safetensors") if p.is_file() and not p.name.startswith("adapter_"))
+    return sorted(p for p in path.glob("*.safetensors") if is_file(p) and not p.name.startswith("adapter_"))
 
 
 def _other_format(path: Path) -> str | None:
     """What a directory holds in place of safetensors weights, and what to do; None if it holds no weights at all."""
-    if (path / "adapter_model.safetensors").is_file():
+    if is_file(path / "adapter_model.safetensors"):
         return "holds a LoRA adapter, not a model; merge it into its base first (peft: merge_and_unload)"
     shards = list(path.glob("**/model_world_size_*_rank_*.pt")) or list(
         path.parent.glob("model_world_size_*_rank_*.pt")
@@ -140,7 +160,7 @@ def _sharded(path: Path, data: bytes) -> tuple[Shard, ...]:
     weight_map = parse_json(data, index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index}: has no weight_map from tensor names to file names")
-    shards, present = [], {file.name for file in path.iterdir() if file.is_file()}
+    shards, present = [], {file.name for file in path.iterdir() if is_file(file)}
     for name in dict.fromkeys(weight_map.values()):
         if name != Path(name).name or name in ("", ".", "..") or "\\" in name or "\0" in name:
             raise CheckpointError(f"{index}: names a shard outside its directory: {name!r}")
@@ -163,7 +183,7 @@ def _side_files(path: Path) -> Iterator[tuple[str, Path]]:
     for file in sorted([*path.glob("*"), *path.glob("*/*")]):
         name = file.relative_to(path).as_posix()
         wanted = file.suffix in _SIDE_SUFFIXES or file.name in _SIDE_NAMES
-        if wanted and not name.endswith(".index.json") and file.is_file() and file.stat().st_size <= _MAX_SIDE:
+        if wanted and not name.endswith(".index.json") and is_file(file) and file.stat().st_size <= _MAX_SIDE:
             yield name, _inside(path, file)
 
 
