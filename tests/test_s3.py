@@ -29,11 +29,10 @@ from steps import CPU, fit_run, predict_run, small_blocks
 from zarr.core.sync import sync
 
 import relexio as package
-from relexio import places
 from relexio.checkpoints.layout import parse_steps
 from relexio.convert import Request, convert, prepare, write
 from relexio.errors import BusyError, ExistsError, MissingError, RequestError, StorageError, StoreError
-from relexio.places import LOCK, Remote, place
+from relexio.places import LOCK, Remote, place, remote
 from relexio.progress import silent
 from relexio.trajectory.store import Store, open_store
 
@@ -100,7 +99,7 @@ def forget() -> None:
     for files in list(s3fs.S3FileSystem._cache.values()):
         if files.asynchronous and files._s3 is not None:
             sync(files._s3.close())
-    places._asynchronous.cache_clear()
+    remote._asynchronous.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
 
 

@@ -1,0 +1,156 @@
+"""A trajectory in a directory of this machine."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from stat import S_ISREG
+from uuid import uuid4
+
+from zarr.abc.store import Store as ZarrStore
+from zarr.storage import LocalStore
+
+from relexio import atomic
+from relexio.errors import StoreError
+from relexio.places.protocol import METADATA, METADATA_BYTES, Place
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A directory of this machine."""
+
+    address: str
+
+    @property
+    def path(self) -> Path:
+        """The address as a path."""
+        return Path(self.address)
+
+    @property
+    def staged(self) -> "Directory":
+        """The directory beside it with PARTIAL behind its name."""
+        return Directory(str(atomic.staging(self.path)))
+
+    def below(self, key: str) -> "Directory":
+        """A directory below."""
+        return Directory(str(self.path / key))
+
+    def exists(self) -> bool:
+        """Whether there is a file or directory."""
+        return self.path.exists()
+
+    def names(self) -> list[str]:
+        """The names in it; none if it is not there."""
+        return [path.name for path in self.path.iterdir()] if self.path.exists() else []
+
+    def nbytes(self) -> int:
+        """Bytes of all files below."""
+        return atomic.tree_bytes(self.path)
+
+    def free_bytes(self) -> int:
+        """Bytes free on its file system."""
+        return atomic.free_bytes(self.path)
+
+    def get(self, key: str, most: int = METADATA_BYTES) -> bytes | None:
+        """The bytes of a file below; None if it is not there. Raises StoreError where it has more than ``most``."""
+        try:
+            with open(os.open(self.path / key, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # no waiting for a pipe
+                stat = os.fstat(file.fileno())
+                if not S_ISREG(stat.st_mode):
+                    return None
+                if stat.st_size > most:
+                    raise StoreError(
+                        f"{self.path / key}: {stat.st_size:,} bytes, which is too many; the store is damaged"
+                    )
+                return file.read(most)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return None
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write a file below, beside its name first."""
+        self._put(self.path / key, data, durable=False)
+
+    def _put(self, final: Path, data: bytes, durable: bool) -> None:
+        partial = final.with_name(f"{final.name}.{uuid4().hex}.partial")
+        try:
+            try:
+                partial.write_bytes(data)
+            except FileNotFoundError:
+                self._make_below(final.parent)
+                partial.write_bytes(data)
+            if durable:
+                atomic.sync(partial)
+            partial.replace(final)
+        except OSError:
+            with suppress(OSError):  # what went wrong first is what matters
+                partial.unlink(missing_ok=True)
+            raise
+
+    def _make_below(self, folder: Path) -> None:
+        """Make a directory below; not this one itself: where it is gone meanwhile, nothing takes its name."""
+        self.path.stat()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def make(self) -> None:
+        """Make it, and the directories above it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def empty(self) -> None:
+        """Remove what is in it."""
+        atomic.empty_tree(self.path)
+
+    def remove(self) -> None:
+        """Remove it."""
+        atomic.remove_tree(self.path)
+
+    def zarr_store(self, read_only: bool) -> ZarrStore:
+        """Zarr's own store of files; of a directory that is there, since Zarr would make one that has gone."""
+        if not read_only:
+            self.path.stat()
+        return LocalStore(self.address, read_only=read_only)
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold the kernel's lock on it. Raises BusyError if another process does."""
+        return atomic.locked(self.path)
+
+    def storage_errors(self) -> AbstractContextManager[None]:
+        """Turn what the operating system says of it into StorageErrors."""
+        return atomic.storage_errors(self.path)
+
+    def settle(self) -> None:
+        """Remove what a killed writer left (Zarr writes beside, then renames), and sync the rest."""
+        for leftover in self.path.rglob("*.partial"):
+            leftover.unlink()
+        atomic.sync_tree(self.path)
+
+    def commit(self, marker: bytes) -> None:
+        """Sync the new marker before it takes the old one's name: a power loss in between could leave an empty file."""
+        for leftover in self.path.glob("*.partial"):
+            leftover.unlink()
+        self._put(self.path / METADATA, marker, durable=True)
+        atomic.sync(self.path)
+
+    def publish(self, final: Place) -> None:
+        """Sync it and rename it. Raises ExistsError if the name is taken."""
+        atomic.publish(self.path, Path(final.address))
+
+    def whole(self) -> bool:
+        """Whether it is there: it got its name last."""
+        return self.path.is_dir()
+
+    @contextmanager
+    def building(self) -> Iterator[Place]:
+        """Build in a directory beside it that gets its name at the end, unless another was faster."""
+        self.path.parent.mkdir(exist_ok=True)
+        made = tempfile.mkdtemp(prefix=f"{self.path.name}-", suffix=atomic.PARTIAL, dir=self.path.parent)
+        staged = Path(made)
+        try:
+            with atomic.locked(staged):
+                yield Directory(made)
+                atomic.sync_tree(staged)
+                if not self.path.is_dir():
+                    staged.rename(self.path)
+        finally:
+            atomic.remove_tree(staged)

@@ -1,0 +1,93 @@
+"""What a store needs of where it is, whichever way it is there."""
+
+import json
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from zarr.abc.store import Store as ZarrStore
+
+#: Metadata of a Zarr group. That of a store's root carries the commit marker.
+METADATA = "zarr.json"
+#: No such file has more bytes: the tensor table of 400,000 tensors.
+METADATA_BYTES = 64 << 20
+
+
+class Place(Protocol):
+    """What a store needs of where it is. Cheap to make, to compare, and to pickle."""
+
+    @property
+    def address(self) -> str:
+        """A path, or a URL without a slash at its end."""
+
+    @property
+    def staged(self) -> "Place":
+        """Where a new store is built: beside this place, or in it where nothing can be renamed."""
+
+    def below(self, key: str) -> "Place":
+        """The place of that name below this one."""
+
+    def exists(self) -> bool:
+        """Whether anything is here."""
+
+    def names(self) -> list[str]:
+        """The names right below; none where nothing is here."""
+
+    def nbytes(self) -> int:
+        """Bytes of all files or objects below; 0 if there are none."""
+
+    def free_bytes(self) -> int | None:
+        """Bytes that there is room for; None where nobody knows."""
+
+    def get(self, key: str, most: int = METADATA_BYTES) -> bytes | None:
+        """The bytes of one file or object below, ``most`` at most; None if it is not there."""
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write one file or object below, of at least a byte: whole, or not at all. A directory must have been made."""
+
+    def make(self) -> None:
+        """Make the directory, and those above it, where there are any."""
+
+    def empty(self) -> None:
+        """Remove all that is below, and keep what holds the lock."""
+
+    def remove(self) -> None:
+        """Remove all that is here, if anything is."""
+
+    def zarr_store(self, read_only: bool) -> ZarrStore:
+        """A Zarr store over what is below."""
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold the one writer's lock. Raises BusyError if another process holds it."""
+
+    def storage_errors(self) -> AbstractContextManager[None]:
+        """Turn what the operating system says into StorageErrors, where the place's own methods do not."""
+
+    def settle(self) -> None:
+        """Make all below durable, without what a killed writer left half-written."""
+
+    def commit(self, marker: bytes) -> None:
+        """Replace the commit marker: durable when this returns, and the old one or the new one at any moment."""
+
+    def publish(self, final: "Place") -> None:
+        """Give what was built here its final name. Raises ExistsError if that is taken."""
+
+    def whole(self) -> bool:
+        """Whether a result that was built here was finished."""
+
+    def building(self) -> "AbstractContextManager[Place]":
+        """Build a result for this place in the place given; it is whole when the context ends without an error."""
+
+
+def attributes(where: Place) -> dict[str, Any]:
+    """The attributes of the Zarr group at a place; none if there is no group."""
+    found = parse_record(where.get(METADATA)).get("attributes")
+    return found if isinstance(found, dict) else {}
+
+
+def parse_record(held: bytes | None) -> dict[str, Any]:
+    """A JSON object; empty for what is none."""
+    try:
+        found = json.loads(held or b"{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
