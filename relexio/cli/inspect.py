@@ -53,6 +53,12 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def _said(value: float | None, form: str, more: str) -> str:
+    return (
+        "- (nothing to fit: it takes two steps, and tensors that change)" if value is None else f"{value:{form}}{more}"
+    )
+
+
 def _show(found: "Inspection") -> None:
     from relexio.plan import show
     from relexio.trajectory.store import describe_steps
@@ -70,9 +76,9 @@ def _show(found: "Inspection") -> None:
             ),
             ("", f"{show(size.base)} for the base, {show(size.cache)} of kept fits"),
             ("changed", f"{found.changed[last]:.1%} of all elements at step {last}"),
-            ("energy", f"{_number(found.energy, '.1%')} of the movement is along rank {found.rank}"),
-            ("r2", f"{_number(found.r_squared, '.3f')}, the median of {len(found.moved)} tensors that changed"),
-            ("slope", f"{_number(found.slope, '.3g')} a step"),
+            ("energy", _said(found.energy, ".1%", f" of the movement is along rank {found.rank}")),
+            ("r2", _said(found.r_squared, ".3f", f", the median of {len(found.moved)} tensors that changed")),
+            ("slope", _said(found.slope, ".3g", " a step")),
             (
                 "skill",
                 f"{_number(tested.errors.skill, '+.2f')}: fitted up to step {tested.last}, at step {tested.step}"
