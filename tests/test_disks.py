@@ -80,14 +80,14 @@ def test_a_full_disk(run: Run, disk: Path, relexio: Relexio, left: int) -> None:
     out = disk / "run.zarr"
     first, more = [run.steps_path, "--base", run.base_path, "--steps", "1:2", "-o", out], [run.steps_path, "-o", out]
     filler = fill(disk, left)
-    refused(relexio("convert", *first), str(disk), "bytes are left")
+    refused(relexio("convert", *first), str(disk), "bytes are left", "in all")
     assert not out.exists()
     filler.unlink()
     assert relexio("convert", *first).code == 0
     whole(relexio, out, (1, 2))
     before = snapshot(out)
     filler = fill(disk, min(left, 60 << 10))
-    refused(relexio("convert", *more), str(disk), "bytes are left")
+    refused(relexio("convert", *more), str(disk), "bytes are left", "in all")
     assert open_store(out).steps == (1, 2) and relexio("verify", out).code == 0
     now = snapshot(out)
     assert all(now[name] == data for name, data in before.items())

@@ -1,5 +1,6 @@
 """The order of work of ``convert``: describe what is coming, write the blocks, make them durable, commit."""
 
+import errno
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from relexio import graph
+from relexio import graph, plan
 from relexio.checkpoints.read import Checkpoint, assert_unchanged
 from relexio.convert.encode import Job, encode_block
 from relexio.convert.request import Conversion
@@ -75,7 +76,7 @@ def _begun(conversion: Conversion) -> set[int]:
 
 def _convert(conversion: Conversion, stages: Stages) -> Converted:
     """Write and commit the steps of a conversion as one group."""
-    with conversion.out.storage_errors(), _workspace(conversion) as store:
+    with _needed_said(conversion), conversion.out.storage_errors(), _workspace(conversion) as store:
         group = Group(f"{len(store.groups):04d}", conversion.steps)
         resumed = _begin(conversion, store, group)
         base = conversion.base if conversion.store is None else None
@@ -91,6 +92,20 @@ def _convert(conversion: Conversion, stages: Stages) -> Converted:
         write_changed(store, group, counts)
         done, notes = _commit(conversion, store, group)
     return Converted(replace(done, address=conversion.out.address, _opened={}), resumed, notes)
+
+
+@contextmanager
+def _needed_said(conversion: Conversion) -> Iterator[None]:
+    """Where the disk is full, say how much it takes at the very most."""
+    try:
+        yield
+    except StorageError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        most = plan.show(conversion.bytes_written_at_most)
+        failure = StorageError(f"{error} (at the very most {most} in all; mostly a small part of that)")
+        failure.errno = error.errno
+        raise failure from error
 
 
 def _shards(conversion: Conversion) -> list[Path]:
