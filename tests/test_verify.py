@@ -133,13 +133,12 @@ def outcome(relexio: Relexio, out: Path) -> bytes | None:
     return None
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_any_flipped_bit_is_found(run: Run, tmp_path: Path, relexio: Relexio, seed: int) -> None:
+def test_any_flipped_bit_is_found(run: Run, tmp_path: Path, relexio: Relexio) -> None:
     """In every file of the store: verify names it, and no prediction is ever another one."""
     relexio("convert", run.steps_path, "--base", run.base_path, "--steps", "1:4", "-o", "run.zarr")
     relexio("convert", run.steps_path, "-o", "run.zarr")
     want = outcome(relexio, tmp_path / "out")
-    rng = random.Random(seed)
+    rng = random.Random(0)
     files = sorted(path for path in Path("run.zarr").rglob("*") if path.is_file())
     assert len(files) > 30
     for path in files:
