@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import warnings
 from types import FrameType
 
@@ -43,6 +44,7 @@ def _run() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    sys.unraisablehook = lambda _: None  # what is cut off half-made, as an event loop, complains when it is thrown away
     raise _Interrupted
 
 
