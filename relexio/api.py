@@ -10,11 +10,15 @@ import numpy as np
 from dask.delayed import delayed
 
 from relexio import graph, plan
+from relexio.backtest import Judged, judge
 from relexio.checkpoints.layout import parse_steps
 from relexio.dtypes import NUMPY, to_native
 from relexio.errors import RequestError
+from relexio.extrapolate.backtest import Backtest
 from relexio.extrapolate.methods import Recipe
-from relexio.fitting import Backtest, Fit, TensorFit, choose_window, fit
+from relexio.extrapolate.parts import Choice
+from relexio.extrapolate.verdict import Outlook
+from relexio.fitting import Fit, TensorFit, choose_window, fit
 from relexio.places import local
 from relexio.predict import Target, predict, restore
 from relexio.progress import silent
@@ -80,6 +84,12 @@ class Trajectory:
         method: str = "relex",
         rank: int = 1,
         strength: float = 1.0,
+        curve: str = "line",
+        refit: int | None = None,
+        last: int | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        others: str = "last",
         solver: str = "auto",
         memory: int | str = plan.DEFAULT_MEMORY,
         workers: int | None = None,
@@ -93,11 +103,19 @@ class Trajectory:
         """
         limit = None if device_memory is None else _bytes(device_memory)
         resources = Resources(_bytes(memory), workers, device, limit, scheduler=scheduler)
-        text = window if isinstance(window, str) or window is None else ",".join(map(str, window))
-        steps = choose_window(self._store, None if text is None else parse_steps(text))
+        steps = _window(self._store, window)
+        recipe = Recipe(method, rank, strength, curve, refit, last)
         return TrajectoryFit(
-            fit(self._store, steps, Recipe(method, rank, strength), solver, resources, silent), resources
+            fit(self._store, steps, recipe, solver, resources, silent, Choice(tuple(include), tuple(exclude), others)),
+            resources,
         )
+
+    def judge(self, window: str | Sequence[int] | None = None, memory: int | str = plan.DEFAULT_MEMORY) -> Judged:
+        """Backtest every method, rank, curve and strength on a window, as ``relexio backtest`` does.
+
+        Raises RequestError for fewer than 3 steps, BudgetError for too little memory.
+        """
+        return judge(self._store, _window(self._store, window), Resources(_bytes(memory)), silent)
 
 
 class TrajectoryFit:
@@ -125,8 +143,12 @@ class TrajectoryFit:
         return self._fit.tensors()
 
     def backtest(self) -> Backtest | None:
-        """The fit of the first two thirds of the window, judged at its last step; None where that cannot be done."""
+        """The recipe fitted up to several cut-offs inside the window, held against the steps after each; None without."""
         return self._fit.backtest
+
+    def outlook(self, step: int) -> Outlook | None:
+        """What the backtest says of a target beyond the window, also as text (``str``); None without a backtest."""
+        return self._fit.outlook(step)
 
     def skill(self, step: int) -> float | None:
         """Skill of the prediction at a stored step outside the window: above 0 beats keeping the last checkpoint.
@@ -191,6 +213,11 @@ class Prediction(_Tensors):
     def save(self, directory: str | Path) -> None:
         """Write the checkpoint as a Hugging Face directory. Raises ExistsError if it exists."""
         predict(self._fit, [Target(self.step, local(directory))], self._resources, silent)
+
+
+def _window(store: Store, window: str | Sequence[int] | None) -> tuple[int, ...]:
+    text = window if isinstance(window, str) or window is None else ",".join(map(str, window))
+    return choose_window(store, None if text is None else parse_steps(text))
 
 
 def _bytes(size: int | str) -> int:

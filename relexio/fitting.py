@@ -1,158 +1,26 @@
-"""From a trajectory to T weights for each tensor: Gram matrices made once and kept, the two solvers, the fit.
+"""From Gram matrices to T weights for each tensor: the fit, its backtest, and what it says of every tensor."""
 
-The ``gram`` solver keeps M M^T of every tensor, over all stored steps, beside the data (``cache/`` in the store), so
-that every later window, rank, target and backtest reads nothing. The ``blocks`` solver never forms M M^T of the data;
-it keeps the top eigenpairs of one window, and M M^T is what they make up.
-"""
-
-import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-from relexio import graph
-from relexio.cache import Kept, has, keep
 from relexio.checkpoints.layout import Selection
 from relexio.dtypes import is_buffer
-from relexio.errors import BudgetError, RequestError, StoreError
-from relexio.executor import Executor
+from relexio.errors import RequestError
+from relexio.extrapolate.backtest import Backtest, backtest, heeding_norms
 from relexio.extrapolate.fit import Line, fit_line
-from relexio.extrapolate.methods import METHODS, Recipe, directions
-from relexio.extrapolate.skill import Errors, backtest_window, held_out
-from relexio.places import METADATA
-from relexio.power import Eigenpairs, power_iteration
+from relexio.extrapolate.methods import METHODS, Recipe, Window, directions
+from relexio.extrapolate.parts import Choice
+from relexio.extrapolate.skill import Errors, errors, terms
+from relexio.extrapolate.straight import signs
+from relexio.extrapolate.trials import Trial, make_folds
+from relexio.extrapolate.verdict import Outlook, outlook
+from relexio.grams import SOLVERS, Grams, find_grams
 from relexio.progress import Stages
 from relexio.resources import Resources
 from relexio.trajectory.schema import Tensor
 from relexio.trajectory.store import Store, describe_steps
-
-SOLVERS = ("auto", "gram", "blocks")
-
-
-@dataclass(frozen=True)
-class Grams:
-    """The Gram matrix of every fitted tensor over ``steps``, read one at a time.
-
-    ``whole`` if no eigenpair is missing; ``lasting`` if it is kept in the store for later runs.
-    """
-
-    steps: tuple[int, ...]
-    whole: bool
-    read: Callable[[Tensor], np.ndarray]
-    lasting: bool
-
-    def of(self, tensor: Tensor, steps: tuple[int, ...]) -> np.ndarray:
-        """M M^T [T, T] over some of the steps."""
-        places = [self.steps.index(step) for step in steps]
-        return self.read(tensor)[np.ix_(places, places)]
-
-
-def choose_solver(store: Store, window: tuple[int, ...], solver: str, resources: Resources) -> tuple[str, Executor]:
-    """The solver and its executor: ``auto`` takes ``gram`` wherever it fits the memory. Raises BudgetError if none does."""
-    if solver != "blocks":
-        try:
-            return "gram", resources.for_gram(store, len(store.steps))
-        except BudgetError:
-            if solver == "gram":
-                raise
-    return "blocks", resources.for_gram(store, len(window), whole=False)
-
-
-def find_grams(
-    store: Store, window: tuple[int, ...], rank: int, solver: str, resources: Resources, stages: Stages
-) -> Grams:
-    """Gram matrices by the solver that was asked for, from the cache if they are there. Raises BudgetError."""
-    chosen, executor = choose_solver(store, window, solver, resources)
-    if chosen == "gram":
-        return _gram_solver(store, executor, stages)
-    return _blocks_solver(store, window, rank, executor, stages)
-
-
-def _kept_name(store: Store, solver: str, window: tuple[int, ...], rank: int) -> str:
-    if solver == "gram":
-        return f"gram-{len(store.groups):04d}"
-    digest = hashlib.sha256(repr(window).encode()).hexdigest()[:16]
-    return f"blocks-{len(store.groups):04d}-rank{rank}-{digest}"
-
-
-def is_kept(store: Store, window: tuple[int, ...], rank: int, solver: str) -> bool:
-    """Whether the fit that a solver needs is in the store already."""
-    return has(store, _kept_name(store, solver, window, rank))
-
-
-def _gram_solver(store: Store, executor: Executor, stages: Stages) -> Grams:
-    places = {tensor.name: place for place, tensor in enumerate(store.fitted())}
-    steps, count = store.steps, len(store.steps)
-
-    def build(kept: Kept) -> None:
-        with kept.create("gram", (len(places), count, count)) as grams:
-
-            def keep_one(tensor: Tensor, gram: np.ndarray) -> None:
-                grams[places[tensor.name]] = gram
-
-            executor.require(store.files(METADATA))
-            with stages("fit: Gram matrices", _window_bytes(store, count)) as advance:
-                graph.gram(store, steps, keep_one, executor, advance)
-
-    kept = keep(store, _kept_name(store, "gram", (), 0), build)
-    return Grams(
-        steps,
-        True,
-        lambda tensor: kept.read("gram", places[tensor.name], (len(places), count, count)),
-        kept.owner is None,
-    )
-
-
-def _blocks_solver(store: Store, window: tuple[int, ...], rank: int, executor: Executor, stages: Stages) -> Grams:
-    places = {tensor.name: place for place, tensor in enumerate(store.fitted())}
-
-    def build(kept: Kept) -> None:
-        executor.require(store.files(METADATA))
-        pairs = _iterate_all(store, window, rank, executor, stages)
-        with (
-            kept.create("values", (len(places), rank)) as values,
-            kept.create("vectors", (len(places), len(window), rank)) as vectors,
-        ):
-            for name, found in pairs.items():
-                values[places[name]], vectors[places[name]] = found.values, found.vectors
-
-    def read(tensor: Tensor) -> np.ndarray:
-        place = places[tensor.name]
-        vectors = kept.read("vectors", place, (len(places), len(window), rank))
-        return (vectors * kept.read("values", place, (len(places), rank))) @ vectors.T
-
-    kept = keep(store, _kept_name(store, "blocks", window, rank), build)
-    return Grams(window, False, read, kept.owner is None)
-
-
-def _iterate_all(
-    store: Store, window: tuple[int, ...], rank: int, executor: Executor, stages: Stages
-) -> dict[str, Eigenpairs]:
-    """Power iteration on all tensors at once: every round is one pass over the blocks of those not yet done."""
-    running = {tensor.name: power_iteration(len(window), rank) for tensor in store.fitted()}
-    wanted = {name: next(iteration) for name, iteration in running.items()}
-    done: dict[str, Eigenpairs] = {}
-    round_ = 0
-    while wanted:
-        round_ += 1
-        total = sum(store.tensor(name).nbytes for name in wanted) * len(window)
-        with stages(f"fit: power iteration, pass {round_}", total) as advance:
-            images = graph.operator(store, wanted, window, executor, advance)
-        wanted = {}
-        for name, image in images.items():
-            if not np.isfinite(image).all():
-                raise StoreError(f"{store.address}: tensor {name}: its moves are no numbers; damaged")
-            try:
-                wanted[name] = running[name].send(image)
-            except StopIteration as end:
-                done[name] = end.value
-    return done
-
-
-def _window_bytes(store: Store, steps: int) -> int:
-    return sum(tensor.nbytes for tensor in store.fitted()) * steps
 
 
 @dataclass(frozen=True)
@@ -177,62 +45,71 @@ class TensorFit:
 
 
 @dataclass(frozen=True)
-class Backtest:
-    """A prediction of an observed step from the steps before it: fitted on ``first``..``last``, errors at ``step``."""
-
-    first: int
-    last: int
-    step: int
-    errors: Errors
-
-
-@dataclass(frozen=True)
 class Fit:
-    """A recipe fitted to a window. ``notes`` are things that its user should know."""
+    """A recipe fitted to a window, for the chosen tensors. ``notes`` are things that its user should know."""
 
     store: Store
     steps: tuple[int, ...]
     recipe: Recipe
     grams: Grams
+    choice: Choice = field(default_factory=Choice)
     notes: list[str] = field(default_factory=list)
 
+    @cached_property
+    def chosen(self) -> frozenset[str]:
+        """The names of the tensors that are predicted."""
+        return self.choice.of(tensor.name for tensor in self.store.tensors)
+
     def weights(self, targets: list[int]) -> dict[str, np.ndarray]:
-        """Weights [T, S] over the window for S targets, by tensor."""
-        steps = np.array(self.steps)
-        self.recipe.check(steps, targets)
-        found = {}
-        for tensor in self.store.fitted():
-            gram = self.grams.of(tensor, self.steps)
-            found[tensor.name] = np.stack([self.recipe.weights(gram, steps, s) for s in targets], axis=1)
-        return found
+        """Weights [T, S] over the window for S targets, by tensor; a tensor that stays as it was last has none."""
+        self.recipe.check(np.array(self.steps), targets)
+        found = {tensor.name: self._weights(tensor, targets) for tensor in self.store.tensors}
+        return {name: weights for name, weights in found.items() if weights is not None}
 
-    @property
-    def backtest(self) -> Backtest | None:
-        """The recipe fitted to the first two thirds of the window and judged at its last step, over all tensors.
-
-        None where that cannot be done: fewer than 3 steps, a rank above the shorter window, a method that does not
-        extrapolate, or a solver that keeps no whole Gram matrix.
-        """
-        window = self._backtest_window
-        if window is None:
+    def _weights(self, tensor: Tensor, targets: list[int]) -> np.ndarray | None:
+        if tensor.name not in self.chosen and self.choice.others == "base":
+            return np.zeros((len(self.steps), len(targets)))
+        if not tensor.kind.is_float or not tensor.size or self._recipe(tensor.name, self.recipe) is None:
             return None
-        return Backtest(self.steps[0], self.steps[window - 1], self.steps[-1], sum(self._held_out.values(), Errors()))
+        window = Window(self.grams.of(tensor, self.steps), np.array(self.steps))
+        return self.recipe.weights(window, targets)
 
-    @property
-    def _backtest_window(self) -> int | None:
-        window = backtest_window(len(self.steps))
-        possible = self.grams.whole and METHODS[self.recipe.method].extrapolates
-        return window if window is not None and possible and self.recipe.rank <= window else None
+    def _recipe(self, name: str, recipe: Recipe) -> Recipe | None:
+        return heeding_norms(name, recipe) if name in self.chosen else None
 
     @cached_property
-    def _held_out(self) -> dict[str, Errors]:
-        window, steps = self._backtest_window, np.array(self.steps)
-        if window is None:
-            return {}
-        return {
-            tensor.name: held_out(self.grams.of(tensor, self.steps), steps, window, len(steps) - 1, self.recipe)
-            for tensor in self.store.fitted()
-        }
+    def backtest(self) -> Backtest | None:
+        """The recipe, judged inside its window: fitted up to several cut-offs, held against the steps after each.
+
+        If the window ends a longer run of stored steps, all of those up to its end are used, and it keeps its share of
+        them. None where that cannot be done: fewer than 3 steps, a method that does not extrapolate, or a solver that
+        keeps no whole Gram matrix.
+        """
+        if not self.grams.whole or not METHODS[self.recipe.method].extrapolates:
+            return None
+        seen = tuple(step for step in self.grams.steps if step <= self.steps[-1])
+        if seen[-len(self.steps) :] != self.steps:
+            seen = self.steps
+        if len(seen) < 3:
+            return None
+        trial, steps = Trial(self.recipe, len(self.steps) / len(seen)), np.array(seen)
+        folds = [fold for fold in make_folds(steps) if trial.window(fold.known) is not None]
+        fitted = [tensor for tensor in self.store.fitted() if tensor.name in self.chosen]
+        pairs = ((tensor.name, self.grams.of(tensor, seen)) for tensor in fitted)
+        if not folds or not fitted:
+            return None
+        return backtest(pairs, len(fitted), steps, [trial], folds, (self.recipe.strength,), self._recipe)
+
+    def outlook(self, target: int) -> Outlook | None:
+        """What the backtest says of a target; None without a backtest."""
+        return None if self.backtest is None else outlook(self.backtest, target, self.steps[-1])
+
+    def signs(self) -> list[str]:
+        """What speaks against the window being one line (repeats, a jump, a break in the slope), in words."""
+        if not self.grams.whole:
+            return []
+        total = sum(self.grams.of(tensor, self.steps) for tensor in self.store.fitted() if tensor.name in self.chosen)
+        return signs(total, np.array(self.steps)) if isinstance(total, np.ndarray) else []
 
     def errors_at(self, step: int) -> Errors:
         """Errors of the prediction at a stored step outside the window, over all tensors.
@@ -244,15 +121,22 @@ class Fit:
             raise RequestError(f"step {step} is in the window: the fit has seen it, and errors there tell nothing")
         if step not in self.grams.steps or not self.grams.whole:
             raise RequestError(f"errors at step {step} need the gram solver")
-        everything = (*self.steps, step)
-        count = len(self.steps)
-        grams = (self.grams.of(tensor, everything) for tensor in self.store.fitted())
-        return sum((held_out(gram, np.array(everything), count, count, self.recipe) for gram in grams), Errors())
+        self.recipe.check(np.array(self.steps), [step])
+        count, total = len(self.steps), Errors()
+        for tensor in self.store.fitted():
+            gram, start = self.grams.of(tensor, (*self.steps, step)), np.zeros(count + 1)
+            weights = self._weights(tensor, [step])
+            start[:count] = np.eye(count)[-1] if weights is None else weights[:, 0]
+            found = terms(gram, count - 1, start, np.zeros((count + 1, 1)), np.array([count]))
+            predicted, kept = errors(found, 0.0)
+            total += Errors(float(predicted[0]), float(kept[0]))
+        return total
 
     def tensors(self) -> list[TensorFit]:
         """Every tensor's figures, in the order of the checkpoint; those that cannot be fitted have only ``changed``."""
-        shares = changed_shares(self.store, self.steps)
-        return [self._tensor(t, shares[t.name], self._held_out.get(t.name, Errors())) for t in self.store.tensors]
+        shares, tested = changed_shares(self.store, self.steps), self.backtest
+        held_out = tested.tensor_errors(0, self.recipe.strength) if tested else {}
+        return [self._tensor(t, shares[t.name], held_out.get(t.name, Errors())) for t in self.store.tensors]
 
     def _tensor(self, tensor: Tensor, share: float, errors: Errors) -> TensorFit:
         if not tensor.kind.is_float or not share:
@@ -272,34 +156,41 @@ def changed_shares(store: Store, steps: tuple[int, ...]) -> dict[str, float]:
 
 
 def fit(
-    store: Store, window: tuple[int, ...], recipe: Recipe, solver: str, resources: Resources, stages: Stages
+    store: Store,
+    window: tuple[int, ...],
+    recipe: Recipe,
+    solver: str,
+    resources: Resources,
+    stages: Stages,
+    choice: Choice | None = None,
 ) -> Fit:
-    """Fit a recipe to a window of observed steps.
+    """Fit a recipe to a window of observed steps, for the chosen tensors (all, without a choice).
 
     Raises RequestError where the window is too short or a tensor cannot be predicted, BudgetError where memory is.
     """
+    choice = choice or Choice()
     recipe.check(np.array(window), [])
     if solver not in SOLVERS:
         raise RequestError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
-    notes = check_carried(store, window)
+    notes = check_carried(store, window, choice)
     grams = find_grams(store, window, recipe.rank, solver, resources, stages)
     if not grams.lasting:
         notes.append(f"{store.address} cannot be written: the fit is not kept for later")
-    return Fit(store, window, recipe, grams, notes)
+    return Fit(store, window, recipe, grams, choice, notes)
 
 
-def check_carried(store: Store, window: tuple[int, ...]) -> list[str]:
-    """Notes on integer and bool tensors that changed within the window: they are carried over from its last step.
+def check_carried(store: Store, window: tuple[int, ...], choice: Choice) -> list[str]:
+    """Notes on chosen integer and bool tensors that changed within the window: they are carried over from its last step.
 
     Raises RequestError, by name, for tensors of another type that changed: nothing can be said of their future.
     """
-    shares = changed_shares(store, window)
-    moved = [t for t in store.tensors if not t.kind.is_float and shares[t.name]]
+    shares, chosen = changed_shares(store, window), choice.of(tensor.name for tensor in store.tensors)
+    moved = [t for t in store.tensors if not t.kind.is_float and shares[t.name] and t.name in chosen]
     refused = [f"{t.name} ({t.dtype})" for t in moved if not is_buffer(t.dtype)]
     if refused:
         raise RequestError(
             f"{store.address}: {', '.join(refused)}: changed within {describe_steps(window)}; only BF16, F16 and F32 "
-            f"tensors can be predicted, others only where they never change"
+            f"tensors can be predicted, others only where they never change (or leave them as they are with --exclude)"
         )
     return [f"{t.name} ({t.dtype}) changed; it is carried over from step {window[-1]}" for t in moved]
 

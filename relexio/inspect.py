@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from relexio.extrapolate.backtest import Backtest
 from relexio.extrapolate.methods import Recipe
 from relexio.extrapolate.skill import Errors
-from relexio.fitting import Backtest, TensorFit, changed_shares, fit
+from relexio.fitting import TensorFit, changed_shares, fit
 from relexio.places import place
 from relexio.progress import Stages
 from relexio.resources import Resources
@@ -54,6 +55,11 @@ class Inspection:
         return sum(tensor.kept for tensor in self.tensors if tensor.total) / total if total else None
 
     @property
+    def skill(self) -> float | None:
+        """Skill inside the window, pooled over all tensors, cut-offs and steps held out; None without a backtest."""
+        return self.backtest.errors(0, 1.0).skill if self.backtest else None
+
+    @property
     def slope(self) -> float | None:
         """The speed of the whole model along its directions, a step: the norm of the tensors' slopes."""
         return float(np.linalg.norm([t.line.slope for t in self.moved if t.line])) if self.moved else None
@@ -77,8 +83,8 @@ class Inspection:
             "energy": self.energy,
             "slope": self.slope,
             "r_squared": self.r_squared,
-            "skill": tested.errors.skill if tested else None,
-            "backtest": {"window": [tested.first, tested.last], "step": tested.step} if tested else None,
+            "skill": self.skill,
+            "backtest": {"cut_offs": sorted(set(tested.known.tolist()))} if tested else None,
             "tensors": [
                 {
                     "name": t.name,

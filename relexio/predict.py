@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from relexio.checkpoints.write import CARD, Output, OutputShard, begin, model_ca
 from relexio.errors import BudgetError, ExistsError, RequestError, StorageError, StoreError
 from relexio.executor import Executor
 from relexio.extrapolate.methods import Recipe
-from relexio.fitting import Fit, check_carried, choose_solver, is_kept
+from relexio.extrapolate.parts import Choice
+from relexio.fitting import Fit, check_carried
+from relexio.grams import choose_solver, is_kept
 from relexio.places import METADATA, place
 from relexio.progress import Stages
 from relexio.resources import Resources
@@ -91,11 +93,17 @@ class Prospect:
 
 
 def prospect(
-    store: Store, window: tuple[int, ...], recipe: Recipe, solver: str, targets: list[Target], resources: Resources
+    store: Store,
+    window: tuple[int, ...],
+    recipe: Recipe,
+    solver: str,
+    targets: list[Target],
+    resources: Resources,
+    choice: Choice,
 ) -> Prospect:
     """Check a prediction and say what it takes; no tensor is read, nothing is written. Raises as ``predict`` does."""
     recipe.check(np.array(window), [target.step for target in targets])
-    check_carried(store, window)
+    check_carried(store, window, choice)
     check_targets(store, targets)
     chosen, executor = choose_solver(store, window, solver, resources)
     kept = is_kept(store, window, recipe.rank, chosen)
@@ -245,20 +253,20 @@ def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
 
 
 def provenance(fit: Fit, step: int) -> dict[str, Any]:
-    """All that one needs to make the same prediction again, and the backtest that came with it."""
-    store, tested = fit.store, fit.backtest
+    """All that one needs to make the same prediction again, and what the backtest said of it."""
+    store, recipe, choice = fit.store, fit.recipe, fit.choice
     group, column = store.find(fit.steps[-1])
+    expected = fit.outlook(step)
     return {
         "step": step,
-        "method": fit.recipe.method,
-        "rank": fit.recipe.rank,
-        "strength": fit.recipe.strength,
+        **asdict(recipe),
+        "include": list(choice.include),
+        "exclude": list(choice.exclude),
+        "others": choice.others,
         "window": list(fit.steps),
         "base": {"source": store.base().source, "content": store.base_content},
         "last_observed": {"step": fit.steps[-1], "content": group.content[column]},
-        "backtest": None
-        if tested is None
-        else {"window": [tested.first, tested.last], "step": tested.step, "skill": tested.errors.skill},
+        "backtest": None if expected is None else {**asdict(expected), "words": str(expected)},
         "relexio": __version__,
     }
 

@@ -46,7 +46,7 @@ def test_predict_tells_what_it_will_do_and_did(run: Run, tmp_path: Path, relexio
     assert plan.code == 0 and "to be made" in plan.out and "free" in plan.out
     assert snapshot(tmp_path / "run.zarr") == before and not (tmp_path / "out").exists()
     done = relexio(*command)
-    assert done.code == 0 and "backtest" in done.out and "2.0 times" in done.out
+    assert done.code == 0 and "verdict" in done.out and "2.0 times" in done.out
     assert "kept in the store" in relexio(*command[:-1], tmp_path / "other", "--dry-run").out
     facts = json.loads(relexio(*command[:-1], tmp_path / "more", "--window", "20:40", "--json").out)
     assert facts["window"] == [20, 30, 40] and facts["step"] == 100 and facts["method"] == "relex"
@@ -91,7 +91,7 @@ def test_inspect(run: Run, tmp_path: Path, relexio: Relexio) -> None:
         np.testing.assert_allclose(entry["changed"], changed)
         kept, total = kept + sigma[0] ** 2, total + (sigma**2).sum()
     np.testing.assert_allclose(facts["energy"], kept / total, rtol=1e-9)
-    assert facts["backtest"] == {"window": [10, 30], "step": 50}
+    assert facts["backtest"] == {"cut_offs": [40]}
 
 
 def test_inspect_of_a_single_step_shows_what_there_is(run: Run, tmp_path: Path, relexio: Relexio) -> None:

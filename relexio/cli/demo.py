@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from relexio.cli.show import stages, table, verdict
+from relexio.cli.show import stages, table
 
 if TYPE_CHECKING:
     from relexio.demo.run import Outcome
@@ -37,7 +37,7 @@ def demo(out: Path | None) -> None:
                 f"step {TARGET} as trained is {found.distance_kept:.3f} away from step {WINDOW_END}, "
                 f"and {found.distance:.3f} from the prediction (skill {found.skill:+.2f})",
             ),
-            ("backtest", verdict(found.backtest)),
+            ("verdict", str(found.outlook)),
             ("in task", _accuracies(found)),
         ]
     )

@@ -81,7 +81,7 @@ def _show(found: "Inspection") -> None:
             ("slope", _said(found.slope, ".3g", " a step")),
             (
                 "skill",
-                f"{_number(tested.errors.skill, '+.2f')}: fitted up to step {tested.last}, at step {tested.step}"
+                f"{_number(found.skill, '+.2f')} inside the window, at {len(tested.folds)} cut-offs (relexio backtest tells more)"
                 if tested
                 else "- (a backtest needs three steps)",
             ),

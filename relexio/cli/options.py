@@ -69,3 +69,69 @@ def device(command: Callable[..., Any]) -> Callable[..., Any]:
         show_default=True,
         help="Where blocks are computed.",
     )(command)
+
+
+#: As in METHODS and CURVES of relexio.extrapolate, which take too long to import for a help text (a test compares).
+METHODS = (
+    "relex", "pinned", "reconstruct", "secant", "two-point", "scaled-last", "scaled-first", "mean", "ema",
+)  # fmt: skip
+CURVES = ("line", "poly2", "poly3", "sinusoid")
+
+
+def recipe(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--method``, and what some of the methods heed: ``--rank``, ``--fit``, ``--refit``, ``--last``, ``--strength``."""
+    for option in reversed(
+        (
+            click.option(
+                "--method",
+                type=click.Choice(METHODS),
+                default="relex",
+                show_default=True,
+                help="How to predict; relexio methods tells what each does.",
+            ),
+            rank,
+            click.option(
+                "--fit",
+                "curve",
+                type=click.Choice(CURVES),
+                default="line",
+                show_default=True,
+                help="Curve through the coefficients.",
+            ),
+            click.option(
+                "--refit",
+                type=click.IntRange(min=1),
+                help="Steps to read off before the window moves on, fitted again.",
+            ),
+            click.option(
+                "--last", type=click.IntRange(min=1), help="Checkpoints in a mean or ema.  [default: the window]"
+            ),
+            click.option("--strength", type=float, default=1.0, show_default=True, help="Factor on the update."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def tensors(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--include``, ``--exclude`` and ``--others``: which tensors are predicted, and what the others keep."""
+    for option in reversed(
+        (
+            click.option(
+                "--include",
+                multiple=True,
+                metavar="GLOB",
+                help="Predict these tensors alone, e.g. '*.mlp.*'. Repeatable.",
+            ),
+            click.option("--exclude", multiple=True, metavar="GLOB", help="Do not predict these tensors. Repeatable."),
+            click.option(
+                "--others",
+                type=click.Choice(["last", "base"]),
+                default="last",
+                show_default=True,
+                help="What the tensors that are not predicted keep: the window's last step, or the base.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command

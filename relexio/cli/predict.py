@@ -7,14 +7,13 @@ import click
 
 from relexio.checkpoints.layout import Selection
 from relexio.cli import options
-from relexio.cli.show import note, stages, table, verdict
+from relexio.cli.show import note, stages, table
 
 if TYPE_CHECKING:
     from relexio.fitting import Fit
     from relexio.predict import Prospect, Target
 
-#: Times the last observed step beyond which predictions have been seen to collapse (README.md).
-_FAR = 5
+_NO_VERDICT = "none: a backtest takes three steps, a rank within the shortest of its windows, and the gram solver"
 
 
 @click.command()
@@ -24,15 +23,8 @@ _FAR = 5
 )
 @click.option("-o", "--out", required=True, help="Directory to write; with several steps one that holds {step}.")
 @options.window
-@click.option(
-    "--method",
-    type=click.Choice(["relex", "pinned", "reconstruct"]),
-    default="relex",
-    show_default=True,
-    help="relex: a line, from the base. pinned: its increment, from the last step. reconstruct: an observed step.",
-)
-@options.rank
-@click.option("--strength", type=float, default=1.0, show_default=True, help="Factor on the update.")
+@options.recipe
+@options.tensors
 @click.option(
     "--solver",
     type=click.Choice(["auto", "gram", "blocks"]),
@@ -53,7 +45,13 @@ def predict(
     window: Selection | None,
     method: str,
     rank: int,
+    curve: str,
+    refit: int | None,
+    last: int | None,
     strength: float,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    others: str,
     solver: str,
     device: str,
     device_memory: int | None,
@@ -72,20 +70,22 @@ def predict(
         raise click.UsageError("Several steps need {step} in -o, as in -o 'pred/step-{step}'.")
     from relexio import predict as verb
     from relexio.extrapolate.methods import Recipe
+    from relexio.extrapolate.parts import Choice
     from relexio.fitting import choose_window, fit
     from relexio.places import local
     from relexio.resources import Resources
     from relexio.trajectory.store import open_store
 
     store = open_store(trajectory)
-    chosen, recipe = choose_window(store, window), Recipe(method, rank, strength)
+    chosen, recipe = choose_window(store, window), Recipe(method, rank, strength, curve, refit, last)
+    choice = Choice(include, exclude, others)
     targets = [verb.Target(step, local(out.replace("{step}", str(step)))) for step in steps]
     with Resources(memory, workers, device, device_memory, scheduler=scheduler) as resources:
-        prospect = verb.prospect(store, chosen, recipe, solver, targets, resources)
+        prospect = verb.prospect(store, chosen, recipe, solver, targets, resources, choice)
         if dry_run:
             _show_plan(chosen, targets, prospect, as_json)
             return
-        fitted = fit(store, chosen, recipe, solver, resources, stages)
+        fitted = fit(store, chosen, recipe, solver, resources, stages, choice)
         for text in fitted.notes:
             note(text)
         verb.predict(fitted, targets, resources, stages)
@@ -129,6 +129,7 @@ def _show_plan(window: tuple[int, ...], targets: "list[Target]", prospect: "Pros
 
 
 def _show_result(fitted: "Fit", targets: "list[Target]", as_json: bool) -> None:
+    from relexio.extrapolate.methods import METHODS
     from relexio.predict import provenance
     from relexio.trajectory.store import describe_steps
 
@@ -137,23 +138,38 @@ def _show_result(fitted: "Fit", targets: "list[Target]", as_json: bool) -> None:
         facts = [{**provenance(fitted, target.step), "out": str(target.out)} for target in targets]
         click.echo(json.dumps(facts[0] if len(facts) == 1 else facts))
         return
-    recipe, last, tested = fitted.recipe, fitted.steps[-1], fitted.backtest
-    rows = [
-        ("window", describe_steps(fitted.steps)),
-        ("method", f"{recipe.method}, rank {recipe.rank}, strength {recipe.strength:g}"),
-        ("backtest", verdict(tested)),
-    ]
+    recipe, last = fitted.recipe, fitted.steps[-1]
+    rows = [("window", describe_steps(fitted.steps)), ("method", f"{recipe}, strength {recipe.strength:g}")]
+    if len(fitted.chosen) < len(fitted.store.tensors):
+        kept = "step " + str(last) if fitted.choice.others == "last" else "the base"
+        rows.append(("tensors", f"{len(fitted.chosen)} of {len(fitted.store.tensors)}; the others are those of {kept}"))
     for target in targets:
-        times = f" ({target.step / last:.1f} times the last observed step)" if target.step > last else ""
-        rows.append(("wrote", f"{target.out}: step {target.step}{times}"))
+        expected = fitted.outlook(target.step)
+        rows.append(("wrote", f"{target.out}: step {target.step}"))
+        if METHODS[recipe.method].extrapolates:
+            rows.append(("verdict", str(expected) if expected else _NO_VERDICT))
     table(rows)
 
 
 def _warn(fitted: "Fit", targets: "list[Target]") -> None:
     """Notes on what speaks against believing these predictions."""
-    tested, last = fitted.backtest, fitted.steps[-1]
-    if tested is not None and (tested.errors.skill or 0.0) <= 0.0:
-        note("no skill inside the window: evaluate this checkpoint before you trust it, or predict a nearer step")
-    far = [str(target.step) for target in targets if target.step > _FAR * last]
-    if far:
-        note(f"step {', '.join(far)} is more than {_FAR} times the last observed step: evaluate nearer steps as well")
+    from relexio.extrapolate.methods import METHODS
+
+    if not METHODS[fitted.recipe.method].extrapolates:
+        return
+    for text in fitted.signs():
+        note(f"not one line: {text}")
+    expected = [found for target in targets if (found := fitted.outlook(target.step)) is not None]
+    beaten = [f"{found.target}" for found in expected if found.skill is not None and found.skill <= 0]
+    if beaten:
+        note(
+            f"no skill so far ahead inside the window, for step {', '.join(beaten)}: relexio backtest says which method "
+            f"has; evaluate before you trust it"
+        )
+    beyond = [f"{found.target}" for found in expected if found.skill is None]
+    if beyond:
+        tested = expected[0].tested * fitted.steps[-1]
+        note(
+            f"step {', '.join(beyond)} is beyond what was backtested, which is up to step {tested:.0f}: evaluate nearer "
+            f"steps as well (relexio sweep)"
+        )

@@ -4,14 +4,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import click
 
 from relexio.plan import show
-
-if TYPE_CHECKING:
-    from relexio.fitting import Backtest
 
 _PATIENCE = 1.0  # seconds before anything is said
 _EVERY = 10.0  # seconds between lines where stderr is not a terminal
@@ -86,17 +82,6 @@ def _lines(name: str, total: int) -> Iterator[Callable[[int], None]]:
             click.echo(f"{name}: {show(done)} of {show(total)}, {show(rate)}/s, {seconds(left)} left", err=True)
 
     yield advance
-
-
-def verdict(tested: "Backtest | None") -> str:
-    """One line on whether a recipe would have done well inside its window."""
-    if tested is None or tested.errors.skill is None:
-        return (
-            "none: it takes three steps, a rank within two thirds of them, a method that extrapolates, the gram solver"
-        )
-    skill = tested.errors.skill
-    said = "beats" if skill > 0 else "does not beat"
-    return f"fitted up to step {tested.last}, at step {tested.step} it {said} keeping step {tested.last} (skill {skill:+.3f})"
 
 
 def table(rows: list[tuple[str, str]]) -> None:

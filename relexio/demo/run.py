@@ -11,7 +11,8 @@ from relexio.demo.accuracy import accuracy, available
 from relexio.demo.data import TARGET, WINDOW_END, unpack
 from relexio.errors import ExistsError
 from relexio.extrapolate.methods import Recipe
-from relexio.fitting import Backtest, fit
+from relexio.extrapolate.verdict import Outlook
+from relexio.fitting import fit
 from relexio.predict import Target, predict
 from relexio.progress import Stages
 from relexio.resources import Resources
@@ -26,7 +27,7 @@ class Outcome:
     distance: float
     distance_kept: float
     skill: float
-    backtest: Backtest | None
+    outlook: Outlook | None
     accuracy: tuple[float, float, float, float] | None
 
 
@@ -63,4 +64,6 @@ def run(directory: Path, stages: Stages, say: Callable[[str], None]) -> Outcome:
             accuracy(path, data.problems) for path in (data.base, data.step(WINDOW_END), out, data.step(TARGET))
         )
         measured = (base, kept, predicted, trained)
-    return Outcome(math.sqrt(errors.predicted), math.sqrt(errors.kept), errors.skill or 0.0, fitted.backtest, measured)
+    return Outcome(
+        math.sqrt(errors.predicted), math.sqrt(errors.kept), errors.skill or 0.0, fitted.outlook(TARGET), measured
+    )

@@ -1,17 +1,92 @@
-"""The line: coefficients over real step numbers, by least squares."""
+"""Curves through values over real step numbers: a line (the paper's), polynomials, a sinusoid; and refitting on the way.
+
+All of them are least squares, and scale with their values: a curve through c u is c times the curve through u. So a
+coefficient sigma u can be read off as sigma times what is read off u.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from relexio.errors import RequestError
 
-def line_weights(steps: np.ndarray, at: float) -> np.ndarray:
-    """The weights l [T] with which a least-squares line through values y at ``steps`` is read off: c_hat(at) = l . y.
+#: The curves by name, and how many steps each needs at least (as many as it has parameters).
+CURVES = {"line": 2, "poly2": 3, "poly3": 4, "sinusoid": 4}
+_MOST_REFITS = 100_000
+_FREQUENCIES, _ZOOM, _ZOOMS = 128, 17, 7  # how many are tried at first, then around the best, and how often
 
-    The steps are real step numbers (int or float [T], at least two different ones).
+
+def line_weights(steps: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """The weights l [T, S] with which a least-squares line through values y is read off: c_hat(at) = l^T y.
+
+    ``steps`` are real step numbers (int or float [T], at least two different ones), ``at`` those to read off [S].
     """
     centred = steps - steps.mean()
-    return 1.0 / len(steps) + centred * ((at - steps.mean()) / (centred @ centred))
+    return 1.0 / len(steps) + np.outer(centred, (at - steps.mean()) / (centred @ centred))
+
+
+def read_off(curve: str, steps: np.ndarray, values: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Curves through values [T, r] over steps [T], one a column, read off at [S]: float64 [S, r]."""
+    if curve == "line":
+        return line_weights(steps, at).T @ values
+    if curve == "sinusoid":
+        return np.stack([_sinusoid(steps, column, at) for column in values.T], axis=1)
+    return _polynomial(steps, values, at, int(curve.removeprefix("poly")))
+
+
+def _polynomial(steps: np.ndarray, values: np.ndarray, at: np.ndarray, degree: int) -> np.ndarray:
+    """A polynomial in steps that are centred and scaled first: powers of 500 would cost all digits."""
+    middle, half = steps.mean(), np.ptp(steps) / 2
+    powers = np.vander((steps - middle) / half, degree + 1)
+    return np.vander((at - middle) / half, degree + 1) @ np.linalg.lstsq(powers, values, rcond=None)[0]
+
+
+def _sinusoid(steps: np.ndarray, values: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """A sin(2 pi f s + phi) + C (RELEX's ablation), the frequency f from ever finer grids.
+
+    For a given f the rest is linear least squares. From a quarter of a period over the window to one in two steps: what
+    is nearly straight asks for ever smaller f, where a sinusoid is a parabola with a huge amplitude.
+    """
+    span = float(np.ptp(steps))
+    grid = np.geomspace(0.25 / span, max((len(steps) - 1) / 2, 0.5) / span, _FREQUENCIES)
+    for _ in range(_ZOOMS):
+        waves = _waves(steps, grid)
+        along = np.linalg.qr(waves)[0].transpose(0, 2, 1) @ values
+        best = int(np.argmax((along**2).sum(axis=1)))  # what the waves explain of the values
+        low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
+        f, grid = grid[best : best + 1], np.linspace(low, high, _ZOOM)
+    found = np.linalg.lstsq(_waves(steps, f)[0], values, rcond=None)[0]
+    return _waves(at, f)[0] @ found
+
+
+def _waves(steps: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
+    """sin, cos and 1 at every step, for every frequency: [F, T, 3]."""
+    turns = 2 * np.pi * np.outer(frequencies, steps)
+    return np.stack([np.sin(turns), np.cos(turns), np.ones_like(turns)], axis=2)
+
+
+def read_off_refitting(curve: str, steps: np.ndarray, values: np.ndarray, at: np.ndarray, every: int) -> np.ndarray:
+    """As ``read_off``, but with a fit that moves on: read off the next ``every`` steps, add them, drop the first, fit again.
+
+    The window keeps its T points, and goes on at the median distance of its steps. A target is read off the fit that is
+    nearest before it. Raises RequestError for a target more than 100,000 fits away.
+    """
+    gap = max(float(np.median(np.diff(steps))), 1.0)
+    last = float(steps[-1])
+    if (float(at.max()) - last) / (gap * every) > _MOST_REFITS:
+        raise RequestError(f"step {at.max():.0f} is more than {_MOST_REFITS:,} refits away; give a larger --refit")
+    found = np.empty((len(at), values.shape[1]))
+    order = np.argsort(at, kind="stable")
+    steps = steps.astype(np.float64)
+    for target in order:
+        while at[target] > steps[-1] + gap * every:
+            ahead = steps[-1] + gap * np.arange(1, every + 1)
+            seen = read_off(curve, steps, values, ahead)
+            size = len(steps)
+            steps = np.concatenate([steps, ahead])[-size:]
+            values = np.concatenate([values, seen])[-size:]
+        found[target] = read_off(curve, steps, values, at[target : target + 1])[0]
+    return found
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from relexio.extrapolate.methods import Recipe
-
-
-def squared_error(gram: np.ndarray, weights: np.ndarray, n: int) -> float:
-    """|theta_hat - theta_n|^2 of the prediction with ``weights`` against observed step index n.
-
-    w^T G w - 2 w^T G[:, n] + G[n, n], with weights [T] over the same steps as the Gram matrix [T, T].
-    """
-    gap = weights.copy()
-    gap[n] -= 1.0
-    return max(float(gap @ gram @ gap), 0.0)
-
 
 @dataclass(frozen=True)
 class Errors:
@@ -33,16 +21,47 @@ class Errors:
         return 1.0 - self.predicted / self.kept if self.kept > 0 else None
 
 
-def held_out(gram: np.ndarray, steps: np.ndarray, window: int, n: int, recipe: Recipe) -> Errors:
-    """Errors at observed step index n of a recipe fitted on the first ``window`` of the steps (n >= window)."""
-    weights = np.zeros(len(steps))
-    weights[:window] = recipe.weights(gram[:window, :window], steps[:window], int(steps[n]))
-    keep = np.zeros(len(steps))
-    keep[window - 1] = 1.0
-    return Errors(squared_error(gram, weights, n), squared_error(gram, keep, n))
+TERMS = 6
 
 
-def backtest_window(count: int) -> int | None:
-    """How many of ``count`` observed steps the standard backtest fits on, predicting the last; None if too few."""
-    window = max(2, (2 * count) // 3)
-    return window if window < count else None
+def terms(gram: np.ndarray, last: int, start: np.ndarray, update: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+    """What errors of theta_0 + M^T (start + lambda update) are made of, for any strength lambda: float64 [S, 6].
+
+    ``gram`` [T, T] is over all steps, ``last`` the index of the last known one, ``start`` [T] and ``update`` [T, S] are
+    weights over all steps for S predictions, of the steps with the indices ``held_out`` [S]. Seen from the last
+    checkpoint, with x = start - e_last and y = e_n - e_last: x G x, x G b, b G b, x G y, b G y, y G y. They add up over
+    tensors.
+    """
+    x = start.copy()
+    x[last] -= 1.0
+    y = np.zeros((len(gram), len(held_out)))
+    y[held_out, np.arange(len(held_out))] = 1.0
+    y[last] -= 1.0
+    at_x, at_b, at_y = gram @ x, gram @ update, gram @ y
+    across = np.broadcast_to(x @ at_x, len(held_out))
+    return np.stack(
+        [across, x @ at_b, (update * at_b).sum(0), x @ at_y, (update * at_y).sum(0), (y * at_y).sum(0)], axis=1
+    )
+
+
+def errors(found: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarray]:
+    """Squared errors of the predictions and of keeping the last checkpoint, from terms [..., 6]: two arrays [...]."""
+    xx, xb, bb, xy, by, yy = np.moveaxis(found, -1, 0)
+    moved = xx + 2 * strength * xb + strength**2 * bb
+    return np.maximum(moved - 2 * (xy + strength * by) + yy, 0.0), yy
+
+
+def skill(found: np.ndarray, strength: float) -> np.ndarray:
+    """1 - |theta_hat - theta_n|^2 / |theta_last - theta_n|^2 from terms [..., 6]: [...]; NaN where nothing moved."""
+    predicted, kept = errors(found, strength)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(kept > 0, 1.0 - predicted / kept, np.nan)
+
+
+def cosine(found: np.ndarray, strength: float) -> np.ndarray:
+    """Cosine of the predicted and the real update from the last checkpoint, from terms [..., 6]; NaN without one."""
+    xx, xb, bb, xy, by, yy = np.moveaxis(found, -1, 0)
+    moved = np.maximum(xx + 2 * strength * xb + strength**2 * bb, 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        length = np.sqrt(moved * yy)
+        return np.where(length > 0, (xy + strength * by) / length, np.nan)

@@ -1,0 +1,137 @@
+"""``backtest``: every method, window, rank and strength, held against steps that were really trained; and a verdict."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from relexio import plan
+from relexio.errors import BudgetError
+from relexio.extrapolate.backtest import Backtest, backtest, bytes_of
+from relexio.extrapolate.parts import PARTS
+from relexio.extrapolate.straight import Straightness, straightness
+from relexio.extrapolate.trials import HORIZONS, STRENGTHS, make_folds, make_trials
+from relexio.extrapolate.verdict import CAVEAT, Pick, Verdict, advise, rank_all, window_words, words
+from relexio.grams import find_grams
+from relexio.progress import Stages
+from relexio.resources import Resources
+from relexio.trajectory.store import Store
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A trajectory, judged: the backtest, its verdict (None where no recipe fits), and how straight the run is."""
+
+    store: Store
+    window: tuple[int, ...]
+    test: Backtest
+    verdict: Verdict | None
+    straight: Straightness | None
+
+    def ranked(self) -> list[Pick]:
+        """Every recipe at every strength, best first."""
+        return rank_all(self.test)
+
+    def best_of_each_method(self) -> list[Pick]:
+        """The best recipe of each method, best first."""
+        found: dict[str, Pick] = {}
+        for pick in self.ranked():
+            found.setdefault(self.test.trials[pick.trial].recipe.method, pick)
+        return list(found.values())
+
+    def row(self, pick: Pick) -> dict[str, Any]:
+        """All figures of one recipe, for scripts: by horizon the pooled skill, the median over tensors, and the cosine."""
+        trial, recipe = self.test.trials[pick.trial], self.test.trials[pick.trial].recipe
+        skills = self.test.by_horizon(pick.trial, pick.strength)
+        medians, cosines = self.test.medians(pick.trial, pick.strength), self.test.cosines(pick.trial, pick.strength)
+        return {
+            "method": recipe.method,
+            "rank": recipe.rank,
+            "fit": recipe.fit,
+            "refit": recipe.refit,
+            "last": recipe.last,
+            "strength": pick.strength,
+            "share": trial.share,
+            "window": window_words(trial, self.test.steps)[1],
+            "score": pick.score,
+            "skill": _by_horizon(skills),
+            "median": _by_horizon(self._means(medians)),
+            "cosine": _by_horizon(self._means(cosines)),
+        }
+
+    def _means(self, values: np.ndarray) -> np.ndarray:
+        """The mean within each horizon of a figure of columns, NaN where nothing is."""
+        inside = [values[(self.test.horizons == place) & ~np.isnan(values)] for place in range(len(HORIZONS))]
+        return np.array([found.mean() if len(found) else np.nan for found in inside])
+
+    def parts(self, pick: Pick) -> dict[str, np.ndarray]:
+        """Skill by horizon of one recipe for each part of the model that moved."""
+        found = {}
+        for part in PARTS:
+            predicted = self.test.pooled(pick.trial, part)
+            if predicted[:, -1].any():
+                found[part] = self.test.by_horizon(pick.trial, pick.strength, part=part)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """For scripts: the verdict, every recipe, by horizon and part, and the cut-offs they were tried at."""
+        test, verdict = self.test, self.verdict
+        return {
+            "path": self.store.address,
+            "window": list(self.window),
+            "cut_offs": [
+                {"step": int(test.steps[f.known - 1]), "held_out": [int(test.steps[i]) for i in f.held_out]}
+                for f in test.folds
+            ],
+            "horizons": list(HORIZONS),
+            "verdict": None if verdict is None else self._verdict(verdict),
+            "caveat": CAVEAT,
+            "straightness": asdict(self.straight) if self.straight else None,
+            "parts": {p: _by_horizon(s) for p, s in self.parts(verdict.pick).items()} if verdict else {},
+            "recipes": [self.row(pick) for pick in self.ranked()],
+        }
+
+    def _verdict(self, verdict: Verdict) -> dict[str, Any]:
+        return {
+            **self.row(verdict.pick),
+            "sure": verdict.sure,
+            "reach": verdict.reach,
+            "tested": verdict.tested,
+            "followed": [
+                {"step": f.step, "recipe": self.row(f.pick)["method"], "skill": f.skill} for f in verdict.followed
+            ],
+            "words": words(self.test, verdict),
+        }
+
+
+def _by_horizon(values: np.ndarray) -> dict[str, float]:
+    return {f"{h:g}": float(value) for h, value in zip(HORIZONS, values, strict=True) if not np.isnan(value)}
+
+
+def judge(store: Store, window: tuple[int, ...], resources: Resources, stages: Stages) -> Judged:
+    """Backtest a trajectory over a window of stored steps; Gram matrices are made and kept if they are not there yet.
+
+    Raises RequestError for fewer than 3 steps, BudgetError where memory is too small.
+    """
+    steps = np.array(window)
+    trials, folds = make_trials(len(steps)), make_folds(steps)
+    grams = find_grams(store, store.steps, 1, "gram", resources, stages)
+    fitted = store.fitted()
+    needed = bytes_of(len(fitted), len(trials), folds, len(STRENGTHS)) + 64 * len(steps) ** 2
+    if resources.held + plan.OVERHEAD + needed > resources.memory:
+        raise BudgetError(
+            f"--memory {plan.show(resources.memory)} is too small: a backtest of {len(fitted)} tensors needs "
+            f"{plan.show(resources.held + plan.OVERHEAD + needed)}; give more, or a shorter --window"
+        )
+    with threadpool_limits(1), stages("backtest", 2 * len(fitted) * 8 * len(steps) ** 2) as advance:
+
+        def told() -> Iterator[tuple[str, np.ndarray]]:
+            for tensor in fitted:
+                yield tensor.name, grams.of(tensor, window)
+                advance(8 * len(steps) ** 2)
+
+        test = backtest(told(), len(fitted), steps, trials, folds, STRENGTHS)
+        straight = straightness((gram for _, gram in told()), steps)
+    return Judged(store, window, test, advise(test), straight)

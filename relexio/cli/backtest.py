@@ -1,0 +1,154 @@
+"""``relexio backtest``."""
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from relexio.checkpoints.layout import Selection
+from relexio.cli import options
+from relexio.cli.show import note, stages, table
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from relexio.backtest import Judged
+    from relexio.extrapolate.verdict import Pick
+
+
+@click.command()
+@click.argument("trajectory", type=click.Path())
+@options.window
+@click.option("--all", "everything", is_flag=True, help="Show every recipe, not only the best of each method.")
+@options.memory
+@options.workers
+@options.scheduler
+@options.as_json
+def backtest(
+    trajectory: str,
+    window: Selection | None,
+    everything: bool,
+    memory: int,
+    workers: int | None,
+    scheduler: str | None,
+    as_json: bool,
+) -> None:
+    """Say which method to use on this run, how far, and how sure that is.
+
+    Every method, window, rank and strength is fitted up to several cut-offs inside the trajectory and held against the
+    steps that were really trained after them. Skill above 0 beats keeping the last checkpoint; 1 is perfect.
+    """
+    from relexio.backtest import judge
+    from relexio.fitting import choose_window
+    from relexio.resources import Resources
+    from relexio.trajectory.store import open_store
+
+    store = open_store(trajectory)
+    with Resources(memory, workers, "cpu", scheduler=scheduler) as resources:
+        judged = judge(store, choose_window(store, window), resources, stages)
+    if as_json:
+        click.echo(json.dumps(judged.to_json()))
+        return
+    _show_run(judged)
+    _show_recipes(judged, judged.ranked() if everything else judged.best_of_each_method())
+    if judged.verdict is not None:
+        _show_parts(judged, judged.verdict.pick)
+    _show_verdict(judged)
+
+
+def _show_run(judged: "Judged") -> None:
+    from relexio.trajectory.store import describe_steps
+
+    test, straight = judged.test, judged.straight
+    known = ", ".join(str(step) for step in sorted(set(test.known.tolist())))
+    rows = [
+        ("trajectory", judged.store.address),
+        ("window", describe_steps(judged.window)),
+        ("cut-offs", f"steps {known}; {len(test.held_out)} predictions of later steps for each recipe"),
+    ]
+    if straight is not None:
+        half = "-" if straight.split_half is None else f"{straight.split_half:.2f}"
+        rows += [
+            (
+                "energy",
+                f"{straight.energy:.2f} at rank 1; a random walk over the same steps gives {straight.walk_energy:.2f}",
+            ),
+            ("r2", f"{straight.r_squared:.2f} of the line; a random walk gives {straight.walk_r_squared:.2f}"),
+            ("split-half", f"{half}: cosine of the directions of odd and even increments; a random walk gives about 0"),
+        ]
+    table(rows)
+    for text in straight.signs if straight else ():
+        note(f"not one line: {text}")
+
+
+def _heads(judged: "Judged") -> tuple[list[int], str]:
+    """The horizons at which something was held out, and the heads of their columns."""
+    from relexio.extrapolate.trials import HORIZONS
+
+    places = sorted(set(judged.test.horizons.tolist()))
+    return places, "".join(f"{f'{HORIZONS[place]:g}x':>7}" for place in places)
+
+
+def _show_recipes(judged: "Judged", picks: "list[Pick]") -> None:
+    import numpy as np
+
+    places, heads = _heads(judged)
+    names = [str(judged.test.trials[pick.trial].recipe) for pick in picks]
+    width = max(map(len, (*names, "method")))
+    click.echo("\nskill within so many times the last known step (pooled over all tensors)")
+    click.echo(f"{'method':<{width}}  window  strength{heads}    mean  median  cosine")
+    for name, pick in zip(names, picks, strict=True):
+        test = judged.test
+        skills = test.by_horizon(pick.trial, pick.strength)
+        median = np.nanmean(test.medians(pick.trial, pick.strength))
+        cosine = test.cosines(pick.trial, pick.strength)
+        direct = f"{np.nanmean(cosine):+.2f}" if not np.isnan(cosine).all() else "-"
+        click.echo(
+            f"{name:<{width}}  {_share(test.trials[pick.trial].share):>6}  {pick.strength:>8g}"
+            f"{_numbers(skills, places)}{pick.score:>+8.2f}{median:>+8.2f}{direct:>8}"
+        )
+    click.echo(
+        "mean: over the horizons, by which recipes are ranked. median: over tensors, mean over predictions. cosine: of "
+        "the predicted and the real update."
+    )
+
+
+def _share(share: float) -> str:
+    return "all" if share == 1 else f"1/{round(1 / share)}"
+
+
+def _numbers(skills: "np.ndarray", places: list[int]) -> str:
+    return "".join(f"{skills[place]:>+7.2f}" if skills[place] > -99 else f"{'< -99':>7}" for place in places)
+
+
+def _show_parts(judged: "Judged", pick: "Pick") -> None:
+    places, heads = _heads(judged)
+    parts = judged.parts(pick)
+    click.echo(f"\nthe best of them, by part of the model\n{'part':<9}{heads}")
+    for part, skills in parts.items():
+        click.echo(f"{part:<9}{_numbers(skills, places)}")
+
+
+def _show_verdict(judged: "Judged") -> None:
+    from relexio.extrapolate.verdict import window_words, words
+
+    click.echo("\nverdict")
+    if judged.verdict is None:
+        click.echo("No recipe could be tried at every cut-off: there are too few steps.")
+        return
+    for line in words(judged.test, judged.verdict):
+        click.echo(line)
+    if judged.verdict.sure == "none":
+        return
+    test, pick = judged.test, judged.verdict.pick
+    trial, end = test.trials[pick.trial], (judged.verdict.reach or (1.0, 1.0))[1]
+    recipe = trial.recipe
+    options_ = [f"--method {recipe.method}"]
+    options_ += [f"--rank {recipe.rank}"] if recipe.rank > 1 else []
+    options_ += [f"--fit {recipe.fit}"] if recipe.fit != "line" else []
+    options_ += [f"--refit {recipe.refit}"] if recipe.refit else []
+    options_ += [f"--last {recipe.last}"] if recipe.last else []
+    options_ += [f"--strength {pick.strength:g}"] if pick.strength != 1 else []
+    options_ += [f"--window {window_words(trial, test.steps)[1]}"]
+    step = int(test.steps[-1] * end)
+    click.echo(f"\n  relexio predict {judged.store.address} {' '.join(options_)} --step {step} -o predicted-{step}")

@@ -1,0 +1,177 @@
+"""The backtest in T-space: every trial at every held-out step, over all tensors of a model.
+
+Everything is a matter of Gram matrices: a prediction fitted up to a cut-off is a vector of weights over all steps, and its
+error at a later step is a quadratic form in it.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from relexio.extrapolate.methods import METHODS, Recipe, Window
+from relexio.extrapolate.parts import PARTS, part_of
+from relexio.extrapolate.skill import TERMS, Errors, cosine, errors, skill, terms
+from relexio.extrapolate.trials import HORIZONS, Fold, Trial, horizon
+
+#: Which recipe a tensor of that name gets in a trial; None leaves it as it is in the last known checkpoint.
+Chosen = Callable[[str, Recipe], Recipe | None]
+
+
+def heeding_norms(name: str, recipe: Recipe) -> Recipe | None:
+    """The recipe, but for norms in a method that keeps those as they are."""
+    return None if METHODS[recipe.method].keeps_norms and part_of(name) == "norm" else recipe
+
+
+def try_all(
+    gram: np.ndarray, steps: np.ndarray, trials: list[Trial], folds: list[Fold], recipes: list[Recipe | None]
+) -> np.ndarray:
+    """The terms of the errors (skill.py) of every trial at every held-out step: [trials, columns, 6] for one tensor.
+
+    ``gram`` [T, T] is over all of ``steps`` [T]. ``recipes`` are those of the trials for this tensor; None leaves it as it
+    is in the last known checkpoint. NaN where a trial's window would be too short.
+    """
+    found = np.full((len(trials), columns(folds), TERMS), np.nan)
+    most = max(trial.recipe.rank for trial in trials)
+    at = 0
+    for fold in folds:
+        windows: dict[int, Window] = {}
+        there = slice(at, at + len(fold.held_out))
+        for place, (trial, recipe) in enumerate(zip(trials, recipes, strict=True)):
+            count = trial.window(fold.known)
+            if count is not None:
+                if count not in windows:
+                    inside = slice(fold.known - count, fold.known)
+                    windows[count] = Window(gram[inside, inside], steps[inside])
+                    windows[count].directions(min(most, count))  # once for all ranks
+                found[place, there] = _try(gram, steps, windows[count], fold, recipe)
+        at = there.stop
+    return found
+
+
+def _try(gram: np.ndarray, steps: np.ndarray, window: Window, fold: Fold, recipe: Recipe | None) -> np.ndarray:
+    held, last = np.array(fold.held_out), fold.known - 1
+    start, update = np.zeros(len(gram)), np.zeros((len(gram), len(held)))
+    if recipe is None or METHODS[recipe.method].from_last:
+        start[last] = 1.0
+    if recipe is not None and window.gram.any():
+        once = replace(recipe, strength=1.0)
+        update[fold.known - len(window.steps) : fold.known] = METHODS[recipe.method].weights(window, steps[held], once)
+    return terms(gram, last, start, update, held)
+
+
+def columns(folds: list[Fold]) -> int:
+    """How many predictions of held-out steps each trial makes."""
+    return sum(len(fold.held_out) for fold in folds)
+
+
+def bytes_of(tensors: int, trials: int, folds: list[Fold], strengths: int) -> int:
+    """Bytes that a Backtest holds."""
+    sums = 8 * TERMS * (len(PARTS) + 2) * trials * columns(folds)
+    return sums + 8 * tensors * columns(folds) * (trials * strengths + 1)
+
+
+@dataclass(frozen=True)
+class Backtest:
+    """What came of every trial at every held-out step (a column), for a whole model.
+
+    ``totals`` [parts, trials, columns, 6] are the terms of the errors, summed over the tensors of a part; ``predicted``
+    [tensors, trials, columns, strengths] and ``kept`` [tensors, columns] the squared errors of each tensor.
+    """
+
+    steps: np.ndarray
+    folds: list[Fold]
+    trials: list[Trial]
+    strengths: tuple[float, ...]
+    names: list[str]
+    totals: np.ndarray
+    predicted: np.ndarray
+    kept: np.ndarray
+
+    @cached_property
+    def known(self) -> np.ndarray:
+        """The last known step of every column."""
+        return np.array([self.steps[fold.known - 1] for fold in self.folds for _ in fold.held_out])
+
+    @cached_property
+    def held_out(self) -> np.ndarray:
+        """The held-out step of every column."""
+        return np.array([self.steps[index] for fold in self.folds for index in fold.held_out])
+
+    @cached_property
+    def horizons(self) -> np.ndarray:
+        """Which of HORIZONS every column is within."""
+        return np.array([horizon(self.steps, fold.known, i) for fold in self.folds for i in fold.held_out])
+
+    def pooled(self, trial: int, part: str | None = None) -> np.ndarray:
+        """Terms [columns, 6] of a trial, summed over all tensors or those of a part."""
+        return self.totals[:, trial].sum(axis=0) if part is None else self.totals[PARTS.index(part), trial]
+
+    def errors(self, trial: int, strength: float, part: str | None = None, among: np.ndarray | None = None) -> Errors:
+        """Errors summed over the columns (a mask ``among`` them) and over all tensors, or those of a part."""
+        predicted, kept = errors(self.pooled(trial, part), strength)
+        chosen = slice(None) if among is None else among
+        return Errors(float(predicted[chosen].sum()), float(kept[chosen].sum()))
+
+    def by_horizon(
+        self, trial: int, strength: float, among: np.ndarray | None = None, part: str | None = None
+    ) -> np.ndarray:
+        """Skill within each of HORIZONS, errors pooled over its columns and all tensors; NaN where nothing was held out."""
+        predicted, kept = errors(self.pooled(trial, part), strength)
+        inside = self.horizons[:, None] == np.arange(len(HORIZONS))
+        inside = inside if among is None else inside & among[:, None]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = 1.0 - (predicted @ inside) / (kept @ inside)
+        return np.where(kept @ inside > 0, found, np.nan)
+
+    def medians(self, trial: int, strength: float) -> np.ndarray:
+        """The median skill over the tensors that moved, for every column: [columns]."""
+        place = self.strengths.index(strength)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = 1.0 - self.predicted[:, trial, :, place] / self.kept
+        found = np.where(self.kept > 0, found, np.nan)
+        some = ~np.isnan(found).all(axis=0)
+        result = np.full(found.shape[1], np.nan)
+        result[some] = np.nanmedian(found[:, some], axis=0)
+        return result
+
+    def tensor_errors(self, trial: int, strength: float) -> dict[str, Errors]:
+        """Errors of each tensor, summed over the columns."""
+        predicted = self.predicted[:, trial, :, self.strengths.index(strength)].sum(axis=1)
+        kept = self.kept.sum(axis=1)
+        return {n: Errors(float(p), float(k)) for n, p, k in zip(self.names, predicted, kept, strict=True)}
+
+    def skills(self, trial: int, strength: float) -> np.ndarray:
+        """Skill of every column, over all tensors: [columns]."""
+        return skill(self.pooled(trial), strength)
+
+    def cosines(self, trial: int, strength: float) -> np.ndarray:
+        """Cosine of the predicted and the real update of the whole model, for every column: [columns]."""
+        return cosine(self.pooled(trial), strength)
+
+
+def backtest(
+    grams: Iterable[tuple[str, np.ndarray]],
+    count: int,
+    steps: np.ndarray,
+    trials: list[Trial],
+    folds: list[Fold],
+    strengths: tuple[float, ...],
+    chosen: Chosen = heeding_norms,
+) -> Backtest:
+    """Try everything on the Gram matrices [T, T] of ``count`` tensors, one at a time, by name."""
+    totals = np.zeros((len(PARTS), len(trials), columns(folds), TERMS))
+    predicted = np.zeros((count, len(trials), columns(folds), len(strengths)))
+    kept = np.zeros((count, columns(folds)))
+    names = []
+    for place, (name, gram) in enumerate(grams):
+        names.append(name)
+        if not gram.any():
+            continue
+        found = try_all(gram, steps, trials, folds, [chosen(name, trial.recipe) for trial in trials])
+        totals[PARTS.index(part_of(name))] += found
+        for i, strength in enumerate(strengths):
+            predicted[place, :, :, i], _ = errors(found, strength)
+        kept[place] = np.fmax.reduce(found[..., -1], axis=0)  # the same for every trial that has a window
+    return Backtest(steps, folds, trials, strengths, names, totals, predicted, kept)
