@@ -56,9 +56,9 @@ class Judged:
             "share": trial.share,
             "window": window_words(trial, self.test.steps)[1],
             "score": pick.score,
-            "skill": _by_horizon(skills),
-            "median": _by_horizon(self._means(medians)),
-            "cosine": _by_horizon(self._means(cosines)),
+            "skill": by_horizon(skills),
+            "median": by_horizon(self._means(medians)),
+            "cosine": by_horizon(self._means(cosines)),
         }
 
     def _means(self, values: np.ndarray) -> np.ndarray:
@@ -89,7 +89,7 @@ class Judged:
             "verdict": None if verdict is None else self._verdict(verdict),
             "caveat": CAVEAT,
             "straightness": asdict(self.straight) if self.straight else None,
-            "parts": {p: _by_horizon(s) for p, s in self.parts(verdict.pick).items()} if verdict else {},
+            "parts": {p: by_horizon(s) for p, s in self.parts(verdict.pick).items()} if verdict else {},
             "recipes": [self.row(pick) for pick in self.ranked()],
         }
 
@@ -106,7 +106,8 @@ class Judged:
         }
 
 
-def _by_horizon(values: np.ndarray) -> dict[str, float]:
+def by_horizon(values: np.ndarray) -> dict[str, float]:
+    """Figures by horizon, for scripts: those that are not NaN, by their HORIZONS as text."""
     return {f"{h:g}": float(value) for h, value in zip(HORIZONS, values, strict=True) if not np.isnan(value)}
 
 
