@@ -34,6 +34,22 @@ def publish(staged: Path, final: Path) -> None:
     sync(final.parent)
 
 
+def write_new(path: Path, data: bytes) -> None:
+    """Write one file, durably, that nobody sees before it is whole. Raises ExistsError if its name is taken."""
+    staged = staging(path)
+    try:
+        with open(staged, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            raise ExistsError(f"{path} has appeared meanwhile; remove it, or give another name")
+        staged.rename(path)
+    finally:
+        staged.unlink(missing_ok=True)
+    sync(path.parent)
+
+
 def sync(path: Path) -> None:
     """fsync one file or directory."""
     fd = os.open(path, os.O_RDONLY)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,22 @@ class Judged:
             if predicted[:, -1].any():
                 found[part] = self.test.by_horizon(pick.trial, pick.strength, part=part)
         return found
+
+    def command(self) -> str | None:
+        """The ``relexio predict`` command that does what the verdict advises; None where it advises against."""
+        if self.verdict is None or self.verdict.sure == "none":
+            return None
+        pick, (_, end) = self.verdict.pick, self.verdict.reach or (1.0, 1.0)
+        trial, recipe = self.test.trials[pick.trial], self.test.trials[pick.trial].recipe
+        options = [f"--method {recipe.method}"]
+        options += [f"--rank {recipe.rank}"] if recipe.rank > 1 else []
+        options += [f"--fit {recipe.fit}"] if recipe.fit != "line" else []
+        options += [f"--refit {recipe.refit}"] if recipe.refit else []
+        options += [f"--last {recipe.last}"] if recipe.last else []
+        options += [f"--strength {pick.strength:g}"] if pick.strength != 1 else []
+        options += [f"--window {window_words(trial, self.test.steps)[1]}"]
+        step = int(self.test.steps[-1] * end)
+        return f"relexio predict {quote(self.store.address)} {' '.join(options)} --step {step} -o predicted-{step}"
 
     def to_json(self) -> dict[str, Any]:
         """For scripts: the verdict, every recipe, by horizon and part, and the cut-offs they were tried at."""

@@ -22,13 +22,17 @@ from relexio.trajectory.store import Store
 
 @dataclass(frozen=True)
 class TensorFindings:
-    """One tensor that moved: where it stands, its share of changed elements, spectrum, coefficients [T] and their line."""
+    """One tensor that moved: where it stands, its share of changed elements, spectrum, coefficients [T] and their line.
+
+    ``energy`` is the sum of sigma^2 over all directions, ``kept`` the share of it that the rank keeps.
+    """
 
     name: str
     part: str
     layer: int | None
     changed: float
     energy: float
+    kept: float
     spectrum: np.ndarray
     coefficients: np.ndarray
     line: Line
@@ -112,8 +116,8 @@ def findings(store: Store, window: tuple[int, ...], rank: int, resources: Resour
             spectrum += found.spectrum * found.energy
             tensors.append(
                 TensorFindings(
-                    name, part_of(name), layer_of(name), shares[name], found.energy, found.spectrum, found.coefficients,
-                    found.line,
+                    name, part_of(name), layer_of(name), shares[name], found.energy, found.kept, found.spectrum,
+                    found.coefficients, found.line,
                 )
             )  # fmt: skip
     if not tensors:

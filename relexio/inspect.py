@@ -113,12 +113,17 @@ def inspect(store: Store, window: tuple[int, ...], rank: int, resources: Resourc
         tensors = [TensorFit(t.name, t.size, shares[t.name], errors=Errors()) for t in store.tensors]
         backtest = None
     elements = max(sum(tensor.size for tensor in store.tensors), 1)
-    changed = {
-        step: float(count) / elements
-        for group in store.groups
-        for step, count in zip(group.steps, store.changed(group).sum(axis=0), strict=True)
-    }
-    return Inspection(store, window, rank, sizes(store), dict(sorted(changed.items())), tensors, backtest)
+    counts = changed_counts(store, store.steps).sum(axis=0)
+    changed = {step: float(count) / elements for step, count in zip(store.steps, counts, strict=True)}
+    return Inspection(store, window, rank, sizes(store), changed, tensors, backtest)
+
+
+def changed_counts(store: Store, steps: tuple[int, ...]) -> np.ndarray:
+    """How many elements of each tensor differ from the base at each of ``steps``: int64 [tensors, T]."""
+    found = np.zeros((len(store.tensors), len(steps)), np.int64)
+    for group, columns, places in store.columns(steps):
+        found[:, places] = store.changed(group)[:, columns]
+    return found
 
 
 def sizes(store: Store) -> Sizes:

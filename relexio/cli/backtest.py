@@ -130,7 +130,7 @@ def _show_parts(judged: "Judged", pick: "Pick") -> None:
 
 
 def _show_verdict(judged: "Judged") -> None:
-    from relexio.extrapolate.verdict import window_words, words
+    from relexio.extrapolate.verdict import words
 
     click.echo("\nverdict")
     if judged.verdict is None:
@@ -138,17 +138,5 @@ def _show_verdict(judged: "Judged") -> None:
         return
     for line in words(judged.test, judged.verdict):
         click.echo(line)
-    if judged.verdict.sure == "none":
-        return
-    test, pick = judged.test, judged.verdict.pick
-    trial, end = test.trials[pick.trial], (judged.verdict.reach or (1.0, 1.0))[1]
-    recipe = trial.recipe
-    options_ = [f"--method {recipe.method}"]
-    options_ += [f"--rank {recipe.rank}"] if recipe.rank > 1 else []
-    options_ += [f"--fit {recipe.fit}"] if recipe.fit != "line" else []
-    options_ += [f"--refit {recipe.refit}"] if recipe.refit else []
-    options_ += [f"--last {recipe.last}"] if recipe.last else []
-    options_ += [f"--strength {pick.strength:g}"] if pick.strength != 1 else []
-    options_ += [f"--window {window_words(trial, test.steps)[1]}"]
-    step = int(test.steps[-1] * end)
-    click.echo(f"\n  relexio predict {judged.store.address} {' '.join(options_)} --step {step} -o predicted-{step}")
+    if (command := judged.command()) is not None:
+        click.echo(f"\n  {command}")

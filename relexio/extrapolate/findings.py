@@ -25,6 +25,11 @@ class Finding:
     left: np.ndarray
     lengths: np.ndarray
 
+    @property
+    def kept(self) -> float:
+        """The share of the energy that the rank keeps."""
+        return min(max(1.0 - float(np.trace(self.left)) / self.energy, 0.0), 1.0)
+
 
 def find(gram: np.ndarray, steps: np.ndarray, rank: int) -> Finding:
     """Measure one tensor that moved: its Gram matrix [T, T] over steps [T], T >= 2."""

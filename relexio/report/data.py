@@ -1,0 +1,332 @@
+"""What the report shows, as small tables: pure functions of findings, nothing is read or drawn here.
+
+A table is a list of rows (dicts) that can go to JSON as they are. Lists inside a row run over steps, and are drawn as one
+point each. Numbers are rounded to 5 digits: nobody sees more in a figure, and a page has many.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from relexio.extrapolate.findings import find, thrown_away
+from relexio.extrapolate.parts import part_of
+from relexio.extrapolate.trials import HORIZONS, within
+from relexio.findings import Findings, TensorFindings
+from relexio.inspect import Sizes
+
+Row = dict[str, Any]
+Table = list[Row]
+
+#: The parts of a model in the order in which a figure has them.
+ORDER = ("embedding", "qkv", "q", "k", "v", "o", "gate", "up", "down", "norm", "head", "other")
+OUTSIDE = "none"  # the layer of embedding, head and final norm
+WHOLE = "whole model"
+RUN, WALK = "this run", "random walk"
+_POINTS = 200  # of one curve: a phone has fewer pixels
+_DRAWN, _DRAWN_OF_PART = 12, 6  # tensors whose coefficients are drawn at first, and when one part is picked
+_LEAST_LAST = 0.2  # of the largest coefficient: a tensor that came back has no last value to be measured in
+_SAME = 0.005  # skills that near are one line in a figure
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that a report is made of. ``changed`` [tensors of the store, T] counts elements that differ from the base."""
+
+    found: Findings
+    sizes: Sizes
+    changed: np.ndarray
+    target: int
+
+    @property
+    def parts(self) -> list[str]:
+        """The parts of the model that moved, from below to above."""
+        there = {tensor.part for tensor in self.found.tensors}
+        return [part for part in ORDER if part in there]
+
+    @property
+    def walk_energy(self) -> float:
+        """The share of energy that the rank keeps of a random walk over the same steps."""
+        walk = _walk(self.found.window)
+        return find(walk, np.array(self.found.window), self.found.rank).kept if walk.any() else 1.0
+
+    @property
+    def drift(self) -> float | None:
+        """The mean cosine of neighbouring increments of what the rank throws away; None where there are none."""
+        there = self.found.alike[~np.isnan(self.found.alike)]
+        return float(there.mean()) if len(there) else None
+
+
+def number(value: float) -> float | None:
+    """A number as it goes into the page; None for NaN."""
+    return None if np.isnan(value) else float(f"{value:.5g}")
+
+
+def numbers(values: np.ndarray) -> list[float | None]:
+    """As ``number``, of an array."""
+    return [number(float(value)) for value in values]
+
+
+def times(place: int) -> str:
+    """A horizon for people: ``1.5x``."""
+    return f"{HORIZONS[place]:g}×"
+
+
+def thin(count: int, most: int = _POINTS) -> np.ndarray:
+    """Indices of at most ``most`` of ``count`` points, evenly spread, with the first and the last."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+
+
+def default_target(found: Findings) -> int:
+    """The farthest step at which the verdict sees skill, else twice the window's last step."""
+    last, judged = found.window[-1], found.judged
+    verdict = judged.verdict if judged else None
+    reach = verdict.reach if verdict and verdict.sure != "none" else None
+    return max(int(last * (reach[1] if reach else 2.0)), last + 1)
+
+
+@dataclass(frozen=True)
+class Skills:
+    """Skill by horizon of the best recipe of each method.
+
+    ``methods`` are those that are drawn, the recommended one (if any) ``first``; ``below`` are never above ``floor``.
+    """
+
+    rows: Table
+    methods: list[str]
+    first: str | None
+    floor: float
+    below: list[str]
+
+
+def skills(found: Findings) -> Skills | None:
+    """None without a backtest, or where no recipe could be tried at every cut-off."""
+    judged = found.judged
+    if judged is None or judged.verdict is None:
+        return None
+    picks = [judged.verdict.pick, *judged.best_of_each_method()]
+    lines: dict[str, tuple[str, np.ndarray]] = {}
+    for pick in picks:
+        recipe = judged.test.trials[pick.trial].recipe
+        if recipe.method not in lines:
+            lines[recipe.method] = str(recipe), judged.test.by_horizon(pick.trial, pick.strength)
+    merged = _merge(list(lines.values()))
+    best = max(float(np.nanmax(values)) for _, values in merged)
+    floor = max(-1.0, -2 * max(best, 0.1))
+    drawn = [(name, values) for name, values in merged if np.nanmax(values) > floor]
+    drawn = drawn or merged[:1]
+    rows = [
+        {"method": name, "horizon": times(place), "skill": number(value)}
+        for name, values in drawn
+        for place, value in enumerate(values)
+        if not np.isnan(value)
+    ]
+    advised = merged[0][0] if judged.verdict.sure != "none" else None
+    names = [name for name, _ in drawn]
+    return Skills(rows, names, advised, floor, [name for name, _ in merged if name not in names])
+
+
+def _merge(lines: list[tuple[str, np.ndarray]]) -> list[tuple[str, np.ndarray]]:
+    """Lines that would lie on each other become one, with both names."""
+    merged: list[tuple[str, np.ndarray]] = []
+    for name, values in lines:
+        for place, (other, known) in enumerate(merged):
+            if np.allclose(values, known, rtol=0, atol=_SAME, equal_nan=True):
+                merged[place] = f"{other} = {name}", known
+                break
+        else:
+            merged.append((name, values))
+    return merged
+
+
+def energy(found: Findings) -> Table:
+    """The share of energy that the rank keeps, by layer and part: the mean over tensors, weighted by their energy."""
+    cells: dict[tuple[int | None, str], list[TensorFindings]] = {}
+    for tensor in found.tensors:
+        cells.setdefault((tensor.layer, tensor.part), []).append(tensor)
+    whole = sum(tensor.energy for tensor in found.tensors)
+    rows = []
+    for (layer, part), tensors in cells.items():
+        total = sum(tensor.energy for tensor in tensors)
+        rows.append(
+            {
+                "layer": OUTSIDE if layer is None else str(layer),
+                "part": part,
+                "kept": number(sum(tensor.kept * tensor.energy for tensor in tensors) / total),
+                "share": number(total / whole),
+                "tensors": len(tensors),
+                "r2": number(float(np.median([tensor.line.r_squared for tensor in tensors]))),
+            }
+        )
+    return rows
+
+
+def layers(found: Findings) -> list[str]:
+    """The layers of the heat map from left to right, all between the first and the last."""
+    numbered = [tensor.layer for tensor in found.tensors if tensor.layer is not None]
+    outside = [OUTSIDE] if any(tensor.layer is None for tensor in found.tensors) else []
+    return [*outside, *(map(str, range(min(numbered), max(numbered) + 1)) if numbered else ())]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Coefficients over steps, as multiples of each tensor's last one: points, lines to the target, and target points."""
+
+    points: Table
+    lines: Table
+    targets: Table
+    drawn: int
+
+
+def coefficients(found: Findings, target: int) -> Curves:
+    """Those of the most energetic tensors, some of each part, and of the whole model.
+
+    The whole model's is the mean over all tensors, weighted by the square of their last coefficient: how far the
+    model has come along the way to its last checkpoint.
+    """
+    steps = np.array(found.window)
+    drawn = _drawn(found.tensors)
+    curves = Curves([], [], [], sum(top for _, top in drawn))
+    for tensor, top in drawn:
+        last = float(tensor.coefficients[-1])
+        row = {"tensor": tensor.name, "part": tensor.part, "top": top}
+        ends = tensor.line.slope * np.array([steps[0], target]) + tensor.line.intercept
+        _add(curves, row, steps, target, tensor.coefficients, last, ends)
+    if (model := whole_model(found.tensors, steps, target)) is not None:
+        _add(curves, {"tensor": WHOLE, "part": WHOLE, "top": True}, steps, target, model[0], 1.0, model[1])
+    return curves
+
+
+def whole_model(
+    tensors: list[TensorFindings], steps: np.ndarray, target: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The curve [T] of the whole model in units of its last value, and both ends [2] of its line.
+
+    None where no tensor has a last coefficient.
+    """
+    lasts = np.array([tensor.coefficients[-1] for tensor in tensors])
+    weight = float(lasts @ lasts)
+    if weight == 0:
+        return None
+    at = np.array([steps[0], target])
+    curves = np.array([tensor.coefficients for tensor in tensors])
+    lines = np.array([tensor.line.slope * at + tensor.line.intercept for tensor in tensors])
+    return lasts @ curves / weight, lasts @ lines / weight
+
+
+def _drawn(tensors: list[TensorFindings]) -> list[tuple[TensorFindings, bool]]:
+    """The tensors that are drawn, by energy, and whether they are at first: the best of each part before the second."""
+    fit = [t for t in tensors if t.coefficients[-1] > _LEAST_LAST * np.abs(t.coefficients).max()]
+    by_part: dict[str, list[TensorFindings]] = {}
+    for tensor in sorted(fit, key=lambda t: -t.energy):
+        by_part.setdefault(tensor.part, []).append(tensor)
+    leaders = [group[0] for group in by_part.values()]
+    rest = sorted((t for group in by_part.values() for t in group[1:]), key=lambda t: -t.energy)
+    top = {t.name for t in (*leaders, *rest)[:_DRAWN]}
+    return [
+        (t, t.name in top)
+        for group in by_part.values()
+        for place, t in enumerate(group)
+        if place < _DRAWN_OF_PART or t.name in top
+    ]
+
+
+def _add(
+    curves: Curves, row: Row, steps: np.ndarray, target: int, values: np.ndarray, last: float, ends: np.ndarray
+) -> None:
+    some = thin(len(steps))
+    there = {"step": steps[some].tolist(), "value": numbers(values[some] / last)}
+    raw = numbers(values[some]) if row["part"] != WHOLE else [None] * len(some)
+    curves.points.append({**row, **there, "raw": raw})
+    curves.lines.append({**row, "step": [int(steps[0]), target], "value": numbers(ends / last)})
+    curves.targets.append({**row, "step": target, "value": number(float(ends[1]) / last)})
+
+
+def changed(facts: Facts) -> Table:
+    """The share of elements that differ from the base at each step, of the whole model and of each part that moved."""
+    tensors = facts.found.store.tensors
+    parts = np.array([part_of(tensor.name) for tensor in tensors])
+    sizes = np.array([tensor.size for tensor in tensors])
+    some, steps = thin(facts.changed.shape[1]), np.array(facts.found.window)
+    rows = []
+    for part in (WHOLE, *facts.parts):
+        chosen = np.full(len(parts), True) if part == WHOLE else parts == part
+        share = facts.changed[chosen].sum(axis=0) / max(int(sizes[chosen].sum()), 1)
+        rows.append({"part": part, "step": steps[some].tolist(), "share": numbers(share[some])})
+    return rows
+
+
+def _walk(window: tuple[int, ...]) -> np.ndarray:
+    """The Gram matrix of a random walk of many dimensions over the same steps, but for a factor."""
+    steps = np.array(window)
+    return np.minimum.outer(steps, steps).astype(np.float64)
+
+
+def spectrum(found: Findings) -> Table:
+    """Shares of the energy by direction, of the run and of a random walk; none below a millionth."""
+    walk = _walk(found.window)
+    values = np.linalg.eigvalsh(walk)[::-1] / max(float(np.trace(walk)), 1.0)
+    return [
+        {"of": name, "direction": place + 1, "share": number(float(share))}
+        for name, shares in ((RUN, found.spectrum), (WALK, values[: len(found.spectrum)]))
+        for place, share in enumerate(shares)
+        if share > 1e-6
+    ]
+
+
+def thrown(found: Findings) -> Table:
+    """The share of each delta that the rank throws away, step by step, of the run and of a random walk."""
+    steps, walk = np.array(found.window), _walk(found.window)
+    some, rows = thin(len(steps)), [{"of": RUN, "values": found.thrown}]
+    if walk.any():
+        reference = find(walk, steps, found.rank)
+        rows.append({"of": WALK, "values": thrown_away(reference.left, reference.lengths)})
+    return [{"of": row["of"], "step": steps[some].tolist(), "share": numbers(row["values"][some])} for row in rows]
+
+
+def parts(found: Findings) -> Table:
+    """Skill of the best recipe by part of the model and horizon; empty without a backtest."""
+    judged = found.judged
+    if judged is None or judged.verdict is None:
+        return []
+    return [
+        {"part": part, "horizon": times(place), "skill": number(value), "said": _short(value)}
+        for part, values in judged.parts(judged.verdict.pick).items()
+        for place, value in enumerate(values)
+        if not np.isnan(value)
+    ]
+
+
+def _short(value: float) -> str:
+    """A skill in four characters: ``+.15``, ``−.04``, ``< −1``."""
+    if value < -0.995:
+        return "< −1"
+    text = f"{abs(value):.2f}"
+    text = text[1:] if text.startswith("0") else text[:3]
+    return text if text == ".00" else ("+" if value > 0 else "−") + text
+
+
+def skill_at(found: Findings, target: int) -> float | None:
+    """Skill of the best recipe within the target's horizon; None where nothing so far ahead was held out."""
+    verdict = found.judged.verdict if found.judged else None
+    ahead = target / max(found.window[-1], 1)
+    if verdict is None or ahead > verdict.tested * 1.05:
+        return None
+    return number(float(verdict.skills[within(ahead)]))
+
+
+def tensors(found: Findings, most: int = 1000) -> Table:
+    """The most energetic tensors, for the table below the figures."""
+    whole = sum(tensor.energy for tensor in found.tensors)
+    return [
+        {
+            "tensor": t.name,
+            "part": t.part,
+            "layer": t.layer,
+            "changed": t.changed,
+            "share": t.energy / whole,
+            "kept": t.kept,
+            "r2": t.line.r_squared,
+        }
+        for t in sorted(found.tensors, key=lambda t: -t.energy)[:most]
+    ]

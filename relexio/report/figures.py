@@ -1,0 +1,378 @@
+"""From tables to figures: Vega-Lite specifications, made with Altair. Pure; colours come from a theme, apart."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import altair as alt
+
+from relexio.report import data
+from relexio.report.data import RUN, WALK, WHOLE, Facts, Table
+
+Spec = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure: what it shows (``title``), how to read it, whether it takes the whole width, and whose colours it has.
+
+    ``chart`` is None where the run cannot give one; ``how`` says why then. ``column``: the width of one entry of its legend
+    in pixels. ``picks``: whether the reader can pick a part.
+    """
+
+    name: str
+    title: str
+    how: str
+    chart: alt.LayerChart | alt.Chart | None
+    palette: str = "pair"
+    wide: bool = False
+    column: int = 130
+    picks: bool = False
+
+    def spec(self, width: int | str = "container") -> Spec | None:
+        """The Vega-Lite specification, without colours; None without a chart."""
+        if self.chart is None:
+            return None
+        spec: Spec = self.chart.properties(
+            width=width, autosize={"type": "fit", "contains": "padding"}, description=f"{self.title}. {self.how}"
+        ).to_dict()
+        spec.pop("config", None)
+        return spec
+
+
+def figures(facts: Facts) -> list[Figure]:
+    """All figures of a report, in the order of the page."""
+    makers: tuple[Callable[[Facts], Figure], ...] = (skill, energy, coefficients, changed, spectrum, thrown, parts)
+    return [make(facts) for make in makers]
+
+
+def _chart(rows: Table) -> alt.Chart:
+    return alt.Chart(alt.Data(values=rows))
+
+
+def _flat(rows: Table, *fields: str) -> alt.Chart:
+    """A chart of rows whose lists run over steps."""
+    return _chart(rows).transform_flatten(list(fields))
+
+
+def _title(text: str) -> alt.TitleParams:
+    """What the y axis is, above it: there it takes no width."""
+    return alt.TitleParams(text)
+
+
+def _percent(title: str | None = None, form: str = "~%") -> alt.Axis:
+    return alt.Axis(format=form, title=title, tickCount=6)
+
+
+_NOT_TESTED = "A backtest takes at least three observed steps; this window has {}."
+_NOT_TRIED = "No method could be tried at every cut-off: the window has too few steps."
+
+
+def _untested(facts: Facts) -> str:
+    found = facts.found
+    return _NOT_TESTED.format(len(found.window)) if found.judged is None else _NOT_TRIED
+
+
+def skill(facts: Facts) -> Figure:
+    """Skill against horizon for the best recipe of each method."""
+    title, found = "How much better than standing still, the farther ahead", data.skills(facts.found)
+    if found is None:
+        return Figure("skill", title, _untested(facts), None, wide=True)
+    names = {name: f"{name} (recommended)" if name == found.first else name for name in found.methods}
+    rows = [{**row, "method": names[row["method"]]} for row in found.rows]
+    domain, first = list(names.values()), names.get(found.first or "", "")
+    base = _chart(rows).encode(
+        x=alt.X("horizon:O", sort=None, title="steps ahead of the last known one: up to so many times its number"),
+        y=alt.Y(
+            "skill:Q",
+            title=None,
+            scale=alt.Scale(domainMin=found.floor, nice=False),
+            axis=alt.Axis(format="+.2~f"),
+        ),
+        color=alt.Color("method:N", scale=alt.Scale(domain=domain), title=None),
+    )
+    thick = alt.datum.method == first
+    line = base.mark_line(clip=True).encode(
+        strokeWidth=alt.condition(thick, alt.value(4), alt.value(1.5)),
+        detail="method:N",
+    )
+    points = base.mark_point(clip=True, filled=True, opacity=1).encode(
+        shape=alt.Shape("method:N", scale=alt.Scale(domain=domain), title=None),
+        size=alt.condition(thick, alt.value(110), alt.value(50)),
+        tooltip=[
+            alt.Tooltip("method:N"),
+            alt.Tooltip("horizon:N", title="up to"),
+            alt.Tooltip("skill:Q", format="+.3f"),
+        ],
+    )
+    zero = _chart([{"zero": 0}]).mark_rule(style="zero").encode(y="zero:Q")
+    how = (
+        "The best recipe of each method, fitted up to several earlier steps and held against steps that were really trained "
+        "after them. Above the zero line it came nearer to them than keeping the last checkpoint; 1 would be perfect."
+    )
+    if found.floor > -1 or found.below:
+        how += f" The figure ends at {found.floor:+.2f}: lines that leave it are worse."
+    if found.below:
+        how += f" Worse everywhere, and not drawn: {', '.join(found.below)}."
+    chart = (zero + line + points).properties(height=300, title=_title("skill"))
+    return Figure("skill", title, how, chart, "methods", wide=True, column=250)
+
+
+def energy(facts: Facts) -> Figure:
+    """Heat map of the energy that the rank keeps, by layer and part."""
+    found, rows = facts.found, data.energy(facts.found)
+    walk = facts.walk_energy
+    low = min([walk, *(row["kept"] for row in rows)])
+    order = [part for part in facts.parts if part in {row["part"] for row in rows}]
+    chart = (
+        _chart(rows)
+        .mark_rect()
+        .encode(
+            x=alt.X(
+                "layer:O",
+                sort=data.layers(found),
+                title="layer",
+                scale=alt.Scale(domain=data.layers(found), paddingInner=0.05),
+                axis=alt.Axis(labelAngle=0, labelOverlap="greedy", labelSeparation=3, grid=False, domain=False),
+            ),
+            y=alt.Y(
+                "part:N",
+                sort=order,
+                title=None,
+                scale=alt.Scale(paddingInner=0.05),
+                axis=alt.Axis(domain=False, grid=False),
+            ),
+            color=alt.Color(
+                "kept:Q",
+                title=None,
+                scale=alt.Scale(domain=[low, 1]),
+                legend=alt.Legend(format=".0%", gradientLength=220, tickCount=5),
+            ),
+            tooltip=[
+                alt.Tooltip("part:N"),
+                alt.Tooltip("layer:N"),
+                alt.Tooltip("kept:Q", title="energy kept", format=".1%"),
+                alt.Tooltip("share:Q", title="of the model's energy", format=".2%"),
+                alt.Tooltip("r2:Q", title="r2 of the line", format=".3f"),
+                alt.Tooltip("tensors:Q"),
+            ],
+        )
+        .properties(height=max(24 * len(order), 60), title=_title(f"energy that rank {found.rank} keeps"))
+    )
+    how = (
+        f"The share of each tensor's movement that lies along {_directions(found.rank)}, by layer and part of the model "
+        f"(layer “none”: outside the layers). Lighter is straighter. A random walk over the same steps keeps {walk:.0%}: "
+        f"only what is well above that says anything."
+    )
+    return Figure("energy", "Where the model moved along a straight line", how, chart, wide=True)
+
+
+def _directions(rank: int) -> str:
+    return "one direction" if rank == 1 else f"{rank} directions"
+
+
+def coefficients(facts: Facts) -> Figure:
+    """Coefficients over real steps, their lines, and the target."""
+    found, last, target = facts.found, facts.found.window[-1], facts.target
+    curves = data.coefficients(found, target)
+    there = [part for part in facts.parts if any(row["part"] == part for row in curves.points)]
+    pick = alt.param(
+        name="pick",
+        value=None,
+        bind=alt.binding_select(
+            options=[None, *there], labels=["the most energetic tensors", *(f"{p} alone" for p in there)], name="Show "
+        ),
+    )
+    shown = f"pick == null ? datum.top : (datum.part == pick || datum.part == '{WHOLE}')"
+    color = alt.Color("part:N", scale=alt.Scale(domain=[WHOLE, *facts.parts]), title=None)
+    whole = alt.datum.part == WHOLE
+    x = alt.X("step:Q", title="step", scale=alt.Scale(nice=False, zero=False), axis=alt.Axis(format="d", tickCount=8))
+    tips = [alt.Tooltip("tensor:N"), alt.Tooltip("step:Q"), alt.Tooltip("value:Q", title="of its last", format=".3f")]
+    lines = (
+        _flat(curves.lines, "step", "value")
+        .transform_filter(shown)
+        .mark_line(opacity=0.7)
+        .encode(
+            x=x,
+            y=alt.Y("value:Q", title=None),
+            color=color,
+            detail="tensor:N",
+            strokeWidth=alt.condition(whole, alt.value(2.5), alt.value(1)),
+        )
+    )
+    points = (
+        _flat(curves.points, "step", "value", "raw")
+        .transform_filter(shown)
+        .mark_circle(opacity=0.75)
+        .encode(
+            x=x,
+            y="value:Q",
+            color=color,
+            size=alt.condition(whole, alt.value(32), alt.value(16)),
+            tooltip=[*tips, alt.Tooltip("raw:Q", title="coefficient", format=".4g")],
+        )
+    )
+    ends = (
+        _chart(curves.targets)
+        .transform_filter(shown)
+        .mark_point(shape="diamond", filled=True, opacity=1)
+        .encode(x=x, y="value:Q", color=color, size=alt.condition(whole, alt.value(120), alt.value(50)), tooltip=tips)
+    )
+    marks = [
+        {"step": last, "says": f"last observed: step {last}", "at": 1},
+        {"step": target, "says": f"target: step {target}", "at": 0},
+    ]
+    height = 360
+    rules = _chart(marks).mark_rule(style="mark").encode(x=x)
+    texts = [
+        _chart([row])
+        .mark_text(style="note", align=align, dx=dx, baseline="bottom")
+        .encode(x=x, y=alt.value(height - 5 - 15 * row["at"]), text="says:N")
+        for row, align, dx in zip(marks, ("left", "right"), (5, -5), strict=True)
+    ]
+    chart = (
+        alt.layer(rules, lines, points, ends, *texts)
+        .add_params(pick)
+        .properties(height=height, title=_title("coefficient, in terms of the last observed one"))
+    )
+    what = "all tensors that moved" if curves.drawn >= len(found.tensors) else f"the {curves.drawn} most energetic tensors"
+    how = (
+        f"How far {what} came along their direction, each divided by its value at step {last}, so that 1 is the last "
+        f"checkpoint; at least one of each part. Lines are fitted to the whole window; diamonds are what they give for the "
+        f"target. Hover over a point for tensor and step."
+    )
+    skill = data.skill_at(found, target)
+    if found.judged is not None:
+        how += (
+            f" Predictions as far ahead as step {target} had skill {skill:+.2f} with the best recipe."
+            if skill is not None
+            else f" Step {target} is farther ahead than anything that was held out: nothing vouches for it."
+        )
+    return Figure("coefficients", "Is it a line, and where does it lead", how, chart, "parts", wide=True, column=110, picks=True)
+
+
+def changed(facts: Facts) -> Figure:
+    """Changed share over steps, of the whole model and by part."""
+    rows = data.changed(facts)
+    whole = alt.datum.part == WHOLE
+    base = _flat(rows, "step", "share").encode(
+        x=_steps(),
+        y=alt.Y("share:Q", title=None, axis=_percent()),
+        color=alt.Color("part:N", scale=alt.Scale(domain=[row["part"] for row in rows]), title=None),
+    )
+    lines = base.mark_line().encode(strokeWidth=alt.condition(whole, alt.value(3.5), alt.value(1.5)))
+    points = base.mark_circle(opacity=0.01, size=60).encode(
+        tooltip=[
+            alt.Tooltip("part:N"),
+            alt.Tooltip("step:Q"),
+            alt.Tooltip("share:Q", title="changed", format=".2%"),
+        ]
+    )
+    how = (
+        "The share of elements whose bits differ from the base. RL in bf16 touches few of them: most updates are smaller "
+        "than the last bit."
+        if any(t.kind.name == "bf16" for t in facts.found.store.tensors)
+        else "The share of elements whose bits differ from the base."
+    )
+    chart = (lines + points).properties(height=260, title=_title("changed elements"))
+    return Figure("changed", "How much of the model changed at all", how, chart, "parts", column=110)
+
+
+def _steps() -> alt.X:
+    return alt.X("step:Q", title="step", scale=alt.Scale(nice=False, zero=False), axis=alt.Axis(format="d", tickCount=6))
+
+
+def _pair() -> alt.Color:
+    return alt.Color("of:N", scale=alt.Scale(domain=[RUN, WALK]), title=None)
+
+
+def spectrum(facts: Facts) -> Figure:
+    """The singular spectrum beside that of a random walk."""
+    base = _chart(data.spectrum(facts.found)).encode(
+        x=alt.X("direction:O", title="direction", axis=alt.Axis(labelAngle=0)),
+        y=alt.Y("share:Q", title=None, scale=alt.Scale(type="log"), axis=_percent(form="~%")),
+        color=_pair(),
+    )
+    points = base.mark_point(filled=True, size=70, opacity=1).encode(
+        shape=alt.Shape("of:N", scale=alt.Scale(domain=[RUN, WALK]), title=None),
+        tooltip=[
+            alt.Tooltip("of:N", title="of"),
+            alt.Tooltip("direction:O"),
+            alt.Tooltip("share:Q", title="of the energy", format=".2%"),
+        ],
+    )
+    how = (
+        "The share of the movement along each tensor's first, second, third direction and so on, over all tensors. One "
+        "direction counts where the first point lies high and the others fall off faster than those of a random walk."
+    )
+    chart = (base.mark_line(opacity=0.7) + points).properties(height=260, title=_title("share of the energy (log scale)"))
+    return Figure("spectrum", "How many directions the run needs", how, chart)
+
+
+def thrown(facts: Facts) -> Figure:
+    """What the rank throws away step by step."""
+    found = facts.found
+    base = _flat(data.thrown(found), "step", "share").encode(
+        x=_steps(),
+        y=alt.Y("share:Q", title=None, axis=_percent(), scale=alt.Scale(domainMin=0)),
+        color=_pair(),
+        strokeDash=alt.StrokeDash("of:N", scale=alt.Scale(domain=[RUN, WALK], range=[[1, 0], [6, 4]]), title=None),
+    )
+    points = (
+        _flat(data.thrown(found), "step", "share")
+        .mark_circle(opacity=0.01, size=60)
+        .encode(
+            x=_steps(),
+            y="share:Q",
+            color=_pair(),
+            tooltip=[
+                alt.Tooltip("of:N", title="of"),
+                alt.Tooltip("step:Q"),
+                alt.Tooltip("share:Q", title="thrown away", format=".1%"),
+            ],
+        )
+    )
+    how = (
+        f"The share of the way from the base to each step that {_directions(found.rank)} cannot express. It is largest for "
+        f"the first steps, which lie before the direction has settled."
+    )
+    if (drift := facts.drift) is not None:
+        how += (
+            f" Neighbouring pieces of what is left out have a cosine of {drift:+.2f}: "
+            f"{'it drifts, and is not mere noise' if drift > 0.2 else 'about 0 is noise'}."
+        )
+    chart = (base.mark_line(strokeWidth=2.5) + points).properties(height=260, title=_title("left out of each delta"))
+    return Figure("thrown", f"What rank {found.rank} throws away", how, chart)
+
+
+def parts(facts: Facts) -> Figure:
+    """Skill by part of the model for the best recipe."""
+    title, rows = "Which parts can be predicted", data.parts(facts.found)
+    if not rows:
+        return Figure("parts", title, _untested(facts), None)
+    reach = min(max(0.1, *(abs(row["skill"]) for row in rows)), 1.0)
+    base = _chart(rows).encode(
+        x=alt.X("horizon:O", sort=None, title="times the last known step", axis=alt.Axis(domain=False)),
+        y=alt.Y("part:N", sort=facts.parts, title=None, axis=alt.Axis(domain=False)),
+    )
+    cells = base.mark_rect().encode(
+        color=alt.Color(
+            "skill:Q", legend=None, scale=alt.Scale(domain=[-reach, reach], domainMid=0, clamp=True), title=None
+        ),
+        tooltip=[
+            alt.Tooltip("part:N"),
+            alt.Tooltip("horizon:N", title="up to"),
+            alt.Tooltip("skill:Q", format="+.3f"),
+        ],
+    )
+    strong = f"abs(datum.skill) > {0.55 * reach}"
+    says = base.mark_text(style="cell").encode(
+        text="said:N", color=alt.when(strong).then(alt.value("white"))
+    )
+    how = (
+        "Skill of the best recipe, part by part. Blue and + beats keeping the last checkpoint, orange and − does not: such "
+        "parts are better left as they are (relexio predict --exclude)."
+    )
+    height = 24 * len({row["part"] for row in rows})
+    chart = (cells + says).properties(height=max(height, 60), title=_title("skill"))
+    return Figure("parts", title, how, chart, "parts")

@@ -1,0 +1,87 @@
+"""Colours and type of the figures, light and dark, as Vega-Lite configurations. Hues are told apart by colour-blind eyes too."""
+
+from typing import Any
+
+from relexio.report.data import ORDER, WHOLE
+
+Config = dict[str, Any]
+
+#: What the page and the figures share: background, card, text, secondary text, lines, accent.
+COLOURS = {
+    "light": {"page": "#f6f7f9", "card": "#ffffff", "ink": "#1a1d21", "soft": "#59616b", "line": "#dfe3e8", "accent": "#1f6fb2"},
+    "dark": {"page": "#101316", "card": "#191d21", "ink": "#eceff2", "soft": "#a3acb6", "line": "#31373e", "accent": "#62b0ee"},
+}  # fmt: skip
+_PARTS = {  # attention is blue to green, the MLP yellow to red, what is outside the layers violet and grey
+    "embedding": ("#8e44ad", "#c792e8"),
+    "qkv": ("#2f5fa8", "#7aa7f0"),
+    "q": ("#1f4e9c", "#6f9df2"),
+    "k": ("#2f8fd0", "#6cc5f7"),
+    "v": ("#12908e", "#4fd1cf"),
+    "o": ("#4f9d3a", "#9bdc7f"),
+    "gate": ("#c98a00", "#f5c84c"),
+    "up": ("#e0701a", "#ff9d57"),
+    "down": ("#c0392b", "#ff7d6e"),
+    "norm": ("#b0508f", "#f095d0"),
+    "head": ("#7a6a58", "#cdbda8"),
+    "other": ("#7d868f", "#9aa3ad"),
+}
+_METHODS = (
+    ("#1f6fb2", "#62b0ee"), ("#d9730d", "#ffa057"), ("#12908e", "#4fd1cf"), ("#b0508f", "#f095d0"),
+    ("#a07b00", "#f5c84c"), ("#6d5bd0", "#b3a6ff"), ("#6b7680", "#aab3bc"), ("#4f9d3a", "#9bdc7f"),
+)  # fmt: skip
+
+
+def palettes(parts: list[str]) -> dict[str, dict[str, list[str]]]:
+    """The colours of a figure's categories by palette and theme, in the order of its domain."""
+    found: dict[str, dict[str, list[str]]] = {"parts": {}, "methods": {}, "pair": {}}
+    for place, theme in enumerate(COLOURS):
+        colours = COLOURS[theme]
+        found["parts"][theme] = [colours["ink"], *(_PARTS[part][place] for part in ORDER if part in parts)]
+        found["methods"][theme] = [both[place] for both in _METHODS]
+        found["pair"][theme] = [colours["accent"], colours["soft"]]
+    assert WHOLE not in parts
+    return found
+
+
+def config(theme: str, font: str = "system-ui, sans-serif", category: list[str] | None = None) -> Config:
+    """The Vega-Lite configuration of a theme, ``light`` or ``dark``."""
+    c = COLOURS[theme]
+    diverging = ["#b3541e", c["card"], "#2468a8"] if theme == "light" else ["#d0702f", "#23282d", "#3f8ad0"]
+    axis = {
+        "labelColor": c["soft"], "titleColor": c["soft"], "domainColor": c["line"], "tickColor": c["line"],
+        "gridColor": c["line"], "gridOpacity": 0.7, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal",
+        "labelFlush": False, "titlePadding": 8,
+    }  # fmt: skip
+    return {
+        "font": font,
+        "background": c["card"],
+        "view": {"stroke": None},
+        "axis": axis,
+        "axisX": {"grid": False},
+        "axisY": {"domain": False, "ticks": False, "labelPadding": 6},
+        "axisBand": {"grid": False, "labelAngle": 0, "ticks": False},
+        "title": {
+            "anchor": "start", "frame": "group", "color": c["soft"], "fontSize": 12, "fontWeight": "normal", "offset": 10,
+            "subtitleColor": c["soft"], "subtitleFontSize": 12, "subtitlePadding": 6,
+        },
+        "legend": {
+            "orient": "top", "direction": "horizontal", "labelColor": c["ink"], "titleColor": c["soft"], "labelFontSize": 12,
+            "labelLimit": 320, "symbolStrokeWidth": 2, "symbolSize": 90, "offset": 8, "columnPadding": 16, "rowPadding": 4,
+            "symbolOpacity": 1,
+        },
+        "line": {"strokeCap": "round", "strokeJoin": "round", "strokeWidth": 2},
+        "rect": {"stroke": None},
+        "text": {"color": c["ink"], "fontSize": 12},
+        "style": {
+            "zero": {"stroke": c["ink"], "strokeWidth": 1.5},
+            "mark": {"stroke": c["soft"], "strokeDash": [4, 4], "strokeWidth": 1},
+            "note": {"fill": c["soft"], "fontSize": 12},
+            "cell": {"fill": c["ink"], "fontSize": 11},
+        },
+        "range": {
+            "category": category or palettes([])["methods"][theme],
+            "heatmap": {"scheme": "viridis"},
+            "ramp": {"scheme": "viridis"},
+            "diverging": diverging,
+        },
+    }  # fmt: skip
