@@ -26,7 +26,7 @@ RUN, WALK = "this run", "random walk"
 _POINTS = 200  # of one curve: a phone has fewer pixels
 _DRAWN, _DRAWN_OF_PART = 12, 6  # tensors whose coefficients are drawn at first, and when one part is picked
 _LEAST_LAST = 0.2  # of the largest coefficient: a tensor that came back has no last value to be measured in
-_SAME = 0.005  # skills that near are one line in a figure
+_SAME = 0.002  # skills that near are one line in a figure
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,11 @@ def numbers(values: np.ndarray) -> list[float | None]:
     return [number(float(value)) for value in values]
 
 
+def signed(value: float) -> str:
+    """A number with its sign for people: ``+0.15``, ``−0.30``."""
+    return f"{value:+.2f}".replace("-", "−") if abs(value) >= 0.005 else "0.00"
+
+
 def times(place: int) -> str:
     """A horizon for people: ``1.5x``."""
     return f"{HORIZONS[place]:g}×"
@@ -89,13 +94,15 @@ def default_target(found: Findings) -> int:
 class Skills:
     """Skill by horizon of the best recipe of each method.
 
-    ``methods`` are those that are drawn, the recommended one (if any) ``first``; ``below`` are never above ``floor``.
+    ``methods`` are those that are drawn, from ``floor`` to ``top``, the recommended one (if any) ``first``; ``below`` are
+    never above the floor.
     """
 
     rows: Table
     methods: list[str]
     first: str | None
     floor: float
+    top: float
     below: list[str]
 
 
@@ -123,7 +130,7 @@ def skills(found: Findings) -> Skills | None:
     ]
     advised = merged[0][0] if judged.verdict.sure != "none" else None
     names = [name for name, _ in drawn]
-    return Skills(rows, names, advised, floor, [name for name, _ in merged if name not in names])
+    return Skills(rows, names, advised, floor, max(best, 0.0) + 0.08 * (max(best, 0.0) - floor), [name for name, _ in merged if name not in names])
 
 
 def _merge(lines: list[tuple[str, np.ndarray]]) -> list[tuple[str, np.ndarray]]:
@@ -190,7 +197,7 @@ def coefficients(found: Findings, target: int) -> Curves:
     for tensor, top in drawn:
         last = float(tensor.coefficients[-1])
         row = {"tensor": tensor.name, "part": tensor.part, "top": top}
-        ends = tensor.line.slope * np.array([steps[0], target]) + tensor.line.intercept
+        ends = tensor.line.slope * _ends(steps, target) + tensor.line.intercept
         _add(curves, row, steps, target, tensor.coefficients, last, ends)
     if (model := whole_model(found.tensors, steps, target)) is not None:
         _add(curves, {"tensor": WHOLE, "part": WHOLE, "top": True}, steps, target, model[0], 1.0, model[1])
@@ -200,7 +207,7 @@ def coefficients(found: Findings, target: int) -> Curves:
 def whole_model(
     tensors: list[TensorFindings], steps: np.ndarray, target: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """The curve [T] of the whole model in units of its last value, and both ends [2] of its line.
+    """The curve [T] of the whole model in units of its last value, and its line at _ends [3].
 
     None where no tensor has a last coefficient.
     """
@@ -208,10 +215,15 @@ def whole_model(
     weight = float(lasts @ lasts)
     if weight == 0:
         return None
-    at = np.array([steps[0], target])
+    at = _ends(steps, target)
     curves = np.array([tensor.coefficients for tensor in tensors])
     lines = np.array([tensor.line.slope * at + tensor.line.intercept for tensor in tensors])
     return lasts @ curves / weight, lasts @ lines / weight
+
+
+def _ends(steps: np.ndarray, target: int) -> np.ndarray:
+    """Where a line is drawn: from the first step over the last to the target."""
+    return np.array([steps[0], steps[-1], target])
 
 
 def _drawn(tensors: list[TensorFindings]) -> list[tuple[TensorFindings, bool]]:
@@ -238,8 +250,8 @@ def _add(
     there = {"step": steps[some].tolist(), "value": numbers(values[some] / last)}
     raw = numbers(values[some]) if row["part"] != WHOLE else [None] * len(some)
     curves.points.append({**row, **there, "raw": raw})
-    curves.lines.append({**row, "step": [int(steps[0]), target], "value": numbers(ends / last)})
-    curves.targets.append({**row, "step": target, "value": number(float(ends[1]) / last)})
+    curves.lines.append({**row, "step": _ends(steps, target).tolist(), "value": numbers(ends / last)})
+    curves.targets.append({**row, "step": target, "value": number(float(ends[-1]) / last)})
 
 
 def changed(facts: Facts) -> Table:

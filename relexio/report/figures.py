@@ -7,7 +7,7 @@ from typing import Any
 import altair as alt
 
 from relexio.report import data
-from relexio.report.data import RUN, WALK, WHOLE, Facts, Table
+from relexio.report.data import RUN, WALK, WHOLE, Facts, Table, signed
 
 Spec = dict[str, Any]
 
@@ -17,7 +17,7 @@ class Figure:
     """One figure: what it shows (``title``), how to read it, whether it takes the whole width, and whose colours it has.
 
     ``chart`` is None where the run cannot give one; ``how`` says why then. ``column``: the width of one entry of its legend
-    in pixels. ``picks``: whether the reader can pick a part.
+    in pixels. ``signals``: what the reader can set.
     """
 
     name: str
@@ -27,14 +27,14 @@ class Figure:
     palette: str = "pair"
     wide: bool = False
     column: int = 130
-    picks: bool = False
+    signals: tuple[str, ...] = ()
 
     def spec(self, width: int | str = "container") -> Spec | None:
         """The Vega-Lite specification, without colours; None without a chart."""
         if self.chart is None:
             return None
         spec: Spec = self.chart.properties(
-            width=width, autosize={"type": "fit", "contains": "padding"}, description=f"{self.title}. {self.how}"
+            width=width, autosize={"type": "fit-x", "contains": "padding"}, description=f"{self.title}. {self.how}"
         ).to_dict()
         spec.pop("config", None)
         return spec
@@ -64,6 +64,12 @@ def _percent(title: str | None = None, form: str = "~%") -> alt.Axis:
     return alt.Axis(format=form, title=title, tickCount=6)
 
 
+def _flat_axis() -> alt.Axis:
+    """Of a heat map or a scale of names: labels lie, nothing is ruled."""
+    return alt.Axis(labelAngle=0, grid=False, domain=False, ticks=False)
+
+
+_SMALL = 250  # pixels: the height of figures that stand side by side
 _NOT_TESTED = "A backtest takes at least three observed steps; this window has {}."
 _NOT_TRIED = "No method could be tried at every cut-off: the window has too few steps."
 
@@ -75,27 +81,25 @@ def _untested(facts: Facts) -> str:
 
 def skill(facts: Facts) -> Figure:
     """Skill against horizon for the best recipe of each method."""
-    title, found = "How much better than standing still, the farther ahead", data.skills(facts.found)
+    title, found = "Do predictions beat keeping the last checkpoint?", data.skills(facts.found)
     if found is None:
         return Figure("skill", title, _untested(facts), None, wide=True)
     names = {name: f"{name} (recommended)" if name == found.first else name for name in found.methods}
     rows = [{**row, "method": names[row["method"]]} for row in found.rows]
     domain, first = list(names.values()), names.get(found.first or "", "")
     base = _chart(rows).encode(
-        x=alt.X("horizon:O", sort=None, title="steps ahead of the last known one: up to so many times its number"),
+        x=alt.X("horizon:O", sort=None, title="up to so many times the last known step", axis=_flat_axis()),
         y=alt.Y(
             "skill:Q",
             title=None,
-            scale=alt.Scale(domainMin=found.floor, nice=False),
-            axis=alt.Axis(format="+.2~f"),
+            scale=alt.Scale(domain=[found.floor, found.top], nice=False),
+            axis=alt.Axis(format="+.2~f", labelExpr="datum.value == 0 ? '0' : datum.label"),
         ),
         color=alt.Color("method:N", scale=alt.Scale(domain=domain), title=None),
     )
     thick = alt.datum.method == first
-    line = base.mark_line(clip=True).encode(
-        strokeWidth=alt.condition(thick, alt.value(4), alt.value(1.5)),
-        detail="method:N",
-    )
+    line = base.mark_line(clip=True, strokeWidth=1.5)
+    best = base.transform_filter(thick).mark_line(clip=True, strokeWidth=4)
     points = base.mark_point(clip=True, filled=True, opacity=1).encode(
         shape=alt.Shape("method:N", scale=alt.Scale(domain=domain), title=None),
         size=alt.condition(thick, alt.value(110), alt.value(50)),
@@ -111,10 +115,10 @@ def skill(facts: Facts) -> Figure:
         "after them. Above the zero line it came nearer to them than keeping the last checkpoint; 1 would be perfect."
     )
     if found.floor > -1 or found.below:
-        how += f" The figure ends at {found.floor:+.2f}: lines that leave it are worse."
+        how += f" The figure ends at {signed(found.floor)}: lines that leave it are worse."
     if found.below:
         how += f" Worse everywhere, and not drawn: {', '.join(found.below)}."
-    chart = (zero + line + points).properties(height=300, title=_title("skill"))
+    chart = (zero + line + best + points).properties(height=300, title=_title("skill"))
     return Figure("skill", title, how, chart, "methods", wide=True, column=250)
 
 
@@ -164,7 +168,7 @@ def energy(facts: Facts) -> Figure:
         f"(layer “none”: outside the layers). Lighter is straighter. A random walk over the same steps keeps {walk:.0%}: "
         f"only what is well above that says anything."
     )
-    return Figure("energy", "Where the model moved along a straight line", how, chart, wide=True)
+    return Figure("energy", "Where did the model move along a straight line?", how, chart, wide=True)
 
 
 def _directions(rank: int) -> str:
@@ -183,7 +187,12 @@ def coefficients(facts: Facts) -> Figure:
             options=[None, *there], labels=["the most energetic tensors", *(f"{p} alone" for p in there)], name="Show "
         ),
     )
-    shown = f"pick == null ? datum.top : (datum.part == pick || datum.part == '{WHOLE}')"
+    reach = alt.param(
+        name="reach",
+        value=target,
+        bind=alt.binding_select(options=[target, last], labels=["up to the target", "observed steps alone"], name="and "),
+    )
+    shown = f"datum.step <= reach && (pick == null ? datum.top : (datum.part == pick || datum.part == '{WHOLE}'))"
     color = alt.Color("part:N", scale=alt.Scale(domain=[WHOLE, *facts.parts]), title=None)
     whole = alt.datum.part == WHOLE
     x = alt.X("step:Q", title="step", scale=alt.Scale(nice=False, zero=False), axis=alt.Axis(format="d", tickCount=8))
@@ -208,7 +217,7 @@ def coefficients(facts: Facts) -> Figure:
             x=x,
             y="value:Q",
             color=color,
-            size=alt.condition(whole, alt.value(32), alt.value(16)),
+            size=alt.condition(whole, alt.value(20), alt.value(11)),
             tooltip=[*tips, alt.Tooltip("raw:Q", title="coefficient", format=".4g")],
         )
     )
@@ -223,17 +232,18 @@ def coefficients(facts: Facts) -> Figure:
         {"step": target, "says": f"target: step {target}", "at": 0},
     ]
     height = 360
-    rules = _chart(marks).mark_rule(style="mark").encode(x=x)
+    rules = _chart(marks).transform_filter("datum.step <= reach").mark_rule(style="ruled").encode(x=x)
     texts = [
         _chart([row])
+        .transform_filter("reach > " + str(last))
         .mark_text(style="note", align=align, dx=dx, baseline="bottom")
         .encode(x=x, y=alt.value(height - 5 - 15 * row["at"]), text="says:N")
         for row, align, dx in zip(marks, ("left", "right"), (5, -5), strict=True)
     ]
     chart = (
         alt.layer(rules, lines, points, ends, *texts)
-        .add_params(pick)
-        .properties(height=height, title=_title("coefficient, in terms of the last observed one"))
+        .add_params(pick, reach)
+        .properties(height=height, title=_title("coefficient, 1 at the last observed step"))
     )
     what = "all tensors that moved" if curves.drawn >= len(found.tensors) else f"the {curves.drawn} most energetic tensors"
     how = (
@@ -244,11 +254,11 @@ def coefficients(facts: Facts) -> Figure:
     skill = data.skill_at(found, target)
     if found.judged is not None:
         how += (
-            f" Predictions as far ahead as step {target} had skill {skill:+.2f} with the best recipe."
+            f" Predictions as far ahead as step {target} had skill {signed(skill)} with the best recipe."
             if skill is not None
             else f" Step {target} is farther ahead than anything that was held out: nothing vouches for it."
         )
-    return Figure("coefficients", "Is it a line, and where does it lead", how, chart, "parts", wide=True, column=110, picks=True)
+    return Figure("coefficients", "Is it a line, and where does it lead?", how, chart, "parts", wide=True, column=110, signals=("pick", "reach"))
 
 
 def changed(facts: Facts) -> Figure:
@@ -269,13 +279,12 @@ def changed(facts: Facts) -> Figure:
         ]
     )
     how = (
-        "The share of elements whose bits differ from the base. RL in bf16 touches few of them: most updates are smaller "
-        "than the last bit."
+        "The share of elements whose bits differ from the base. In bf16 an update smaller than the last bit changes none."
         if any(t.kind.name == "bf16" for t in facts.found.store.tensors)
         else "The share of elements whose bits differ from the base."
     )
-    chart = (lines + points).properties(height=260, title=_title("changed elements"))
-    return Figure("changed", "How much of the model changed at all", how, chart, "parts", column=110)
+    chart = (lines + points).properties(height=_SMALL, title=_title("changed elements"))
+    return Figure("changed", "How much of the model changed at all?", how, chart, "parts", column=110)
 
 
 def _steps() -> alt.X:
@@ -286,11 +295,15 @@ def _pair() -> alt.Color:
     return alt.Color("of:N", scale=alt.Scale(domain=[RUN, WALK]), title=None)
 
 
+def _decades() -> alt.Axis:
+    return alt.Axis(format="~%", title=None, values=[1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 1e-4, 1e-5])
+
+
 def spectrum(facts: Facts) -> Figure:
     """The singular spectrum beside that of a random walk."""
     base = _chart(data.spectrum(facts.found)).encode(
         x=alt.X("direction:O", title="direction", axis=alt.Axis(labelAngle=0)),
-        y=alt.Y("share:Q", title=None, scale=alt.Scale(type="log"), axis=_percent(form="~%")),
+        y=alt.Y("share:Q", title=None, scale=alt.Scale(type="log", nice=False, domainMax=1), axis=_decades()),
         color=_pair(),
     )
     points = base.mark_point(filled=True, size=70, opacity=1).encode(
@@ -305,18 +318,20 @@ def spectrum(facts: Facts) -> Figure:
         "The share of the movement along each tensor's first, second, third direction and so on, over all tensors. One "
         "direction counts where the first point lies high and the others fall off faster than those of a random walk."
     )
-    chart = (base.mark_line(opacity=0.7) + points).properties(height=260, title=_title("share of the energy (log scale)"))
-    return Figure("spectrum", "How many directions the run needs", how, chart)
+    chart = (base.mark_line(opacity=0.7) + points).properties(height=_SMALL, title=_title("share of the energy (log scale)"))
+    return Figure("spectrum", "How many directions does the run need?", how, chart)
 
 
 def thrown(facts: Facts) -> Figure:
     """What the rank throws away step by step."""
-    found = facts.found
+    found, stroke = facts.found, alt.Legend(symbolType="stroke", symbolSize=400)
     base = _flat(data.thrown(found), "step", "share").encode(
         x=_steps(),
         y=alt.Y("share:Q", title=None, axis=_percent(), scale=alt.Scale(domainMin=0)),
-        color=_pair(),
-        strokeDash=alt.StrokeDash("of:N", scale=alt.Scale(domain=[RUN, WALK], range=[[1, 0], [6, 4]]), title=None),
+        color=alt.Color("of:N", scale=alt.Scale(domain=[RUN, WALK]), title=None, legend=stroke),
+        strokeDash=alt.StrokeDash(
+            "of:N", scale=alt.Scale(domain=[RUN, WALK], range=[[1, 0], [5, 4]]), title=None, legend=stroke
+        ),
     )
     points = (
         _flat(data.thrown(found), "step", "share")
@@ -324,7 +339,6 @@ def thrown(facts: Facts) -> Figure:
         .encode(
             x=_steps(),
             y="share:Q",
-            color=_pair(),
             tooltip=[
                 alt.Tooltip("of:N", title="of"),
                 alt.Tooltip("step:Q"),
@@ -338,26 +352,29 @@ def thrown(facts: Facts) -> Figure:
     )
     if (drift := facts.drift) is not None:
         how += (
-            f" Neighbouring pieces of what is left out have a cosine of {drift:+.2f}: "
+            f" Neighbouring pieces of what is left out have a cosine of {signed(drift)}: "
             f"{'it drifts, and is not mere noise' if drift > 0.2 else 'about 0 is noise'}."
         )
-    chart = (base.mark_line(strokeWidth=2.5) + points).properties(height=260, title=_title("left out of each delta"))
-    return Figure("thrown", f"What rank {found.rank} throws away", how, chart)
+    chart = (base.mark_line(strokeWidth=2.5) + points).properties(height=_SMALL, title=_title("left out of each delta"))
+    return Figure("thrown", f"What does rank {found.rank} throw away?", how, chart)
 
 
 def parts(facts: Facts) -> Figure:
     """Skill by part of the model for the best recipe."""
-    title, rows = "Which parts can be predicted", data.parts(facts.found)
+    title, rows = "Which parts can be predicted?", data.parts(facts.found)
     if not rows:
         return Figure("parts", title, _untested(facts), None)
     reach = min(max(0.1, *(abs(row["skill"]) for row in rows)), 1.0)
     base = _chart(rows).encode(
-        x=alt.X("horizon:O", sort=None, title="times the last known step", axis=alt.Axis(domain=False)),
+        x=alt.X("horizon:O", sort=None, title="times the last known step", axis=_flat_axis()),
         y=alt.Y("part:N", sort=facts.parts, title=None, axis=alt.Axis(domain=False)),
     )
     cells = base.mark_rect().encode(
         color=alt.Color(
-            "skill:Q", legend=None, scale=alt.Scale(domain=[-reach, reach], domainMid=0, clamp=True), title=None
+            "skill:Q",
+            legend=None,
+            title=None,
+            scale=alt.Scale(domain=[-reach, reach], domainMid=0, clamp=True, interpolate="rgb"),
         ),
         tooltip=[
             alt.Tooltip("part:N"),
@@ -365,14 +382,14 @@ def parts(facts: Facts) -> Figure:
             alt.Tooltip("skill:Q", format="+.3f"),
         ],
     )
-    strong = f"abs(datum.skill) > {0.55 * reach}"
-    says = base.mark_text(style="cell").encode(
+    strong = f"abs(datum.skill) > {0.8 * reach}"
+    says = base.mark_text(style="value").encode(
         text="said:N", color=alt.when(strong).then(alt.value("white"))
     )
     how = (
         "Skill of the best recipe, part by part. Blue and + beats keeping the last checkpoint, orange and − does not: such "
         "parts are better left as they are (relexio predict --exclude)."
     )
-    height = 24 * len({row["part"] for row in rows})
-    chart = (cells + says).properties(height=max(height, 60), title=_title("skill"))
+    height = max(24 * len({row["part"] for row in rows}), _SMALL)
+    chart = (cells + says).properties(height=height, title=_title("skill"))
     return Figure("parts", title, how, chart, "parts")

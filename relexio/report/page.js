@@ -21,11 +21,12 @@
       const width = place.clientWidth;
       const before = drawn.get(figure.name);
       if (before && !redraw && before.width === width) continue;
-      const picked = before && figure.picks ? before.view.signal("pick") : null;
+      const picked = before ? figure.signals.map((name) => [name, before.view.signal(name)]) : [];
       const options = { mode: "vega-lite", renderer: "svg", actions: false, ast: true, config: settings(figure, width),
         tooltip: { theme: dark.matches ? "dark" : "light" } };
       const { view } = await vegaEmbed(place, { ...figure.spec, width }, options);
-      if (picked !== null) await view.signal("pick", picked).runAsync();
+      for (const [name, value] of picked) view.signal(name, value);
+      await view.runAsync();
       if (before) before.view.finalize();
       drawn.set(figure.name, { view, width });
       if (mine !== turn) return; // another drawing has begun meanwhile

@@ -24,10 +24,10 @@ _TONES = {  # of the verdict: behind white or dark text, never the only sign
     "dark": {"good": "#5fd3a0", "fair": "#62b0ee", "weak": "#f0b35c", "bad": "#ff8d7f", "on": "#101316"},
 }
 _BADGES = {
-    "high": "Worth extrapolating: sure",
-    "moderate": "Worth extrapolating: fairly sure",
-    "low": "Perhaps worth extrapolating: hardly sure",
-    "none": "Do not extrapolate this run",
+    "high": "Predictions beat standing still: sure",
+    "moderate": "Predictions beat standing still: fairly sure",
+    "low": "Predictions may beat standing still: hardly sure",
+    "none": "Predictions do not beat standing still",
     "untested": "Not tested",
 }
 _PATHS = {
@@ -68,7 +68,7 @@ $table
 <p>$caveat</p>
 <p>Store: $store</p>
 <p>Made by relexio $version; to make it again:</p>
-<pre>$command</pre>
+$command
 </footer>
 <script type="application/json" id="report">$data</script>
 <script>$library</script>
@@ -97,7 +97,7 @@ def page(facts: Facts, made: list[Figure], run: str, command: str, library: str)
         table=_table(facts),
         caveat=escape(words.caveat()),
         store=escape(facts.found.store.address),
-        command=escape(command),
+        command=_command(command),
         data=_json(_content(facts, made)),
         library=scripts[0],
         script=scripts[1],
@@ -106,7 +106,7 @@ def page(facts: Facts, made: list[Figure], run: str, command: str, library: str)
 
 def _content(facts: Facts, made: list[Figure]) -> dict[str, Any]:
     drawn = [
-        {"name": f.name, "palette": f.palette, "column": f.column, "picks": f.picks, "spec": spec}
+        {"name": f.name, "palette": f.palette, "column": f.column, "signals": f.signals, "spec": spec}
         for f in made
         if (spec := f.spec()) is not None
     ]
@@ -160,8 +160,14 @@ def _verdict(facts: Facts) -> str:
     lines += [f"<p>{escape(text)}</p>" for text in told.sentences[1:]]
     lines += [f'<p class="sign">{_icon("sign")}Not one line: {escape(text)}.</p>' for text in told.signs]
     lines.append(f'<p class="caveat">{escape(words.caveat())}</p>')
-    lines += [f"<pre>{escape(told.command)}</pre>"] if told.command else []
+    lines += [_command(told.command)] if told.command else []
     return "\n".join([*lines, "</section>"])
+
+
+def _command(text: str) -> str:
+    """A command line that wraps before an option, not inside one."""
+    first, *options = text.split(" -")
+    return f"<pre>{escape(first)}{''.join(f' <span>-{escape(option)}</span>' for option in options)}</pre>"
 
 
 def _key(key: words.Key) -> str:

@@ -121,6 +121,7 @@ def render(facts: Facts, request: Request, vl_convert: Any) -> tuple[str, dict[P
             spec["title"] = {"text": figure.title, "subtitle": spec["title"]["text"], "fontSize": 17, "color": "#1a1d21"}
             theme = config("light", _PNG_FONT, palettes(facts.parts)[figure.palette]["light"])
             theme["legend"]["columns"] = max(1, _PNG_WIDTH // figure.column)
+            theme["padding"] = 14
             pictures[request.pngs / f"{figure.name}.png"] = vl_convert.vegalite_to_png(
                 spec, vl_version=version, scale=_PNG_SCALE, config=theme
             )

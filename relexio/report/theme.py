@@ -46,7 +46,7 @@ def palettes(parts: list[str]) -> dict[str, dict[str, list[str]]]:
 def config(theme: str, font: str = "system-ui, sans-serif", category: list[str] | None = None) -> Config:
     """The Vega-Lite configuration of a theme, ``light`` or ``dark``."""
     c = COLOURS[theme]
-    diverging = ["#b3541e", c["card"], "#2468a8"] if theme == "light" else ["#d0702f", "#23282d", "#3f8ad0"]
+    diverging = ["#b3541e", c["card"], "#2468a8"] if theme == "light" else ["#b5602a", "#23282d", "#2f74b8"]
     axis = {
         "labelColor": c["soft"], "titleColor": c["soft"], "domainColor": c["line"], "tickColor": c["line"],
         "gridColor": c["line"], "gridOpacity": 0.7, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal",
@@ -73,10 +73,10 @@ def config(theme: str, font: str = "system-ui, sans-serif", category: list[str] 
         "rect": {"stroke": None},
         "text": {"color": c["ink"], "fontSize": 12},
         "style": {
-            "zero": {"stroke": c["ink"], "strokeWidth": 1.5},
-            "mark": {"stroke": c["soft"], "strokeDash": [4, 4], "strokeWidth": 1},
-            "note": {"fill": c["soft"], "fontSize": 12},
-            "cell": {"fill": c["ink"], "fontSize": 11},
+            "zero": {"color": c["ink"], "strokeWidth": 1.5},
+            "ruled": {"color": c["soft"], "strokeDash": [4, 4], "strokeWidth": 1},
+            "note": {"color": c["soft"], "fontSize": 12},
+            "value": {"color": c["ink"], "fontSize": 11},
         },
         "range": {
             "category": category or palettes([])["methods"][theme],

@@ -1,0 +1,63 @@
+"""Facts of a run that nobody trained, as large as wanted, for the pages made of them."""
+
+import numpy as np
+
+from relexio.backtest import Judged
+from relexio.extrapolate.backtest import backtest
+from relexio.extrapolate.findings import alike, find, thrown_away
+from relexio.extrapolate.parts import layer_of, part_of
+from relexio.extrapolate.straight import straightness
+from relexio.extrapolate.trials import STRENGTHS, make_folds, make_trials
+from relexio.extrapolate.verdict import advise
+from relexio.findings import Findings, TensorFindings
+from relexio.inspect import Sizes
+from relexio.report.data import Facts, default_target
+from relexio.trajectory.schema import lay_out
+from relexio.trajectory.store import Store
+
+_IN_LAYER = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
+    "mlp.down_proj", "input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm",
+)  # fmt: skip
+
+
+def names(layers: int) -> list[str]:
+    """Tensors of a model with so many layers: 11 in each, and 3 outside."""
+    inside = [f"model.layers.{i}.{name}.weight" for i in range(layers) for name in _IN_LAYER]
+    return ["model.embed_tokens.weight", *inside, "model.norm.weight", "lm_head.weight"]
+
+
+def made_up(tensors: list[str], steps: tuple[int, ...], drift: float = 0.3, seed: int = 0) -> Facts:
+    """A run whose tensors drift along a line by so much of a random walk's size. The backtest is that of a few of them."""
+    rng, at = np.random.default_rng(seed), np.array(steps, float)
+    walk, line = np.minimum.outer(at, at), np.outer(at, at) / at[-1]
+    store = Store("made-up/run.zarr", 1024, lay_out([(n, "BF16", (64, 32)) for n in tensors], 1024), (), "0" * 64)
+    grams, found, left, lengths = {}, [], np.zeros_like(walk), np.zeros(len(at))
+    for name in tensors:
+        gram = rng.uniform(0.2, 2) * (walk + drift * rng.uniform(0, 3) * line)
+        if len(grams) < 12:
+            grams[name] = gram
+            one = find(gram, np.array(steps), 1)
+            left, lengths = left + one.left, lengths + one.lengths
+        noisy = one.coefficients * rng.uniform(0.7, 1.3) + 0.02 * np.sqrt(at) * rng.standard_normal(len(at))
+        found.append(
+            TensorFindings(
+                name, part_of(name), layer_of(name), rng.uniform(0.05, 0.4), float(np.trace(gram)), rng.uniform(0.8, 0.99),
+                one.spectrum, noisy, one.line,
+            )
+        )  # fmt: skip
+    findings = Findings(
+        store, steps, 1, found, one.spectrum, thrown_away(left, lengths), alike(left), _judge(store, steps, grams)
+    )
+    changed = np.outer(rng.uniform(100, 600, len(tensors)), (at / at[-1]) ** 0.6).astype(np.int64)
+    return Facts(findings, Sizes(10**12, 2 * 10**9, 10**9, 10**7), changed, default_target(findings))
+
+
+def _judge(store: Store, steps: tuple[int, ...], grams: dict[str, np.ndarray]) -> Judged | None:
+    if len(steps) < 3:
+        return None
+    at = np.array(steps)
+    trials = [trial for trial in make_trials(len(steps)) if trial.share == 1 and trial.recipe.fit == "line"]
+    trials = [trial for trial in trials if trial.recipe.refit is None]
+    test = backtest(grams.items(), len(grams), at, trials, make_folds(at), STRENGTHS)
+    return Judged(store, steps, test, advise(test), straightness(grams.values(), at))
