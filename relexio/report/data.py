@@ -188,8 +188,7 @@ class Curves:
 def coefficients(found: Findings, target: int) -> Curves:
     """Those of the most energetic tensors, some of each part, and of the whole model.
 
-    The whole model's is the mean over all tensors, weighted by the square of their last coefficient: how far the
-    model has come along the way to its last checkpoint.
+    The whole model's is along the direction that its tensors' directions make up, each as long as its last coefficient.
     """
     steps = np.array(found.window)
     drawn = _drawn(found.tensors)
@@ -200,25 +199,22 @@ def coefficients(found: Findings, target: int) -> Curves:
         ends = tensor.line.slope * _ends(steps, target) + tensor.line.intercept
         _add(curves, row, steps, target, tensor.coefficients, last, ends)
     if (model := whole_model(found.tensors, steps, target)) is not None:
-        _add(curves, {"tensor": WHOLE, "part": WHOLE, "top": True}, steps, target, model[0], 1.0, model[1])
+        _add(curves, {"tensor": WHOLE, "part": WHOLE, "top": True}, steps, target, model[0], float(model[0][-1]), model[1])
     return curves
 
 
 def whole_model(
     tensors: list[TensorFindings], steps: np.ndarray, target: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """The curve [T] of the whole model in units of its last value, and its line at _ends [3].
-
-    None where no tensor has a last coefficient.
-    """
+    """The coefficients [T] of the whole model, and their line at _ends [3]; None where no tensor has a last coefficient."""
     lasts = np.array([tensor.coefficients[-1] for tensor in tensors])
-    weight = float(lasts @ lasts)
-    if weight == 0:
+    length = float(np.linalg.norm(lasts))
+    if length == 0:
         return None
     at = _ends(steps, target)
     curves = np.array([tensor.coefficients for tensor in tensors])
     lines = np.array([tensor.line.slope * at + tensor.line.intercept for tensor in tensors])
-    return lasts @ curves / weight, lasts @ lines / weight
+    return lasts @ curves / length, lasts @ lines / length
 
 
 def _ends(steps: np.ndarray, target: int) -> np.ndarray:
@@ -248,8 +244,7 @@ def _add(
 ) -> None:
     some = thin(len(steps))
     there = {"step": steps[some].tolist(), "value": numbers(values[some] / last)}
-    raw = numbers(values[some]) if row["part"] != WHOLE else [None] * len(some)
-    curves.points.append({**row, **there, "raw": raw})
+    curves.points.append({**row, **there, "raw": numbers(values[some])})
     curves.lines.append({**row, "step": _ends(steps, target).tolist(), "value": numbers(ends / last)})
     curves.targets.append({**row, "step": target, "value": number(float(ends[-1]) / last)})
 

@@ -22,7 +22,7 @@
       const before = drawn.get(figure.name);
       if (before && !redraw && before.width === width) continue;
       const picked = before ? figure.signals.map((name) => [name, before.view.signal(name)]) : [];
-      const options = { mode: "vega-lite", renderer: "svg", actions: false, ast: true, config: settings(figure, width),
+      const options = { mode: "vega-lite", renderer: "svg", actions: false, ast: true, logLevel: 1, config: settings(figure, width),
         tooltip: { theme: dark.matches ? "dark" : "light" } };
       const { view } = await vegaEmbed(place, { ...figure.spec, width }, options);
       for (const [name, value] of picked) view.signal(name, value);

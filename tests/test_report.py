@@ -1,0 +1,414 @@
+"""The report: one page that asks the network for nothing, whatever tensors are called; and its figures as pictures."""
+
+import json
+import re
+import shutil
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Relexio
+from made_up import made_up, names
+from make import BF16, Run, base_tensors, make_run
+from steps import store_run
+
+from relexio.errors import RequestError
+from relexio.report import data, report
+from relexio.report.data import Facts
+from relexio.report.report import Request, default_page, render
+from relexio.report.words import keys, verdict
+
+vl_convert = pytest.importorskip("vl_convert", reason="needs the extra report")
+pytest.importorskip("altair", reason="needs the extra report")
+
+FIGURES = ("skill", "energy", "coefficients", "changed", "spectrum", "thrown", "parts")
+HOSTILE = "model.layers.0.</script><script>document.title='taken'</script><!--\u2028&\"'<img src=x onerror=alert(1)>.q_proj"
+STEPS = tuple(range(1, 25))
+SHAPES = {"model.embed_tokens.weight": (40, 24), "model.layers.0.q_proj.weight": (33, 31), "lm_head.weight": (24,)}
+
+
+@dataclass
+class Page(HTMLParser):
+    """What a browser would find in a page: elements with their attributes, and the text of scripts and styles."""
+
+    tags: list[tuple[str, dict[str, str | None]]]
+    texts: list[tuple[str, str]]
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.texts = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((self.tags[-1][0] if self.tags else "", data))
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    @property
+    def content(self) -> Any:
+        """The data that the scripts draw."""
+        text = re.search(r'<script type="application/json" id="report">(.*?)</script>', self.rawdata_, re.S)
+        assert text is not None
+        return json.loads(text[1])
+
+    def feed(self, data: str) -> None:
+        self.rawdata_ = data
+        super().feed(data)
+
+
+def page_of(facts: Facts, pngs: Path | None = None) -> tuple[str, dict[Path, bytes]]:
+    return render(facts, Request(Path("run.html"), pngs, facts.found.window), vl_convert)
+
+
+@pytest.fixture(scope="module")
+def facts() -> Facts:
+    return made_up([*names(2), HOSTILE], STEPS)
+
+
+@pytest.fixture(scope="module")
+def text(facts: Facts) -> str:
+    return page_of(facts)[0]
+
+
+def test_page_asks_the_network_for_nothing(text: str) -> None:
+    page = Page(text)
+    for _, attributes in page.tags:
+        assert not {"src", "srcset", "href", "action", "background", "data"} & attributes.keys()
+    (policy,) = [a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy is not None and policy.startswith("default-src 'none'; ")
+    assert "unsafe-eval" not in policy and "http" not in policy and "script-src 'unsafe" not in policy
+    styles = "".join(text for tag, text in page.texts if tag == "style")
+    assert "url(" not in styles and "@import" not in styles
+    assert json.dumps(page.content).count("http") == json.dumps(page.content).count("https://vega.github.io/schema/")
+
+
+def test_names_of_tensors_cannot_leave_their_places(text: str) -> None:
+    page = Page(text)
+    assert [a.get("type") for a in page.all("script")] == ["application/json", None, None]
+    assert not page.all("img")
+    assert HOSTILE not in text and "\u2028" not in re.sub(r"<td>[^\n]*", "", text)
+    drawn = json.dumps(page.content, ensure_ascii=False)
+    assert json.dumps(HOSTILE, ensure_ascii=False)[1:-1] in drawn
+    assert HOSTILE.replace("\u2028", "") in "".join(t for _, t in page.texts).replace("\u2028", "")
+
+
+def test_page_has_figures_verdict_and_keys(facts: Facts, text: str) -> None:
+    page = Page(text)
+    assert page.all("html") == [{"lang": "en"}]
+    assert [a["name"] for a in page.all("meta") if "name" in a][:1] == ["viewport"]
+    assert [a["id"] for a in page.all("div") if a.get("class") == "chart"] == list(FIGURES)
+    assert [figure["name"] for figure in page.content["figures"]] == list(FIGURES)
+    assert all(figure["spec"]["description"] for figure in page.content["figures"])
+    said = "".join(t for _, t in page.texts)
+    for sentence in verdict(facts).sentences:
+        assert sentence in said
+    for key in keys(facts):
+        assert key.value in said and key.why in said
+    assert said.count("your own evaluation can choose") == 2
+    assert verdict(facts).sure in {a["class"].split()[1] for a in page.all("section") if a.get("class")}  # type: ignore[union-attr]
+
+
+def test_tables_of_coefficients_and_energy(facts: Facts) -> None:
+    curves = data.coefficients(facts.found, 48)
+    drawn = {row["tensor"]: row for row in curves.points}
+    tensor = max(facts.found.tensors, key=lambda t: t.energy)
+    row, line = drawn[tensor.name], tensor.line
+    np.testing.assert_allclose(row["value"], tensor.coefficients / tensor.coefficients[-1], rtol=1e-4)
+    (end,) = [t for t in curves.targets if t["tensor"] == tensor.name]
+    assert end["value"] == pytest.approx((line.slope * 48 + line.intercept) / tensor.coefficients[-1], rel=1e-4)
+    assert {t.part for t in facts.found.tensors} <= {row["part"] for row in curves.points}
+    assert sum(row["top"] for row in curves.points) == 12 + 1
+    lasts = np.array([t.coefficients[-1] for t in facts.found.tensors])
+    model = sum(t.coefficients * t.coefficients[-1] for t in facts.found.tensors) / (lasts @ lasts)
+    np.testing.assert_allclose(drawn[data.WHOLE]["value"], model, rtol=1e-4)
+
+    cells = {(row["layer"], row["part"]): row for row in data.energy(facts.found)}
+    some = [t for t in facts.found.tensors if (t.layer, t.part) == (1, "norm")]
+    assert cells["1", "norm"]["tensors"] == len(some) == 4
+    weighted = sum(t.kept * t.energy for t in some) / sum(t.energy for t in some)
+    assert cells["1", "norm"]["kept"] == pytest.approx(weighted, rel=1e-4)
+    assert sum(row["share"] for row in cells.values()) == pytest.approx(1, rel=1e-3)
+    assert data.layers(facts.found) == ["none", "0", "1"]
+
+
+def test_skills_are_those_of_the_backtest_and_awful_ones_are_left_out(facts: Facts) -> None:
+    judged, found = facts.found.judged, data.skills(facts.found)
+    assert judged is not None and judged.verdict is not None and found is not None
+    first = found.methods[0]
+    assert first.startswith(str(judged.test.trials[judged.verdict.pick.trial].recipe))
+    values = [row["skill"] for row in found.rows if row["method"] == first]
+    expected = judged.verdict.skills[~np.isnan(judged.verdict.skills)]
+    np.testing.assert_allclose(values, expected, rtol=1e-4)
+    assert -1 <= found.floor < 0 and found.top > max(values)
+    worst = judged.best_of_each_method()[-1]
+    name = str(judged.test.trials[worst.trial].recipe)
+    below = np.nanmax(judged.test.by_horizon(worst.trial, worst.strength)) <= found.floor
+    assert below == any(name in other for other in found.below)
+
+
+def test_many_steps_are_thinned_and_ends_kept() -> None:
+    assert data.thin(5).tolist() == [0, 1, 2, 3, 4]
+    some = data.thin(5000)
+    assert len(some) == 200 and some[0] == 0 and some[-1] == 4999
+
+
+def test_target_goes_where_the_verdict_sees_skill(facts: Facts) -> None:
+    judged = facts.found.judged
+    assert judged is not None and judged.verdict is not None and judged.verdict.reach is not None
+    assert data.default_target(facts.found) == max(int(24 * judged.verdict.reach[1]), 25)
+    assert data.default_target(replace(facts.found, judged=None)) == 48
+
+
+def test_pictures_are_pngs_of_the_page_s_figures(facts: Facts, tmp_path: Path) -> None:
+    _, pictures = page_of(facts, tmp_path)
+    assert [path.name for path in pictures] == [f"{name}.png" for name in FIGURES]
+    for picture in pictures.values():
+        assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+        width, height = struct.unpack(">II", picture[16:24])
+        assert 1500 <= width <= 1600 and 400 <= height <= 1600
+        assert len(picture) > 10_000
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    store_run(make_run(tmp_path, steps=tuple(range(1, 13)), shapes=SHAPES, size=3e-3), tmp_path / "run.zarr")
+    return tmp_path / "run.zarr"
+
+
+def test_command_writes_page_and_pictures(relexio: Relexio, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.parent)
+    done = relexio("report", "run.zarr", "--png", "figures/of run", "--step", 30, "--json")
+    assert done.code == 0, done.err
+    written = json.loads(done.out)
+    assert written["page"] == "run.html" and written["target"] == 30 and written["window"] == list(range(1, 13))
+    assert written["bytes"] == Path("run.html").stat().st_size
+    assert sorted(written["pictures"]) == sorted(str(p) for p in Path("figures/of run").iterdir())
+    assert len(written["pictures"]) == len(FIGURES)
+    page = Page(Path("run.html").read_text())
+    said = "".join(t for _, t in page.texts)
+    assert "relexio report run.zarr --window 1:12 --step 30 --png 'figures/of run' -o run.html" in said
+    assert {"last observed: step 12", "target: step 30"} <= set(re.findall(r'"says": "([^"]*)"', json.dumps(page.content)))
+    assert not list(run.parent.glob("*.relexio-partial"))
+
+
+def test_nothing_is_overwritten(relexio: Relexio, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "there.html").write_text("mine")
+    (tmp_path / "pngs").mkdir()
+    (tmp_path / "pngs" / "thrown.png").write_text("mine")
+    for arguments, named in (
+        (("-o", tmp_path / "there.html"), "there.html"),
+        (("-o", tmp_path / "new.html", "--png", tmp_path / "pngs"), "thrown.png"),
+    ):
+        done = relexio("report", run, *arguments)
+        assert done.code == 1 and f"{named}: exists" in done.err
+    assert [p.read_text() for p in (tmp_path / "there.html", tmp_path / "pngs" / "thrown.png")] == ["mine", "mine"]
+    assert not (tmp_path / "new.html").exists()
+
+
+@pytest.mark.parametrize(("option", "value", "said"), [("--step", 12, "not beyond"), ("--rank", 13, "does not fit")])
+def test_what_the_window_cannot_give_is_refused(
+    relexio: Relexio, run: Path, tmp_path: Path, option: str, value: int, said: str
+) -> None:
+    done = relexio("report", run, option, value, "-o", tmp_path / "new.html")
+    assert done.code == 1 and said in done.err and not (tmp_path / "new.html").exists()
+
+
+@pytest.mark.parametrize("dtype", [BF16, np.dtype("float32")], ids=["bf16", "fp32"])
+def test_two_steps_and_one_tensor(relexio: Relexio, tmp_path: Path, dtype: np.dtype) -> None:
+    still = tuple(name for name in SHAPES if "q_proj" not in name)
+    made = make_run(tmp_path, dtype, steps=(1, 2), shapes=SHAPES, still=still, size=3e-3)
+    store_run(made, tmp_path / "run.zarr")
+    out = tmp_path / "two.html"
+    done = relexio("report", tmp_path / "run.zarr", "-o", out, "--png", tmp_path / "png")
+    assert done.code == 0, done.err
+    page = Page(out.read_text())
+    assert [figure["name"] for figure in page.content["figures"]] == list(FIGURES[1:-1])
+    said = "".join(t for _, t in page.texts)
+    assert "There is no verdict: a backtest takes at least three observed steps, and the window has 2." in said
+    assert sorted(p.stem for p in (tmp_path / "png").iterdir()) == sorted(FIGURES[1:-1])
+
+
+def test_a_run_in_which_nothing_moved_is_refused(relexio: Relexio, tmp_path: Path) -> None:
+    base = {**base_tensors(BF16, shapes=SHAPES), "count": np.zeros(3, np.int64)}
+    made = Run(tmp_path, base, {step: {**base, "count": np.full(3, step)} for step in (1, 2, 3)})
+    store_run(made, tmp_path / "run.zarr")
+    done = relexio("report", tmp_path / "run.zarr", "-o", tmp_path / "out.html")
+    assert done.code == 1 and "no tensor moved" in done.err and not (tmp_path / "out.html").exists()
+
+
+def test_without_the_extra_it_says_what_to_install(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from steps import CPU
+
+    from relexio.progress import silent
+    from relexio.trajectory.store import open_store
+
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    store = open_store(str(run))
+    with pytest.raises(RequestError, match=r"pip install 'relexio\[report\]'"):
+        report(store, Request(tmp_path / "out.html", None, store.steps), CPU, silent)
+
+
+def test_page_is_named_after_the_run() -> None:
+    assert default_page("s3://bucket/runs/grpo.zarr/") == Path("grpo.html")
+    assert default_page("/data/run") == Path("run.html")
+
+
+def browser() -> Any:
+    """Headless Chromium; skips where there is none."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("needs Chromium and chromedriver")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (
+        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+        "disable-component-update", "disable-sync", "disable-dev-shm-usage",
+    ):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    return webdriver, options, Service(driver)
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    webdriver, options, service = browser()
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=service)
+    yield driver
+    driver.quit()
+
+
+def open_page(chromium: Any, path: Path, theme: str, width: int) -> float:
+    """Open a page as a device of that width in that theme would; the seconds until all is drawn."""
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    chromium.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+    )
+    begun = time.monotonic()
+    chromium.get(path.as_uri())
+    wait_drawn(chromium)
+    return time.monotonic() - begun
+
+
+def wait_drawn(chromium: Any) -> None:
+    end = time.monotonic() + 20
+    while not chromium.execute_script("return document.documentElement.dataset.drawn"):
+        assert time.monotonic() < end, chromium.get_log("browser")
+        time.sleep(0.05)
+
+
+def background(chromium: Any) -> str:
+    return str(chromium.execute_script("return getComputedStyle(document.body).backgroundColor"))
+
+
+LOOK = """
+return [...document.querySelectorAll(".chart")].map((place) => {
+  const svg = place.querySelector("svg, canvas");
+  const box = svg ? svg.getBoundingClientRect() : {width: 0, height: 0};
+  const marks = svg ? svg.querySelectorAll(".mark-symbol path, .mark-rect path, .mark-line path").length : 0;
+  return [place.id, box.width, box.height, place.clientWidth, marks, place.getAttribute("aria-label") || svg.getAttribute("aria-label")];
+});
+"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 360])
+def test_page_in_a_browser(chromium: Any, text: str, tmp_path: Path, width: int) -> None:
+    path = tmp_path / "run.html"
+    path.write_text(text, encoding="utf-8")
+    seen = {}
+    for theme in ("light", "dark"):
+        open_page(chromium, path, theme, width)
+        log = [entry for entry in chromium.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+        assert not log
+        found = chromium.execute_script(LOOK)
+        assert [name for name, *_ in found] == list(FIGURES)
+        for name, wide, high, room, marks, label in found:
+            assert 100 < wide <= room + 1 and high > 60 and marks > 0, name
+            assert label, f"{name}: nothing for those who cannot see it"
+        assert chromium.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        assert chromium.title != "taken"
+        requests = chromium.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+        assert requests == []
+        seen[theme] = background(chromium)
+    assert seen["light"] != seen["dark"]
+
+
+@pytest.mark.browser
+def test_figures_follow_theme_and_width_and_the_reader_s_choices(chromium: Any, text: str, tmp_path: Path) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import Select
+
+    path = tmp_path / "run.html"
+    path.write_text(text, encoding="utf-8")
+    open_page(chromium, path, "light", 1280)
+
+    def card() -> str:
+        return str(chromium.execute_script("return document.querySelector('#skill svg > rect').getAttribute('fill')"))
+
+    def wait_for(what: str) -> None:
+        end = time.monotonic() + 30
+        while not chromium.execute_script(f"return {what}"):
+            assert time.monotonic() < end, what
+            time.sleep(0.05)
+
+    select = Select(chromium.find_element(By.CSS_SELECTOR, "#coefficients select"))
+    before = chromium.execute_script("return document.querySelectorAll('#coefficients .mark-symbol path').length")
+    select.select_by_visible_text("q alone")
+    wait_for(f"document.querySelectorAll('#coefficients .mark-symbol path').length != {before}")
+    light = card()
+    chromium.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    )
+    wait_for(f"[...document.querySelectorAll('#parts svg > rect')].some((card) => card.getAttribute('fill') != '{light}')")
+    wait_for("document.querySelector('#coefficients select')?.selectedOptions[0].textContent == 'q alone'")
+    chromium.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    )
+    wait_for("document.querySelector('#parts svg')?.getBoundingClientRect().width < 400")
+    assert not [entry for entry in chromium.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+@pytest.mark.browser
+def test_the_table_is_sorted_by_its_heads(chromium: Any, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.html"
+    path.write_text(text, encoding="utf-8")
+    open_page(chromium, path, "light", 1280)
+    chromium.execute_script("document.querySelector('details').open = true; document.querySelectorAll('th button')[3].click()")
+    shares = chromium.execute_script("return [...document.querySelectorAll('tbody tr')].map((row) => row.cells[3].dataset.value)")
+    numbers = list(map(float, shares))
+    assert numbers == sorted(numbers, reverse=True) and len(set(numbers)) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_a_large_run_stays_light(chromium: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    large = made_up(names(36), tuple(range(1, 501)))
+    begun = time.monotonic()
+    text, _ = page_of(large)
+    made = time.monotonic() - begun
+    path = tmp_path / "large.html"
+    path.write_text(text, encoding="utf-8")
+    drawn = {width: open_page(chromium, path, "light", width) for width in (1280, 360)}
+    with capsys.disabled():
+        print(
+            f"\n{len(large.found.tensors)} tensors, 500 steps: {path.stat().st_size / 1e6:.2f} MB, made in {made:.1f} s, "
+            f"drawn in {drawn[1280]:.1f} s (1280 px) and {drawn[360]:.1f} s (360 px)"
+        )
+    assert path.stat().st_size < 2_500_000
