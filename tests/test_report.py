@@ -20,7 +20,7 @@ from make import BF16, Run, base_tensors, make_run
 from steps import store_run
 
 from relexio.errors import RequestError
-from relexio.report import data, report
+from relexio.report import curves, data, report
 from relexio.report.data import Facts
 from relexio.report.report import Request, default_page, render
 from relexio.report.words import keys, verdict
@@ -29,7 +29,9 @@ vl_convert = pytest.importorskip("vl_convert", reason="needs the extra report")
 pytest.importorskip("altair", reason="needs the extra report")
 
 FIGURES = ("skill", "energy", "coefficients", "changed", "spectrum", "thrown", "parts")
-HOSTILE = "model.layers.0.</script><script>document.title='taken'</script><!--\u2028&\"'<img src=x onerror=alert(1)>.q_proj"
+HOSTILE = (
+    "model.layers.0.</script><script>document.title='taken'</script><!--\u2028&\"'<img src=x onerror=alert(1)>.q_proj"
+)
 STEPS = tuple(range(1, 25))
 SHAPES = {"model.embed_tokens.weight": (40, 24), "model.layers.0.q_proj.weight": (33, 31), "lm_head.weight": (24,)}
 
@@ -120,15 +122,15 @@ def test_page_has_figures_verdict_and_keys(facts: Facts, text: str) -> None:
 
 
 def test_tables_of_coefficients_and_energy(facts: Facts) -> None:
-    curves = data.coefficients(facts.found, 48)
-    drawn = {row["tensor"]: row for row in curves.points}
+    tables = curves.coefficients(facts.found, 48)
+    drawn = {row["tensor"]: row for row in tables.points}
     tensor = max(facts.found.tensors, key=lambda t: t.energy)
     row, line = drawn[tensor.name], tensor.line
     np.testing.assert_allclose(row["value"], tensor.coefficients / tensor.coefficients[-1], rtol=1e-4)
-    (end,) = [t for t in curves.targets if t["tensor"] == tensor.name]
+    (end,) = [t for t in tables.targets if t["tensor"] == tensor.name]
     assert end["value"] == pytest.approx((line.slope * 48 + line.intercept) / tensor.coefficients[-1], rel=1e-4)
-    assert {t.part for t in facts.found.tensors} <= {row["part"] for row in curves.points}
-    assert sum(row["top"] for row in curves.points) == 12 + 1
+    assert {t.part for t in facts.found.tensors} <= {row["part"] for row in tables.points}
+    assert sum(row["top"] for row in tables.points) == 12 + 1
     lasts = np.array([t.coefficients[-1] for t in facts.found.tensors])
     model = sum(t.coefficients * t.coefficients[-1] for t in facts.found.tensors) / (lasts @ lasts)
     np.testing.assert_allclose(drawn[data.WHOLE]["value"], model, rtol=1e-4)
@@ -198,7 +200,9 @@ def test_command_writes_page_and_pictures(relexio: Relexio, run: Path, monkeypat
     page = Page(Path("run.html").read_text())
     said = "".join(t for _, t in page.texts)
     assert "relexio report run.zarr --window 1:12 --step 30 --png 'figures/of run' -o run.html" in said
-    assert {"last observed: step 12", "target: step 30"} <= set(re.findall(r'"says": "([^"]*)"', json.dumps(page.content)))
+    assert {"last observed: step 12", "target: step 30"} <= set(
+        re.findall(r'"says": "([^"]*)"', json.dumps(page.content))
+    )
     assert not list(run.parent.glob("*.relexio-partial"))
 
 
@@ -322,7 +326,8 @@ return [...document.querySelectorAll(".chart")].map((place) => {
   const svg = place.querySelector("svg, canvas");
   const box = svg ? svg.getBoundingClientRect() : {width: 0, height: 0};
   const marks = svg ? svg.querySelectorAll(".mark-symbol path, .mark-rect path, .mark-line path").length : 0;
-  return [place.id, box.width, box.height, place.clientWidth, marks, place.getAttribute("aria-label") || svg.getAttribute("aria-label")];
+  const label = place.getAttribute("aria-label") || svg?.getAttribute("aria-label");
+  return [place.id, box.width, box.height, place.clientWidth, marks, label];
 });
 """
 
@@ -376,7 +381,9 @@ def test_figures_follow_theme_and_width_and_the_reader_s_choices(chromium: Any, 
     chromium.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
     )
-    wait_for(f"[...document.querySelectorAll('#parts svg > rect')].some((card) => card.getAttribute('fill') != '{light}')")
+    wait_for(
+        f"[...document.querySelectorAll('#parts svg > rect')].some((card) => card.getAttribute('fill') != '{light}')"
+    )
     wait_for("document.querySelector('#coefficients select')?.selectedOptions[0].textContent == 'q alone'")
     chromium.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}
@@ -390,8 +397,12 @@ def test_the_table_is_sorted_by_its_heads(chromium: Any, text: str, tmp_path: Pa
     path = tmp_path / "run.html"
     path.write_text(text, encoding="utf-8")
     open_page(chromium, path, "light", 1280)
-    chromium.execute_script("document.querySelector('details').open = true; document.querySelectorAll('th button')[3].click()")
-    shares = chromium.execute_script("return [...document.querySelectorAll('tbody tr')].map((row) => row.cells[3].dataset.value)")
+    chromium.execute_script(
+        "document.querySelector('details').open = true; document.querySelectorAll('th button')[3].click()"
+    )
+    shares = chromium.execute_script(
+        "return [...document.querySelectorAll('tbody tr')].map((row) => row.cells[3].dataset.value)"
+    )
     numbers = list(map(float, shares))
     assert numbers == sorted(numbers, reverse=True) and len(set(numbers)) > 10
 

@@ -24,8 +24,6 @@ OUTSIDE = "none"  # the layer of embedding, head and final norm
 WHOLE = "whole model"
 RUN, WALK = "this run", "random walk"
 _POINTS = 200  # of one curve: a phone has fewer pixels
-_DRAWN, _DRAWN_OF_PART = 12, 6  # tensors whose coefficients are drawn at first, and when one part is picked
-_LEAST_LAST = 0.2  # of the largest coefficient: a tensor that came back has no last value to be measured in
 _SAME = 0.002  # skills that near are one line in a figure
 
 
@@ -130,7 +128,8 @@ def skills(found: Findings) -> Skills | None:
     ]
     advised = merged[0][0] if judged.verdict.sure != "none" else None
     names = [name for name, _ in drawn]
-    return Skills(rows, names, advised, floor, max(best, 0.0) + 0.08 * (max(best, 0.0) - floor), [name for name, _ in merged if name not in names])
+    top, below = max(best, 0.0), [name for name, _ in merged if name not in names]
+    return Skills(rows, names, advised, floor, top + 0.08 * (top - floor), below)
 
 
 def _merge(lines: list[tuple[str, np.ndarray]]) -> list[tuple[str, np.ndarray]]:
@@ -175,80 +174,6 @@ def layers(found: Findings) -> list[str]:
     return [*outside, *(map(str, range(min(numbered), max(numbered) + 1)) if numbered else ())]
 
 
-@dataclass(frozen=True)
-class Curves:
-    """Coefficients over steps, as multiples of each tensor's last one: points, lines to the target, and target points."""
-
-    points: Table
-    lines: Table
-    targets: Table
-    drawn: int
-
-
-def coefficients(found: Findings, target: int) -> Curves:
-    """Those of the most energetic tensors, some of each part, and of the whole model.
-
-    The whole model's is along the direction that its tensors' directions make up, each as long as its last coefficient.
-    """
-    steps = np.array(found.window)
-    drawn = _drawn(found.tensors)
-    curves = Curves([], [], [], sum(top for _, top in drawn))
-    for tensor, top in drawn:
-        last = float(tensor.coefficients[-1])
-        row = {"tensor": tensor.name, "part": tensor.part, "top": top}
-        ends = tensor.line.slope * _ends(steps, target) + tensor.line.intercept
-        _add(curves, row, steps, target, tensor.coefficients, last, ends)
-    if (model := whole_model(found.tensors, steps, target)) is not None:
-        _add(curves, {"tensor": WHOLE, "part": WHOLE, "top": True}, steps, target, model[0], float(model[0][-1]), model[1])
-    return curves
-
-
-def whole_model(
-    tensors: list[TensorFindings], steps: np.ndarray, target: int
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """The coefficients [T] of the whole model, and their line at _ends [3]; None where no tensor has a last coefficient."""
-    lasts = np.array([tensor.coefficients[-1] for tensor in tensors])
-    length = float(np.linalg.norm(lasts))
-    if length == 0:
-        return None
-    at = _ends(steps, target)
-    curves = np.array([tensor.coefficients for tensor in tensors])
-    lines = np.array([tensor.line.slope * at + tensor.line.intercept for tensor in tensors])
-    return lasts @ curves / length, lasts @ lines / length
-
-
-def _ends(steps: np.ndarray, target: int) -> np.ndarray:
-    """Where a line is drawn: from the first step over the last to the target."""
-    return np.array([steps[0], steps[-1], target])
-
-
-def _drawn(tensors: list[TensorFindings]) -> list[tuple[TensorFindings, bool]]:
-    """The tensors that are drawn, by energy, and whether they are at first: the best of each part before the second."""
-    fit = [t for t in tensors if t.coefficients[-1] > _LEAST_LAST * np.abs(t.coefficients).max()]
-    by_part: dict[str, list[TensorFindings]] = {}
-    for tensor in sorted(fit, key=lambda t: -t.energy):
-        by_part.setdefault(tensor.part, []).append(tensor)
-    leaders = [group[0] for group in by_part.values()]
-    rest = sorted((t for group in by_part.values() for t in group[1:]), key=lambda t: -t.energy)
-    top = {t.name for t in (*leaders, *rest)[:_DRAWN]}
-    return [
-        (t, t.name in top)
-        for group in by_part.values()
-        for place, t in enumerate(group)
-        if place < _DRAWN_OF_PART or t.name in top
-    ]
-
-
-def _add(
-    curves: Curves, row: Row, steps: np.ndarray, target: int, values: np.ndarray, last: float, ends: np.ndarray
-) -> None:
-    some = thin(len(steps))
-    there = {"step": steps[some].tolist(), "value": numbers(values[some] / last)}
-    curves.points.append({**row, **there, "raw": numbers(values[some])})
-    curves.lines.append({**row, "step": _ends(steps, target).tolist(), "value": numbers(ends / last)})
-    curves.targets.append({**row, "step": target, "value": number(float(ends[-1]) / last)})
-
-
 def changed(facts: Facts) -> Table:
     """The share of elements that differ from the base at each step, of the whole model and of each part that moved."""
     tensors = facts.found.store.tensors
@@ -284,11 +209,11 @@ def spectrum(found: Findings) -> Table:
 def thrown(found: Findings) -> Table:
     """The share of each delta that the rank throws away, step by step, of the run and of a random walk."""
     steps, walk = np.array(found.window), _walk(found.window)
-    some, rows = thin(len(steps)), [{"of": RUN, "values": found.thrown}]
+    some, shares = thin(len(steps)), {RUN: found.thrown}
     if walk.any():
         reference = find(walk, steps, found.rank)
-        rows.append({"of": WALK, "values": thrown_away(reference.left, reference.lengths)})
-    return [{"of": row["of"], "step": steps[some].tolist(), "share": numbers(row["values"][some])} for row in rows]
+        shares[WALK] = thrown_away(reference.left, reference.lengths)
+    return [{"of": name, "step": steps[some].tolist(), "share": numbers(all_[some])} for name, all_ in shares.items()]
 
 
 def parts(found: Findings) -> Table:

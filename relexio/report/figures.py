@@ -1,72 +1,19 @@
 """From tables to figures: Vega-Lite specifications, made with Altair. Pure; colours come from a theme, apart."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import altair as alt
 
 from relexio.report import data
-from relexio.report.data import RUN, WALK, WHOLE, Facts, Table, signed
-
-Spec = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure: what it shows (``title``), how to read it, whether it takes the whole width, and whose colours it has.
-
-    ``chart`` is None where the run cannot give one; ``how`` says why then. ``column``: the width of one entry of its legend
-    in pixels. ``signals``: what the reader can set.
-    """
-
-    name: str
-    title: str
-    how: str
-    chart: alt.LayerChart | alt.Chart | None
-    palette: str = "pair"
-    wide: bool = False
-    column: int = 130
-    signals: tuple[str, ...] = ()
-
-    def spec(self, width: int | str = "container") -> Spec | None:
-        """The Vega-Lite specification, without colours; None without a chart."""
-        if self.chart is None:
-            return None
-        spec: Spec = self.chart.properties(
-            width=width, autosize={"type": "fit-x", "contains": "padding"}, description=f"{self.title}. {self.how}"
-        ).to_dict()
-        spec.pop("config", None)
-        return spec
+from relexio.report.chart import Figure, above, flat, flat_axis, over_steps, percent, plot
+from relexio.report.coefficients import coefficients
+from relexio.report.data import RUN, WALK, WHOLE, Facts, signed
 
 
 def figures(facts: Facts) -> list[Figure]:
     """All figures of a report, in the order of the page."""
     makers: tuple[Callable[[Facts], Figure], ...] = (skill, energy, coefficients, changed, spectrum, thrown, parts)
     return [make(facts) for make in makers]
-
-
-def _chart(rows: Table) -> alt.Chart:
-    return alt.Chart(alt.Data(values=rows))
-
-
-def _flat(rows: Table, *fields: str) -> alt.Chart:
-    """A chart of rows whose lists run over steps."""
-    return _chart(rows).transform_flatten(list(fields))
-
-
-def _title(text: str) -> alt.TitleParams:
-    """What the y axis is, above it: there it takes no width."""
-    return alt.TitleParams(text)
-
-
-def _percent(title: str | None = None, form: str = "~%") -> alt.Axis:
-    return alt.Axis(format=form, title=title, tickCount=6)
-
-
-def _flat_axis() -> alt.Axis:
-    """Of a heat map or a scale of names: labels lie, nothing is ruled."""
-    return alt.Axis(labelAngle=0, grid=False, domain=False, ticks=False)
 
 
 _SMALL = 250  # pixels: the height of figures that stand side by side
@@ -87,8 +34,8 @@ def skill(facts: Facts) -> Figure:
     names = {name: f"{name} (recommended)" if name == found.first else name for name in found.methods}
     rows = [{**row, "method": names[row["method"]]} for row in found.rows]
     domain, first = list(names.values()), names.get(found.first or "", "")
-    base = _chart(rows).encode(
-        x=alt.X("horizon:O", sort=None, title="up to so many times the last known step", axis=_flat_axis()),
+    base = plot(rows).encode(
+        x=alt.X("horizon:O", sort=None, title="up to so many times the last known step", axis=flat_axis()),
         y=alt.Y(
             "skill:Q",
             title=None,
@@ -109,7 +56,7 @@ def skill(facts: Facts) -> Figure:
             alt.Tooltip("skill:Q", format="+.3f"),
         ],
     )
-    zero = _chart([{"zero": 0}]).mark_rule(style="zero").encode(y="zero:Q")
+    zero = plot([{"zero": 0}]).mark_rule(style="zero").encode(y="zero:Q")
     how = (
         "The best recipe of each method, fitted up to several earlier steps and held against steps that were really trained "
         "after them. Above the zero line it came nearer to them than keeping the last checkpoint; 1 would be perfect."
@@ -118,7 +65,7 @@ def skill(facts: Facts) -> Figure:
         how += f" The figure ends at {signed(found.floor)}: lines that leave it are worse."
     if found.below:
         how += f" Worse everywhere, and not drawn: {', '.join(found.below)}."
-    chart = (zero + line + best + points).properties(height=300, title=_title("skill"))
+    chart = (zero + line + best + points).properties(height=300, title=above("skill"))
     return Figure("skill", title, how, chart, "methods", wide=True, column=250)
 
 
@@ -129,7 +76,7 @@ def energy(facts: Facts) -> Figure:
     low = min([walk, *(row["kept"] for row in rows)])
     order = [part for part in facts.parts if part in {row["part"] for row in rows}]
     chart = (
-        _chart(rows)
+        plot(rows)
         .mark_rect()
         .encode(
             x=alt.X(
@@ -161,7 +108,7 @@ def energy(facts: Facts) -> Figure:
                 alt.Tooltip("tensors:Q"),
             ],
         )
-        .properties(height=max(24 * len(order), 60), title=_title(f"energy that rank {found.rank} keeps"))
+        .properties(height=max(24 * len(order), 60), title=above(f"energy that rank {found.rank} keeps"))
     )
     how = (
         f"The share of each tensor's movement that lies along {_directions(found.rank)}, by layer and part of the model "
@@ -175,99 +122,13 @@ def _directions(rank: int) -> str:
     return "one direction" if rank == 1 else f"{rank} directions"
 
 
-def coefficients(facts: Facts) -> Figure:
-    """Coefficients over real steps, their lines, and the target."""
-    found, last, target = facts.found, facts.found.window[-1], facts.target
-    curves = data.coefficients(found, target)
-    there = [part for part in facts.parts if any(row["part"] == part for row in curves.points)]
-    pick = alt.param(
-        name="pick",
-        value=None,
-        bind=alt.binding_select(
-            options=[None, *there], labels=["the most energetic tensors", *(f"{p} alone" for p in there)], name="Show "
-        ),
-    )
-    reach = alt.param(
-        name="reach",
-        value=target,
-        bind=alt.binding_select(options=[target, last], labels=["up to the target", "observed steps alone"], name="and "),
-    )
-    shown = f"datum.step <= reach && (pick == null ? datum.top : (datum.part == pick || datum.part == '{WHOLE}'))"
-    color = alt.Color("part:N", scale=alt.Scale(domain=[WHOLE, *facts.parts]), title=None)
-    whole = alt.datum.part == WHOLE
-    x = alt.X("step:Q", title="step", scale=alt.Scale(nice=False, zero=False), axis=alt.Axis(format="d", tickCount=8))
-    tips = [alt.Tooltip("tensor:N"), alt.Tooltip("step:Q"), alt.Tooltip("value:Q", title="of its last", format=".3f")]
-    lines = (
-        _flat(curves.lines, "step", "value")
-        .transform_filter(shown)
-        .mark_line(opacity=0.7)
-        .encode(
-            x=x,
-            y=alt.Y("value:Q", title=None),
-            color=color,
-            detail="tensor:N",
-            strokeWidth=alt.condition(whole, alt.value(2.5), alt.value(1)),
-        )
-    )
-    points = (
-        _flat(curves.points, "step", "value", "raw")
-        .transform_filter(shown)
-        .mark_circle(opacity=0.75)
-        .encode(
-            x=x,
-            y="value:Q",
-            color=color,
-            size=alt.condition(whole, alt.value(20), alt.value(11)),
-            tooltip=[*tips, alt.Tooltip("raw:Q", title="coefficient", format=".4g")],
-        )
-    )
-    ends = (
-        _chart(curves.targets)
-        .transform_filter(shown)
-        .mark_point(shape="diamond", filled=True, opacity=1)
-        .encode(x=x, y="value:Q", color=color, size=alt.condition(whole, alt.value(120), alt.value(50)), tooltip=tips)
-    )
-    marks = [
-        {"step": last, "says": f"last observed: step {last}", "at": 1},
-        {"step": target, "says": f"target: step {target}", "at": 0},
-    ]
-    height = 360
-    rules = _chart(marks).transform_filter("datum.step <= reach").mark_rule(style="ruled").encode(x=x)
-    texts = [
-        _chart([row])
-        .transform_filter("reach > " + str(last))
-        .mark_text(style="note", align=align, dx=dx, baseline="bottom")
-        .encode(x=x, y=alt.value(height - 5 - 15 * row["at"]), text="says:N")
-        for row, align, dx in zip(marks, ("left", "right"), (5, -5), strict=True)
-    ]
-    chart = (
-        alt.layer(rules, lines, points, ends, *texts)
-        .add_params(pick, reach)
-        .properties(height=height, title=_title("coefficient, 1 at the last observed step"))
-    )
-    what = "all tensors that moved" if curves.drawn >= len(found.tensors) else f"the {curves.drawn} most energetic tensors"
-    how = (
-        f"How far {what} came along their direction, each divided by its value at step {last}, so that 1 is the last "
-        f"checkpoint; at least one of each part. Lines are fitted to the whole window; diamonds are what they give for the "
-        f"target. Hover over a point for tensor and step."
-    )
-    skill = data.skill_at(found, target)
-    if found.judged is not None:
-        how += (
-            f" Predictions as far ahead as step {target} had skill {signed(skill)} with the best recipe."
-            if skill is not None
-            else f" Step {target} is farther ahead than anything that was held out: nothing vouches for it."
-        )
-    return Figure("coefficients", "Is it a line, and where does it lead?", how, chart, "parts", wide=True, column=110, signals=("pick", "reach"))
-
-
 def changed(facts: Facts) -> Figure:
     """Changed share over steps, of the whole model and by part."""
     rows = data.changed(facts)
     whole = alt.datum.part == WHOLE
-    base = _flat(rows, "step", "share").encode(
-        x=_steps(),
-        y=alt.Y("share:Q", title=None, axis=_percent()),
+    base = flat(rows, "step", "share").encode(
+        x=over_steps(),
+        y=alt.Y("share:Q", title=None, axis=percent()),
         color=alt.Color("part:N", scale=alt.Scale(domain=[row["part"] for row in rows]), title=None),
     )
     lines = base.mark_line().encode(strokeWidth=alt.condition(whole, alt.value(3.5), alt.value(1.5)))
@@ -283,12 +144,8 @@ def changed(facts: Facts) -> Figure:
         if any(t.kind.name == "bf16" for t in facts.found.store.tensors)
         else "The share of elements whose bits differ from the base."
     )
-    chart = (lines + points).properties(height=_SMALL, title=_title("changed elements"))
+    chart = (lines + points).properties(height=_SMALL, title=above("changed elements"))
     return Figure("changed", "How much of the model changed at all?", how, chart, "parts", column=110)
-
-
-def _steps() -> alt.X:
-    return alt.X("step:Q", title="step", scale=alt.Scale(nice=False, zero=False), axis=alt.Axis(format="d", tickCount=6))
 
 
 def _pair() -> alt.Color:
@@ -301,7 +158,7 @@ def _decades() -> alt.Axis:
 
 def spectrum(facts: Facts) -> Figure:
     """The singular spectrum beside that of a random walk."""
-    base = _chart(data.spectrum(facts.found)).encode(
+    base = plot(data.spectrum(facts.found)).encode(
         x=alt.X("direction:O", title="direction", axis=alt.Axis(labelAngle=0)),
         y=alt.Y("share:Q", title=None, scale=alt.Scale(type="log", nice=False, domainMax=1), axis=_decades()),
         color=_pair(),
@@ -318,26 +175,28 @@ def spectrum(facts: Facts) -> Figure:
         "The share of the movement along each tensor's first, second, third direction and so on, over all tensors. One "
         "direction counts where the first point lies high and the others fall off faster than those of a random walk."
     )
-    chart = (base.mark_line(opacity=0.7) + points).properties(height=_SMALL, title=_title("share of the energy (log scale)"))
+    chart = (base.mark_line(opacity=0.7) + points).properties(
+        height=_SMALL, title=above("share of the energy (log scale)")
+    )
     return Figure("spectrum", "How many directions does the run need?", how, chart)
 
 
 def thrown(facts: Facts) -> Figure:
     """What the rank throws away step by step."""
     found, stroke = facts.found, alt.Legend(symbolType="stroke", symbolSize=400)
-    base = _flat(data.thrown(found), "step", "share").encode(
-        x=_steps(),
-        y=alt.Y("share:Q", title=None, axis=_percent(), scale=alt.Scale(domainMin=0)),
+    base = flat(data.thrown(found), "step", "share").encode(
+        x=over_steps(),
+        y=alt.Y("share:Q", title=None, axis=percent(), scale=alt.Scale(domainMin=0)),
         color=alt.Color("of:N", scale=alt.Scale(domain=[RUN, WALK]), title=None, legend=stroke),
         strokeDash=alt.StrokeDash(
             "of:N", scale=alt.Scale(domain=[RUN, WALK], range=[[1, 0], [5, 4]]), title=None, legend=stroke
         ),
     )
     points = (
-        _flat(data.thrown(found), "step", "share")
+        flat(data.thrown(found), "step", "share")
         .mark_circle(opacity=0.01, size=60)
         .encode(
-            x=_steps(),
+            x=over_steps(),
             y="share:Q",
             tooltip=[
                 alt.Tooltip("of:N", title="of"),
@@ -355,7 +214,7 @@ def thrown(facts: Facts) -> Figure:
             f" Neighbouring pieces of what is left out have a cosine of {signed(drift)}: "
             f"{'it drifts, and is not mere noise' if drift > 0.2 else 'about 0 is noise'}."
         )
-    chart = (base.mark_line(strokeWidth=2.5) + points).properties(height=_SMALL, title=_title("left out of each delta"))
+    chart = (base.mark_line(strokeWidth=2.5) + points).properties(height=_SMALL, title=above("left out of each delta"))
     return Figure("thrown", f"What does rank {found.rank} throw away?", how, chart)
 
 
@@ -365,8 +224,8 @@ def parts(facts: Facts) -> Figure:
     if not rows:
         return Figure("parts", title, _untested(facts), None)
     reach = min(max(0.1, *(abs(row["skill"]) for row in rows)), 1.0)
-    base = _chart(rows).encode(
-        x=alt.X("horizon:O", sort=None, title="times the last known step", axis=_flat_axis()),
+    base = plot(rows).encode(
+        x=alt.X("horizon:O", sort=None, title="times the last known step", axis=flat_axis()),
         y=alt.Y("part:N", sort=facts.parts, title=None, axis=alt.Axis(domain=False)),
     )
     cells = base.mark_rect().encode(
@@ -383,13 +242,11 @@ def parts(facts: Facts) -> Figure:
         ],
     )
     strong = f"abs(datum.skill) > {0.8 * reach}"
-    says = base.mark_text(style="value").encode(
-        text="said:N", color=alt.when(strong).then(alt.value("white"))
-    )
+    says = base.mark_text(style="value").encode(text="said:N", color=alt.when(strong).then(alt.value("white")))
     how = (
         "Skill of the best recipe, part by part. Blue and + beats keeping the last checkpoint, orange and − does not: such "
         "parts are better left as they are (relexio predict --exclude)."
     )
     height = max(24 * len({row["part"] for row in rows}), _SMALL)
-    chart = (cells + says).properties(height=height, title=_title("skill"))
+    chart = (cells + says).properties(height=height, title=above("skill"))
     return Figure("parts", title, how, chart, "parts")

@@ -186,9 +186,7 @@ def _key(key: words.Key) -> str:
 def _figure(figure: Figure) -> str:
     wide = " wide" if figure.wide else ""
     chart = f'\n<div class="chart" id="{figure.name}"></div>' if figure.chart is not None else ""
-    return (
-        f'<figure class="card{wide}">\n<h2>{escape(figure.title)}</h2>\n<p class="how">{escape(figure.how)}</p>{chart}\n</figure>'
-    )
+    return f'<figure class="card{wide}">\n<h2>{escape(figure.title)}</h2>\n<p class="how">{escape(figure.how)}</p>{chart}\n</figure>'
 
 
 _COLUMNS = (
@@ -199,7 +197,11 @@ _COLUMNS = (
 
 def _table(facts: Facts) -> str:
     rows, count = data.tensors(facts.found), len(facts.found.tensors)
-    said = f"All {count:,} tensors that moved" if len(rows) == count else f"The {len(rows):,} most energetic of {count:,} tensors"
+    said = (
+        f"All {count:,} tensors that moved"
+        if len(rows) == count
+        else f"The {len(rows):,} most energetic of {count:,} tensors"
+    )
     heads = "".join(f'<th scope="col"><button type="button">{title}</button></th>' for _, title, _ in _COLUMNS)
     body = "\n".join(f"<tr>{''.join(_cell(row[name], form) for name, _, form in _COLUMNS)}</tr>" for row in rows)
     return (

@@ -118,7 +118,12 @@ def render(facts: Facts, request: Request, vl_convert: Any) -> tuple[str, dict[P
     for figure in made if request.pngs is not None else ():
         spec = figure.spec(_PNG_WIDTH)
         if spec is not None and request.pngs is not None:
-            spec["title"] = {"text": figure.title, "subtitle": spec["title"]["text"], "fontSize": 17, "color": "#1a1d21"}
+            spec["title"] = {
+                "text": figure.title,
+                "subtitle": spec["title"]["text"],
+                "fontSize": 17,
+                "color": "#1a1d21",
+            }
             theme = config("light", _PNG_FONT, palettes(facts.parts)[figure.palette]["light"])
             theme["legend"]["columns"] = max(1, _PNG_WIDTH // figure.column)
             theme["padding"] = 14
