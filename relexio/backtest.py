@@ -99,6 +99,7 @@ class Judged:
             "sure": verdict.sure,
             "reach": verdict.reach,
             "tested": verdict.tested,
+            "farthest": verdict.farthest,
             "followed": [
                 {"step": f.step, "recipe": self.row(f.pick)["method"], "skill": f.skill} for f in verdict.followed
             ],

@@ -9,8 +9,8 @@ from threadpoolctl import threadpool_limits
 
 from relexio.backtest import Judged, by_horizon, judge
 from relexio.errors import RequestError
-from relexio.extrapolate.fit import Line
 from relexio.extrapolate.findings import alike, find, thrown_away
+from relexio.extrapolate.fit import Line
 from relexio.extrapolate.methods import Recipe
 from relexio.extrapolate.parts import layer_of, part_of
 from relexio.fitting import changed_shares

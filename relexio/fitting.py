@@ -111,6 +111,21 @@ class Fit:
         total = sum(self.grams.of(tensor, self.steps) for tensor in self.store.fitted() if tensor.name in self.chosen)
         return signs(total, np.array(self.steps)) if isinstance(total, np.ndarray) else []
 
+    def thrown_away(self, step: int) -> float | None:
+        """|theta_hat - theta_t|^2 / |theta_t - theta_0|^2 of an observed step of the window, over all tensors.
+
+        None without whole Gram matrices, or for a step at which nothing had moved.
+        """
+        if not self.grams.whole:
+            return None
+        place, apart, whole = self.steps.index(step), 0.0, 0.0
+        for tensor in self.store.fitted():
+            gram, weights = self.grams.of(tensor, self.steps), self._weights(tensor, [step])
+            gap = np.eye(len(self.steps))[place] - (np.eye(len(self.steps))[-1] if weights is None else weights[:, 0])
+            apart += max(float(gap @ gram @ gap), 0.0)
+            whole += float(gram[place, place])
+        return apart / whole if whole > 0 else None
+
     def errors_at(self, step: int) -> Errors:
         """Errors of the prediction at a stored step outside the window, over all tensors.
 

@@ -7,11 +7,9 @@ import click
 
 from relexio.checkpoints.layout import Selection
 from relexio.cli import options
-from relexio.cli.show import note, stages, table
+from relexio.cli.show import by_horizon, heads, note, numbers, stages, table
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from relexio.backtest import Judged
     from relexio.extrapolate.verdict import Pick
 
@@ -81,22 +79,14 @@ def _show_run(judged: "Judged") -> None:
         note(f"not one line: {text}")
 
 
-def _heads(judged: "Judged") -> tuple[list[int], str]:
-    """The horizons at which something was held out, and the heads of their columns."""
-    from relexio.extrapolate.trials import HORIZONS
-
-    places = sorted(set(judged.test.horizons.tolist()))
-    return places, "".join(f"{f'{HORIZONS[place]:g}x':>7}" for place in places)
-
-
 def _show_recipes(judged: "Judged", picks: "list[Pick]") -> None:
     import numpy as np
 
-    places, heads = _heads(judged)
+    places, columns = heads(judged.test)
     names = [str(judged.test.trials[pick.trial].recipe) for pick in picks]
     width = max(map(len, (*names, "method")))
     click.echo("\nskill within so many times the last known step (pooled over all tensors)")
-    click.echo(f"{'method':<{width}}  window  strength{heads}    mean  median  cosine")
+    click.echo(f"{'method':<{width}}  window  strength{columns}    mean  median  cosine")
     for name, pick in zip(names, picks, strict=True):
         test = judged.test
         skills = test.by_horizon(pick.trial, pick.strength)
@@ -105,7 +95,7 @@ def _show_recipes(judged: "Judged", picks: "list[Pick]") -> None:
         direct = f"{np.nanmean(cosine):+.2f}" if not np.isnan(cosine).all() else "-"
         click.echo(
             f"{name:<{width}}  {_share(test.trials[pick.trial].share):>6}  {pick.strength:>8g}"
-            f"{_numbers(skills, places)}{pick.score:>+8.2f}{median:>+8.2f}{direct:>8}"
+            f"{numbers(skills, places)}{pick.score:>+8.2f}{median:>+8.2f}{direct:>8}"
         )
     click.echo(
         "mean: over the horizons, by which recipes are ranked. median: over tensors, mean over predictions. cosine: of "
@@ -117,16 +107,9 @@ def _share(share: float) -> str:
     return "all" if share == 1 else f"1/{round(1 / share)}"
 
 
-def _numbers(skills: "np.ndarray", places: list[int]) -> str:
-    return "".join(f"{skills[place]:>+7.2f}" if skills[place] > -99 else f"{'< -99':>7}" for place in places)
-
-
 def _show_parts(judged: "Judged", pick: "Pick") -> None:
-    places, heads = _heads(judged)
-    parts = judged.parts(pick)
-    click.echo(f"\nthe best of them, by part of the model\n{'part':<9}{heads}")
-    for part, skills in parts.items():
-        click.echo(f"{part:<9}{_numbers(skills, places)}")
+    click.echo("\nthe best of them, by part of the model")
+    by_horizon(judged.test, judged.parts(pick), "part")
 
 
 def _show_verdict(judged: "Judged") -> None:
@@ -141,7 +124,7 @@ def _show_verdict(judged: "Judged") -> None:
     if judged.verdict.sure == "none":
         return
     test, pick = judged.test, judged.verdict.pick
-    trial, end = test.trials[pick.trial], (judged.verdict.reach or (1.0, 1.0))[1]
+    trial, step = test.trials[pick.trial], judged.verdict.farthest
     recipe = trial.recipe
     options_ = [f"--method {recipe.method}"]
     options_ += [f"--rank {recipe.rank}"] if recipe.rank > 1 else []
@@ -150,5 +133,4 @@ def _show_verdict(judged: "Judged") -> None:
     options_ += [f"--last {recipe.last}"] if recipe.last else []
     options_ += [f"--strength {pick.strength:g}"] if pick.strength != 1 else []
     options_ += [f"--window {window_words(trial, test.steps)[1]}"]
-    step = int(test.steps[-1] * end)
     click.echo(f"\n  relexio predict {judged.store.address} {' '.join(options_)} --step {step} -o predicted-{step}")

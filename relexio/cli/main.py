@@ -15,7 +15,18 @@ from relexio.errors import RelexioError, RelexioWarning
 from relexio.plan import use_one_heap
 from relexio.version import __version__
 
-_COMMANDS = ("convert", "inspect", "backtest", "predict", "methods", "verify", "restore", "demo")
+_COMMANDS = (
+    "convert",
+    "inspect",
+    "backtest",
+    "predict",
+    "methods",
+    "reconstruct",
+    "findings",
+    "verify",
+    "restore",
+    "demo",
+)
 
 
 class _Lazy(click.Group):

@@ -100,6 +100,11 @@ class Backtest:
         return np.array([self.steps[index] for fold in self.folds for index in fold.held_out])
 
     @cached_property
+    def times(self) -> np.ndarray:
+        """The held-out step of every column, in times the last known one."""
+        return self.held_out / np.maximum(self.known, 1)
+
+    @cached_property
     def horizons(self) -> np.ndarray:
         """Which of HORIZONS every column is within."""
         return np.array([horizon(self.steps, fold.known, i) for fold in self.folds for i in fold.held_out])

@@ -10,8 +10,9 @@ import numpy as np
 
 from relexio.errors import RequestError
 
-#: The curves by name, and how many steps each needs at least (as many as it has parameters).
-CURVES = {"line": 2, "poly2": 3, "poly3": 4, "sinusoid": 4}
+#: The curves by name, and how many steps each needs at least: as many as it has parameters, and a sinusoid one more, since
+#: waves of almost any frequency go through four points.
+CURVES = {"line": 2, "poly2": 3, "poly3": 4, "sinusoid": 5}
 _MOST_REFITS = 100_000
 _FREQUENCIES, _ZOOM, _ZOOMS = 128, 17, 7  # how many are tried at first, then around the best, and how often
 
@@ -52,7 +53,9 @@ def _sinusoid(steps: np.ndarray, values: np.ndarray, at: np.ndarray) -> np.ndarr
     for _ in range(_ZOOMS):
         waves = _waves(steps, grid)
         along = np.linalg.qr(waves)[0].transpose(0, 2, 1) @ values
-        best = int(np.argmax((along**2).sum(axis=1)))  # what the waves explain of the values
+        explained = (along**2).sum(axis=1)
+        equal = 1e-9 if len(grid) == _FREQUENCIES else 0.0  # of waves that fit equally well, the slowest
+        best = int(np.argmax(explained >= (1 - equal) * explained.max()))
         low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
         f, grid = grid[best : best + 1], np.linspace(low, high, _ZOOM)
     found = np.linalg.lstsq(_waves(steps, f)[0], values, rcond=None)[0]

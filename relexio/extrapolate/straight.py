@@ -11,6 +11,7 @@ from relexio.extrapolate.methods import directions
 _JUMP = 5.0  # times the usual increment
 _BREAK = 2.5  # one slope in terms of the other
 _LEFT = 0.25  # of the squared distances from one line, those from two
+_KINK = 0.5  # of those from a cubic
 
 
 def random_walk(steps: np.ndarray) -> tuple[float, float]:
@@ -143,7 +144,9 @@ def _break(gram: np.ndarray, steps: np.ndarray) -> list[str]:
     left = _left(steps[:split], values[:split]) + _left(steps[split:], values[split:])
     low, high = sorted((abs(before.slope), abs(after.slope)))
     turned = before.slope * after.slope < 0 or high > _BREAK * low
-    if whole <= 0 or left > _LEFT * whole or not turned:
+    bent = np.polynomial.Polynomial.fit(steps, values, 3)  # a smooth bend, as a walk has, is no break
+    smooth = float(((values - bent(steps)) ** 2).sum())
+    if whole <= 0 or left > min(_LEFT * whole, _KINK * smooth) or not turned:
         return []
     return [
         f"the slope breaks at step {steps[split]}: {before.slope:.2g} a step before, {after.slope:.2g} after; predict "

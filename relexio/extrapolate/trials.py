@@ -42,7 +42,7 @@ def make_folds(steps: np.ndarray) -> list[Fold]:
         raise RequestError(
             f"a backtest takes at least 3 observed steps, two to fit and one held out; there are {count}"
         )
-    least = min(4, count - 1)
+    least = min(5, count - 1)
     found = []
     for known in sorted({max(round(count * share), least) for share in _CUT_OFFS}):
         if known >= count:
@@ -63,16 +63,16 @@ class Trial:
     share: float = 1.0
 
     def window(self, known: int) -> int | None:
-        """How many of the known steps its window has; None where those are too few for it."""
-        count = ceil(self.share * known - 1e-9)
+        """How many of the known steps its window has, never too few to be fitted; None where all are too few."""
         method = METHODS[self.recipe.method]
         least = max(
-            method.least_steps if self.share == 1 else max(_SHORTEST, method.least_steps),
+            method.least_steps,
             self.recipe.rank,
             CURVES[self.recipe.fit] if "fit" in method.uses else 1,
             self.recipe.last or 1,
         )
-        return count if count >= least else None
+        count = max(ceil(self.share * known - 1e-9), least, min(_SHORTEST, known))
+        return count if count <= known else None
 
 
 def make_trials(steps: int) -> list[Trial]:
