@@ -15,7 +15,7 @@ from relexio.errors import RelexioError, RelexioWarning
 from relexio.plan import use_one_heap
 from relexio.version import __version__
 
-_COMMANDS = ("convert", "predict", "inspect", "verify", "restore", "demo")
+_COMMANDS = ("convert", "predict", "sweep", "inspect", "verify", "restore", "demo")
 
 
 class _Lazy(click.Group):
