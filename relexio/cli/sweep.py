@@ -116,7 +116,8 @@ def sweep(
             _show_plan(request, ahead, as_json)
             return 0
         _tell_resumed(ahead)
-        found = verb.sweep(store, request, resources, stages, _Said(request), note)
+        with _Said(request) as said:
+            found = verb.sweep(store, request, resources, stages, said, note)
     return _show_result(request, found, as_json)
 
 
@@ -156,19 +157,27 @@ class _Said:
     """Says what is evaluated, and how it went, on stderr."""
 
     def __init__(self, request: "Request") -> None:
-        self.request = request
+        self.request, self.within = request, False
+
+    def __enter__(self) -> "_Said":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.within:  # what comes now is a line of its own
+            click.echo(err=True)
 
     def __call__(
         self, number: int, total: int, candidate: "Candidate", result: "Result | None", known: "Sweep"
     ) -> None:
         head = f"[{number}/{total}] {candidate.label}: "
-        live = sys.stderr.isatty()
         if result is None:
-            if live:
+            if sys.stderr.isatty():
                 click.echo(f"{head}evaluating ...", err=True, nl=False)
+                self.within = True
             return
-        clear = "\r\x1b[K" if live else ""
+        clear = "\r\x1b[K" if self.within else ""
         click.echo(clear + printable(head + self._outcome(result, known)), err=True)
+        self.within = False
 
     def _outcome(self, result: "Result", known: "Sweep") -> str:
         from relexio.sweep.curve import number
@@ -253,7 +262,7 @@ def _verdict(request: "Request", found: "Sweep") -> list[tuple[str, str]]:
     if gain is None or last is None or last.score is None:
         said = f"not known: step {step}, the last observed, has no score"
     elif gain > 0:
-        said = f"{number(gain)} over the last observed checkpoint (step {step}: {number(last.score)})"
+        said = f"+{number(gain)} over the last observed checkpoint (step {step}: {number(last.score)})"
     else:
         said = f"none: no prediction beats the last observed checkpoint (step {step}: {number(last.score)})"
     failed = sum(result.score is None for result in found.results if result.candidate.predicted)

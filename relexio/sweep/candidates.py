@@ -46,7 +46,7 @@ class Candidate:
     @property
     def series(self) -> str:
         """Which curve it is a point of."""
-        return f"{self.method}, strength {_number(self.strength)}" if self.strength is not None else OBSERVED
+        return f"{self.method}, strength {_number(self.strength)}" if self.strength is not None else self.method
 
 
 def _number(value: float) -> str:

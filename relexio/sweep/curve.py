@@ -5,7 +5,7 @@ from itertools import groupby
 from relexio.sweep.table import Result, Sweep
 
 _WIDTH = 80
-_MOST_LABEL = 30
+_LEAST = 24  # columns of the curve itself, whatever is written to the left of it
 
 
 def number(value: float) -> str:
@@ -19,9 +19,9 @@ def curve(sweep: Sweep) -> list[str]:
     if not scores:
         return []
     groups = [(name, list(some)) for name, some in groupby(sweep.results, lambda result: result.candidate.series)]
-    label = min(_MOST_LABEL, max(len(name) for name, _ in groups))
     steps = max(4, max(len(str(result.candidate.step)) for result in sweep.results))
     numbers = max(6, max(len(number(score)) for score in scores))
+    label = min(max(len(name) for name, _ in groups), _WIDTH - steps - numbers - 6 - _LEAST)
     scale = _Scale(min(scores), max(scores), _WIDTH - label - steps - numbers - 6)
     better = "lower is better" if sweep.lower_is_better else "higher is better"
     left, right = number(scale.low), number(scale.high)
@@ -36,7 +36,7 @@ def curve(sweep: Sweep) -> list[str]:
             start = f"{title:<{label}}  {result.candidate.step:>{steps}}  {shown:>{numbers}}  "
             lines.append((start + scale.line(result, mark, result is sweep.best)).rstrip())
     line = "" if mark is None else ", | last observed step"
-    lines.append(f"{'':<{label}}  o score, * best prediction{line} ({better})")
+    lines.append(f"o score, * best prediction{line} ({better})")
     return lines
 
 

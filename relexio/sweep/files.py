@@ -60,15 +60,14 @@ class Files:
 
     def save(self, sweep: Sweep) -> None:
         """Put the table in the place of the earlier one, durably; then the same as CSV."""
-        self._put(self.table, json.dumps(sweep.to_json(), indent=1, allow_nan=False) + "\n")
-        self._put(self.top / "results.csv", sweep.to_csv())
-
-    def _put(self, path: Path, text: str) -> None:
-        staged = atomic.staging(path)
-        staged.write_text(text, encoding="utf-8")
+        staged = atomic.staging(self.table)
+        staged.write_text(json.dumps(sweep.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         atomic.sync(staged)
-        staged.replace(path)
-        atomic.sync(path.parent)
+        staged.replace(self.table)
+        atomic.sync(self.top)
+        copy = self.top / "results.csv"
+        atomic.staging(copy).write_text(sweep.to_csv(), encoding="utf-8")
+        atomic.staging(copy).replace(copy)
 
     def clear(self) -> None:
         """Remove what was under evaluation, or left by a sweep that was killed."""

@@ -21,7 +21,7 @@ from relexio.sweep.score import read_score
 from relexio.sweep.table import Result, Setting, Sweep
 from relexio.trajectory.store import Store
 
-#: Told of each evaluation before (no result yet) and after it: its number, how many there are, and the table so far.
+#: Told of each evaluation before (no result yet; the checkpoint is written) and after it: its number, how many there are, and the table so far.
 Watch = Callable[[int, int, Candidate, Result | None, Sweep], None]
 _CARD = 1 << 16  # bytes of model card and provenance, and some
 
@@ -94,8 +94,9 @@ def sweep(
             work.settle(known)
             for number, candidate in enumerate(ahead.candidates, 1):
                 if candidate in ahead.waiting:
+                    checkpoint = work.write(candidate)
                     watch(number, total, candidate, None, known)
-                    result = work.evaluate(candidate)
+                    result = work.evaluate(candidate, checkpoint)
                     known = known.added(result)
                     files.save(known)
                     work.settle(known)
@@ -171,9 +172,8 @@ class _Work:
     fits: dict[str, Fit] = field(default_factory=dict)
     placed: Candidate | None = None
 
-    def evaluate(self, candidate: Candidate) -> Result:
-        """Write a checkpoint and run the command on it."""
-        checkpoint = self.write(candidate)
+    def evaluate(self, candidate: Candidate, checkpoint: Path) -> Result:
+        """Run the command on a checkpoint."""
         environment = {
             "RELEXIO_STEP": str(candidate.step),
             "RELEXIO_METHOD": candidate.method,

@@ -71,7 +71,7 @@ def _names(numbers: dict[str, float]) -> str:
     if not numbers:
         return "no number at all"
     more = f" and {len(numbers) - _SOME} more" if len(numbers) > _SOME else ""
-    return f"{len(numbers)} numbers ({', '.join(sorted(numbers)[:_SOME])}{more})"
+    return f"{len(numbers)} number{'s' * (len(numbers) > 1)} ({', '.join(sorted(numbers)[:_SOME])}{more})"
 
 
 def _short(text: str) -> str:

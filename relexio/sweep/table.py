@@ -122,7 +122,8 @@ class Sweep:
         last = self.last_observed
         if last is None or last.score is None or result.score is None:
             return None
-        return last.score - result.score if self.lower_is_better else result.score - last.score
+        gain = last.score - result.score if self.lower_is_better else result.score - last.score
+        return float(f"{gain:.12g}")  # 0.15, and not 0.15000000000000002
 
     def row(self, result: Result) -> dict[str, Any]:
         """One line of the table."""
