@@ -30,6 +30,7 @@ from relexio.extrapolate.methods import Recipe
 from relexio.progress import silent
 from relexio.sweep import Candidate, Request, Result, Sweep, sweep
 from relexio.sweep.candidates import filled
+from relexio.sweep.command import run as run_command
 from relexio.sweep.curve import curve
 from relexio.sweep.files import Files
 from relexio.sweep.score import read_score
@@ -214,6 +215,27 @@ def test_evaluations_that_fail_or_hang_do_not_end_it(
     assert "note: 3 of 8 evaluations are done already; 5 failed before and will be tried again" in more.err
     assert json.loads(more.out)["results"][0]["score"] == 1.0 and more.code == 1
     assert "error: none of 5 predictions has a score; relex, step 90, strength 1: exit code" in more.err
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "line"),
+    [
+        ("(yes | tr -d y) & echo 5", 0, "5"),
+        ("exec >&-; sleep 0.1; exit 4", 4, ""),
+        ("exec >&-; sleep 60", None, ""),
+        (r"printf 'loading\r 50%%\r0.25\n \n'", 0, "0.25"),
+        (r"printf '\377\n7'", 0, "7"),
+        ("read line; echo $?", 0, "1"),
+        ("yes | head -c 3000000; echo 8", 0, "8"),
+        ("echo 9; echo more >&2", 0, "9"),
+    ],
+)
+def test_how_a_command_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, code: int | None, line: str
+) -> None:
+    monkeypatch.setattr("relexio.sweep.command.GRACE", 0.1)
+    ended = run_command(command, {}, tmp_path / "log", 3 if code is not None else 0.3)
+    assert (ended.code, ended.line) == (code, line)
 
 
 def test_no_score_at_all_is_one_error(store: Store, tmp_path: Path, relexio: Relexio) -> None:

@@ -13,6 +13,7 @@ from typing import IO
 
 #: Seconds that a process group has to end by itself before it is killed.
 GRACE = 3.0
+_DRAIN = 1.0  # seconds for what a command that has ended printed last
 _LOOK = 0.05  # seconds between looks at whether the command has ended
 _MOST = 1 << 20  # bytes of output, from the end, that a last line is looked for in
 _TAIL = 2000  # characters
@@ -52,19 +53,20 @@ def run(command: str, environment: dict[str, str], log: Path, timeout: float | N
 def _follow(process: "subprocess.Popen[bytes]", out: IO[bytes], log: IO[bytes], deadline: float | None) -> bytes | None:
     """The end of what a command prints, which is written to the log as well; None where it is not done in time.
 
-    It is done when it has ended, even where something it has left behind holds its output open.
+    It is done when it has ended, even where something it has left behind holds its output open, or goes on to print.
     """
-    kept = bytearray()
-    while deadline is None or time.monotonic() < deadline:
-        done = process.poll() is not None
-        if select.select([out], [], [], 0 if done else _LOOK)[0]:
+    kept, ended = bytearray(), 0.0
+    while deadline is None or ended or time.monotonic() < deadline:
+        ended = ended or (time.monotonic() if process.poll() is not None else 0.0)
+        late = ended and time.monotonic() > ended + _DRAIN
+        if not late and select.select([out], [], [], 0 if ended else _LOOK)[0]:
             chunk = os.read(out.fileno(), 1 << 16)
             log.write(chunk)
             kept += chunk
             del kept[:-_MOST]
             if not chunk:  # closed; a shell may close it long before it ends
                 return _wait(process, deadline, bytes(kept))
-        elif done:
+        elif ended:
             return bytes(kept)
     return None
 
