@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
-import evaluate
 import numpy as np
 import pytest
 from conftest import Outcome, Relexio, snapshot
 from make import Run, make_run
+from scoring import score
 from steps import CPU, fit_run, predict_run, store_run
 
 from relexio import atomic
@@ -72,21 +73,21 @@ def scores(out: Path) -> dict[str, object]:
 def test_scores_are_those_of_the_checkpoints(run: Run, store: Store, tmp_path: Path, relexio: Relexio) -> None:
     sums = [float(sum(a.astype(float).sum() for a in run.steps[step].values())) for step in (40, 60)]
     wanted = repr(sums[0] + 2.2 * (sums[1] - sums[0]))
-    command = f"{PYTHON} {ROOT}/tests/evaluate.py {{checkpoint}} {wanted}"
+    command = f"{PYTHON} {ROOT}/tests/scoring.py {{checkpoint}} {wanted}"
     asked = ("--steps", "50:90:40,60", "--strengths", "0.5,1", "--methods", "relex,pinned", "--rank", 2)
     done = swept(relexio, store, tmp_path / "out", command, *asked)
     assert done.code == 0, done.err
     truth = {
-        "base": evaluate.score(run.base_path, float(wanted)),
-        "observed-step-40": evaluate.score(run.steps_path / "global_step_40", float(wanted)),
-        "observed-step-60": evaluate.score(run.steps_path / "global_step_60", float(wanted)),
+        "base": score(run.base_path, float(wanted)),
+        "observed-step-40": score(run.steps_path / "global_step_40", float(wanted)),
+        "observed-step-60": score(run.steps_path / "global_step_60", float(wanted)),
     }
     for method in ("relex", "pinned"):
         for strength, name in ((0.5, "0.5"), (1.0, "1")):
             fitted = fit_run(store, Recipe(method=method, rank=2, strength=strength), "10:40")
             for step in (50, 60, 90):
                 out = predict_run(fitted, step, tmp_path / f"{method}-step-{step}-strength-{name}")
-                truth[out.name] = evaluate.score(out, float(wanted))
+                truth[out.name] = score(out, float(wanted))
     assert scores(tmp_path / "out") == truth
     best = max((name for name in truth if "strength" in name), key=lambda name: truth[name])
     facts = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -491,8 +492,8 @@ def test_the_curve_fits_a_terminal(values: tuple[float | None, ...]) -> None:
 
 def test_of_equal_scores_the_nearest_step_is_best() -> None:
     made = Sweep("", Setting("", ((1, ""),), 1, ""))
-    for step, strength, score in ((90, 0.5, 1.0), (80, 1.0, 1.0), (80, 0.5, 1.0), (70, 1.0, 0.5), (60, 1.0, math.pi)):
-        made = made.added(Result(Candidate("relex", step, strength), score, None, 0.0))
+    for step, strength, value in ((90, 0.5, 1.0), (80, 1.0, 1.0), (80, 0.5, 1.0), (70, 1.0, 0.5), (60, 1.0, math.pi)):
+        made = made.added(Result(Candidate("relex", step, strength), value, None, 0.0))
     made = made.added(Result(Candidate("relex", 60, 1.0), 0.0, None, 0.0))
     best, least = made.best, replace(made, lower_is_better=True).best
     assert best is not None and best.candidate == Candidate("relex", 80, 0.5)
@@ -501,15 +502,58 @@ def test_of_equal_scores_the_nearest_step_is_best() -> None:
 
 def test_commands_in_the_docs_parse() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    found = [command for page in pages for command in sweeps_in(page)]
+    assert len(found) >= 5
+    for command in found:
+        assert filled(command["command"], Path("/a b"), 3) != command["command"]
+
+
+def sweeps_in(page: Path) -> list[dict[str, Any]]:
+    """The options of every ``relexio sweep`` that a page shows."""
+    lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
+    words = [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("relexio sweep ")]
+    command = relexio_command.get_command(click.Context(relexio_command), "sweep")
+    assert command is not None
+    return [command.make_context("sweep", some).params for some in words]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+HARNESS = """#!{python}
+import json, sys
+from pathlib import Path
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+assert options["--model_args"].startswith("pretrained=/a b,"), options
+folder = Path(options["--output_path"], "__a_b")
+folder.mkdir()
+print("|gsm8k|0.5|")
+found = {{"results": {{"gsm8k": {{"alias": "gsm8k", "exact_match,strict-match": 0.5, "n": 3}}}}, "date": 1.0}}
+(folder / "results_2026-01-01.json").write_text(json.dumps(found, indent=2))
+"""
+MODULE = """def simple_evaluate(model, model_args, tasks, **more):
+    assert model_args["pretrained"] == "/a b"
+    return {"results": {task: {"alias": task, "exact_match,strict-match": 0.5, "n": 3} for task in tasks}}
+"""
+
+
+def test_the_harness_examples_print_what_their_metric_names(tmp_path: Path) -> None:
+    """With stand-ins that take and give what the harness does."""
+    page = ROOT / "docs" / "sweep.md"
+    (tmp_path / "lm_eval").write_text(HARNESS.format(python=sys.executable))
+    (tmp_path / "lm_eval").chmod(0o755)
+    (tmp_path / "lm_eval.py").write_text(MODULE)
+    (tmp_path / "eval_hf.sh").write_text(next(block for block in blocks(page, "sh") if block.startswith("set -e")))
+    (tmp_path / "eval_vllm.py").write_text(next(block for block in blocks(page, "python") if "import lm_eval" in block))
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     found = 0
-    for page in pages:
-        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
-                if line.startswith("relexio sweep "):
-                    words = shlex.split(line, comments=True)[2:]
-                    command = relexio_command.get_command(click.Context(relexio_command), "sweep")
-                    assert command is not None
-                    options = command.make_context("sweep", words).params
-                    assert filled(options["command"], Path("/a b"), 3) != options["command"]
-                    found += 1
-    assert found >= 4
+    for options in sweeps_in(page):
+        if options["metric"] is not None:
+            command = filled(options["command"], Path("/a b"), 3).replace("python ", f"{PYTHON} ")
+            done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+            assert read_score(done.stdout.strip().splitlines()[-1], options["metric"]) == 0.5, done.stderr
+            found += 1
+    assert found == 2
+    (mine,) = (block for block in blocks(page, "python") if "accuracy(" in block)
+    compile(mine, "my_eval.py", "exec")

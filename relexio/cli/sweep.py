@@ -162,8 +162,10 @@ class _Said:
     def __enter__(self) -> "_Said":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.within:  # what comes now is a line of its own
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.within and not (
+            kind and issubclass(kind, KeyboardInterrupt)
+        ):  # what comes now is a line of its own; click sees to Ctrl-C
             click.echo(err=True)
 
     def __call__(

@@ -21,7 +21,8 @@ from relexio.sweep.score import read_score
 from relexio.sweep.table import Result, Setting, Sweep
 from relexio.trajectory.store import Store
 
-#: Told of each evaluation before (no result yet; the checkpoint is written) and after it: its number, how many there are, and the table so far.
+#: Told of each evaluation when its checkpoint is written (no result yet), and after it: its number, how many there are,
+#: and the table so far.
 Watch = Callable[[int, int, Candidate, Result | None, Sweep], None]
 _CARD = 1 << 16  # bytes of model card and provenance, and some
 
