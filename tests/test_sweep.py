@@ -406,6 +406,15 @@ def test_two_checkpoints_have_room_or_nothing_is_begun(
     request = Request((10, 20, 30, 40), (50, 60, 70), (1.0,), ("relex",), NUMBER_OF_STEP, out, disk=int(least))
     sweep(store, request, CPU, silent, watch, pytest.fail)
     assert 0.5 * int(least) < max(most) <= int(least)
+    # as it may be after a kill: a checkpoint that is not the best one, which is predicted again
+    shutil.copytree(out / "best", out / "candidates" / "relex-step-60-strength-1")
+    most.clear()
+    sweep(store, replace(request, lower_is_better=True), CPU, silent, watch, pytest.fail)
+    assert json.loads((out / "best" / "relexio.json").read_text())["step"] == 50
+    shutil.copytree(out / "best", out / "candidates" / "relex-step-60-strength-1")
+    sweep(store, request, CPU, silent, watch, pytest.fail)
+    assert json.loads((out / "best" / "relexio.json").read_text())["step"] == 70
+    assert 0 < max(most) < 2.1 * atomic.tree_bytes(out / "best")
 
 
 def test_what_is_refused_before_anything_is_run(store: Store, tmp_path: Path, relexio: Relexio) -> None:

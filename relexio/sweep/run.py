@@ -198,7 +198,10 @@ class _Work:
             facts = {"step": chosen.step, "method": chosen.method, "strength": chosen.strength}
             if not self.files.best_is(facts):
                 there = self.files.candidate(chosen.name)
-                self.files.take(there if there.exists() else self.write(chosen))
+                if not there.exists():
+                    self.files.clear()  # what a killed sweep has left would be a third checkpoint
+                    self.write(chosen)
+                self.files.take(there)
             self.placed = chosen
         self.files.clear()
 
