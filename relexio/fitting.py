@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from relexio.checkpoints.layout import Selection
 from relexio.dtypes import is_buffer
@@ -98,7 +99,8 @@ class Fit:
         pairs = ((tensor.name, self.grams.of(tensor, seen)) for tensor in fitted)
         if not folds or not fitted:
             return None
-        return backtest(pairs, len(fitted), steps, [trial], folds, (self.recipe.strength,), self._recipe)
+        with threadpool_limits(1):
+            return backtest(pairs, len(fitted), steps, [trial], folds, (self.recipe.strength,), self._recipe)
 
     def outlook(self, target: int) -> Outlook | None:
         """What the backtest says of a target; None without a backtest."""

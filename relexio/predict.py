@@ -99,11 +99,11 @@ def prospect(
     solver: str,
     targets: list[Target],
     resources: Resources,
-    choice: Choice,
+    choice: Choice | None = None,
 ) -> Prospect:
     """Check a prediction and say what it takes; no tensor is read, nothing is written. Raises as ``predict`` does."""
     recipe.check(np.array(window), [target.step for target in targets])
-    check_carried(store, window, choice)
+    check_carried(store, window, choice or Choice())
     check_targets(store, targets)
     chosen, executor = choose_solver(store, window, solver, resources)
     kept = is_kept(store, window, recipe.rank, chosen)

@@ -16,17 +16,8 @@ from relexio.plan import use_one_heap
 from relexio.version import __version__
 
 _COMMANDS = (
-    "convert",
-    "inspect",
-    "backtest",
-    "predict",
-    "methods",
-    "reconstruct",
-    "findings",
-    "verify",
-    "restore",
-    "demo",
-)
+    "convert", "inspect", "backtest", "predict", "sweep", "methods", "reconstruct", "findings", "verify", "restore", "demo",
+)  # fmt: skip
 
 
 class _Lazy(click.Group):
