@@ -30,6 +30,12 @@ class Judged:
     verdict: Verdict | None
     straight: Straightness | None
 
+    def words(self) -> list[str]:
+        """The verdict in sentences: what to use, how far, how sure, and what it does not mean."""
+        if self.verdict is None:
+            return ["No recipe could be tried at every cut-off: there are too few steps."]
+        return words(self.test, self.verdict)
+
     def ranked(self) -> list[Pick]:
         """Every recipe at every strength, best first."""
         return rank_all(self.test)
@@ -103,7 +109,7 @@ class Judged:
             "followed": [
                 {"step": f.step, "recipe": self.row(f.pick)["method"], "skill": f.skill} for f in verdict.followed
             ],
-            "words": words(self.test, verdict),
+            "words": self.words(),
         }
 
 

@@ -113,15 +113,12 @@ def _show_parts(judged: "Judged", pick: "Pick") -> None:
 
 
 def _show_verdict(judged: "Judged") -> None:
-    from relexio.extrapolate.verdict import window_words, words
+    from relexio.extrapolate.verdict import window_words
 
     click.echo("\nverdict")
-    if judged.verdict is None:
-        click.echo("No recipe could be tried at every cut-off: there are too few steps.")
-        return
-    for line in words(judged.test, judged.verdict):
+    for line in judged.words():
         click.echo(line)
-    if judged.verdict.sure == "none":
+    if judged.verdict is None or judged.verdict.sure == "none":
         return
     test, pick = judged.test, judged.verdict.pick
     trial, step = test.trials[pick.trial], judged.verdict.farthest
