@@ -8,7 +8,8 @@ import pytest
 from conftest import Relexio
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make import BF16, FP8, Run, base_tensors, load_checkpoint, make_run, move, save_checkpoint
+from make import BF16, FP8, Run, base_tensors, differing, load_checkpoint, make_run, move, save_checkpoint
+from make import deltas as deltas_of
 from steps import fit_run, predict_run, store_run
 
 from relexio.errors import RequestError
@@ -137,7 +138,7 @@ def test_a_window_too_short_for_a_curve_names_the_limit(fit: str, least: int) ->
 
 def test_refits_without_end_are_refused() -> None:
     with pytest.raises(RequestError, match="larger --refit"):
-        Recipe(refit=1).read_off(STEPS, np.ones((8, 1)), np.array([10**9]))
+        Recipe(refit=1).check(STEPS, [10**9])
 
 
 def test_parts_of_a_model() -> None:
@@ -155,6 +156,48 @@ def test_parts_of_a_model() -> None:
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     return make_run(tmp_path, steps=(10, 20, 30, 40, 50))
+
+
+def truth(run: Run, recipe: Recipe, target: int) -> dict[str, np.ndarray]:
+    """A prediction by its definition, in weight space: SVD and polyfit in float64 (rank 1)."""
+    times = np.array(sorted(run.steps))
+    found = {}
+    for name, base in run.base.items():
+        m = deltas_of(base, [run.steps[s][name] for s in times])
+        u, sigma, v = np.linalg.svd(m, full_matrices=False)
+        degree = {"line": 1, "poly2": 2}[recipe.fit]
+        line = np.polyfit(times, sigma[0] * u[:, 0], degree)
+        chord = (target - times[-1]) / (times[-1] - times[0]) * (m[-1] - m[0])
+        kept = (1 - 2 / (recipe.last + 1)) ** np.arange(len(m))[::-1] if recipe.last else np.ones(len(m))
+        ahead = {
+            "relex": np.polyval(line, target) * v[0],
+            "pinned": m[-1] + (np.polyval(line, target) - np.polyval(line, times[-1])) * v[0],
+            "secant": m[-1] + chord,
+            "two-point": m[-1] + (0 if "norm" in name else 1) * chord,
+            "scaled-last": target / times[-1] * m[-1],
+            "scaled-first": target / times[0] * m[0],
+            "mean": m[-(recipe.last or len(m)) :].mean(axis=0),
+            "ema": kept @ m / kept.sum(),
+        }[recipe.method]
+        found[name] = base.astype(np.float64) + ahead.reshape(base.shape)
+    return found
+
+
+@pytest.mark.parametrize("solver", ["gram", "blocks"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *(Recipe(name) for name in METHODS if METHODS[name].extrapolates and name not in ("mean", "ema")),
+        *(Recipe("mean", last=2), Recipe("mean"), Recipe("ema", last=3), Recipe("relex", fit="poly2")),
+        Recipe("pinned", fit="poly2"),
+    ],
+    ids=str,
+)
+def test_what_is_written_is_the_truth(tmp_path: Path, recipe: Recipe, solver: str) -> None:
+    run = make_run(tmp_path, BF16, (3, 10, 20, 21, 50), shapes={"a": (60, 170), "b": (23,), "model.norm.weight": (50,)})
+    store = store_run(run, tmp_path / "run.zarr")
+    found = load_checkpoint(predict_run(fit_run(store, recipe, solver=solver), 120, tmp_path / "out"))
+    assert differing(found, truth(run, recipe, 120))[0] == 0
 
 
 @pytest.mark.parametrize("others", ["last", "base"])

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from relexio.errors import RequestError
-from relexio.extrapolate.fit import CURVES, read_off, read_off_refitting
+from relexio.extrapolate.fit import CURVES, check_refits, read_off, read_off_refitting
 from relexio.power import power_iteration, solve
 
 Vector = np.ndarray
@@ -259,6 +259,8 @@ class Recipe:
                     f"--step {target} is not beyond the window, which ends at step {steps[-1]}; give a later step, "
                     f"a window that ends earlier, or --method reconstruct"
                 )
+            if self.refit is not None:
+                check_refits(steps, target, self.refit)
             if not method.extrapolates and target not in steps:
                 raise RequestError(
                     f"--step {target}: --method {self.method} needs a step of the window {steps[0]}..{steps[-1]}"
