@@ -18,7 +18,7 @@ from relexio.checkpoints.read import EMBEDDINGS, HEAD
 from relexio.checkpoints.write import CARD, Output, OutputShard, begin, model_card, validate, write_files
 from relexio.errors import BudgetError, ExistsError, RequestError, StorageError, StoreError
 from relexio.executor import Executor
-from relexio.extrapolate.methods import Recipe
+from relexio.extrapolate.methods import METHODS, Recipe
 from relexio.extrapolate.parts import Choice
 from relexio.fitting import Fit, check_carried
 from relexio.grams import choose_solver, is_kept
@@ -247,7 +247,10 @@ def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
     write_files(directory, _files(store, replace(base, side={**extra, **kept})))
     facts = provenance(fit, target.step)
     public = {**facts, "window": describe_steps(fit.steps), "base": store.base_content}
-    card = model_card(_model_name(base.source), public, f"relexio {__version__}")
+    method = METHODS[fit.recipe.method]
+    did = "extrapolated" if method.extrapolates else "reconstructed"
+    made = f"relexio {__version__} {did} them from observed checkpoints of a training run ({method.name}: {method.source})."
+    card = model_card(_model_name(base.source), public, made)
     made = [(CARD, card.encode()), (PROVENANCE, (json.dumps(facts, indent=2) + "\n").encode())]
     write_files(directory, made)
 

@@ -41,7 +41,8 @@ def demo(out: Path | None) -> None:
             ("in task", _accuracies(found)),
         ]
     )
-    click.echo(f"\nAll of it is in {directory}; look around, and remove it when you are done.")
+    click.echo(f"\nAll of it is in {directory}; look around, and remove it when you are done. What next:")
+    click.echo(f"$ relexio backtest {directory / 'run.zarr'} --window 5:{WINDOW_END}")
 
 
 def _accuracies(found: "Outcome") -> str:
