@@ -251,8 +251,8 @@ def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
     did = "extrapolated" if method.extrapolates else "reconstructed"
     made = f"relexio {__version__} {did} them from observed checkpoints of a training run ({method.name}: {method.source})."
     card = model_card(_model_name(base.source), public, made)
-    made = [(CARD, card.encode()), (PROVENANCE, (json.dumps(facts, indent=2) + "\n").encode())]
-    write_files(directory, made)
+    own = [(CARD, card.encode()), (PROVENANCE, (json.dumps(facts, indent=2) + "\n").encode())]
+    write_files(directory, own)
 
 
 def provenance(fit: Fit, step: int) -> dict[str, Any]:
