@@ -44,6 +44,7 @@ def try_all(
                 if count not in windows:
                     inside = slice(fold.known - count, fold.known)
                     windows[count] = Window(gram[inside, inside], steps[inside])
+                if "rank" in METHODS[trial.recipe.method].uses:
                     windows[count].directions(min(most, count))  # once for all ranks
                 found[place, there] = _try(gram, steps, windows[count], fold, recipe)
         at = there.stop
