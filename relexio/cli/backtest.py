@@ -31,7 +31,7 @@ def backtest(
     scheduler: str | None,
     as_json: bool,
 ) -> None:
-    """Say which method to use on this run, how far, and how sure that is.
+    """Say which method to use on this run, how far, and how sure.
 
     Every method, window, rank and strength is fitted up to several cut-offs inside the trajectory and held against the
     steps that were really trained after them. Skill above 0 beats keeping the last checkpoint; 1 is perfect.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     "-o", "--out", type=click.Path(path_type=Path), help="A new directory for its files.  [default: relexio-demo]"
 )
 def demo(out: Path | None) -> None:
-    """Try everything on a real, tiny RLVR run that ships with relexio.
+    """Try it all on a real, tiny RLVR run that comes with relexio.
 
     Writes its checkpoints, converts the first 50 steps, predicts step 200, and holds that against the checkpoint that
     training really reached there.

@@ -61,7 +61,7 @@ def predict(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Write the checkpoint that training would reach at a later step.
+    """Write the checkpoint that training would reach later.
 
     Fits the stored steps of TRAJECTORY (once: the fit is kept there) and writes a Hugging Face directory with the
     base's tensors, dtypes and shards.

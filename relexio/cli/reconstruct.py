@@ -35,9 +35,9 @@ def reconstruct(
     scheduler: str | None,
     as_json: bool,
 ) -> None:
-    """Write what --rank directions over time keep of an observed step (the paper's Finding 1).
+    """Write what a few directions keep of an observed step.
 
-    Evaluate it beside the step itself: where both do equally well, those directions hold what training gained.
+    That is the paper's Finding 1. Evaluate it beside the step itself: where both do equally well, those directions hold what training gained.
     """
     options.check_out(steps, out)
     import numpy as np

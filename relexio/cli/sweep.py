@@ -90,7 +90,7 @@ def sweep(
     dry_run: bool,
     as_json: bool,
 ) -> int:
-    """Evaluate many predictions with your own command, and keep the best.
+    """Evaluate predictions with your own command; keep the best.
 
     Writes one candidate at a time, runs COMMAND on it, and takes the last line that it prints as the score: a number,
     or JSON. The base and the observed checkpoints are evaluated first. Run again, it goes on with what has no score.
