@@ -141,11 +141,10 @@ class Fit:
         self.recipe.check(np.array(self.steps), [step])
         count, total = len(self.steps), Errors()
         for tensor in self.store.fitted():
-            gram, start = self.grams.of(tensor, (*self.steps, step)), np.zeros(count + 1)
-            weights = self._weights(tensor, [step])
-            start[:count] = np.eye(count)[-1] if weights is None else weights[:, 0]
-            found = terms(gram, count - 1, start, np.zeros((count + 1, 1)), np.array([count]))
-            predicted, kept = errors(found, 0.0)
+            gram, weights = self.grams.of(tensor, (*self.steps, step)), self._weights(tensor, [step])
+            whole = np.zeros((count, 1)) if weights is None else weights
+            found = terms(gram, count - 1, weights is None, slice(count), whole, np.array([count]))
+            predicted, kept = errors(found, 1.0)
             total += Errors(float(predicted[0]), float(kept[0]))
         return total
 

@@ -37,7 +37,8 @@ def reconstruct(
 ) -> None:
     """Write what a few directions keep of an observed step.
 
-    That is the paper's Finding 1. Evaluate it beside the step itself: where both do equally well, those directions hold what training gained.
+    That is the paper's Finding 1. Evaluate it beside the step itself: where both do equally well, those directions hold
+    what training gained.
     """
     options.check_out(steps, out)
     import numpy as np

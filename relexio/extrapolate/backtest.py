@@ -60,14 +60,12 @@ def _window(gram: np.ndarray, steps: np.ndarray, most: int) -> Window:
 
 
 def _try(gram: np.ndarray, steps: np.ndarray, window: Window, fold: Fold, recipe: Recipe | None) -> np.ndarray:
-    held, last = np.array(fold.held_out), fold.known - 1
-    start, update = np.zeros(len(gram)), np.zeros((len(gram), len(held)))
-    if recipe is None or METHODS[recipe.method].from_last:
-        start[last] = 1.0
+    held, count = np.array(fold.held_out), len(window.steps)
+    update = np.zeros((count, len(held)))
     if recipe is not None and window.gram.any():
-        once = replace(recipe, strength=1.0)
-        update[fold.known - len(window.steps) : fold.known] = METHODS[recipe.method].weights(window, steps[held], once)
-    return terms(gram, last, start, update, held)
+        update = METHODS[recipe.method].weights(window, steps[held], replace(recipe, strength=1.0))
+    from_last = recipe is None or METHODS[recipe.method].from_last
+    return terms(gram, fold.known - 1, from_last, slice(fold.known - count, fold.known), update, held)
 
 
 def columns(folds: list[Fold]) -> int:
