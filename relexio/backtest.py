@@ -12,7 +12,7 @@ from relexio.errors import BudgetError
 from relexio.extrapolate.backtest import Backtest, backtest, bytes_of
 from relexio.extrapolate.parts import PARTS
 from relexio.extrapolate.straight import Straightness, straightness
-from relexio.extrapolate.trials import HORIZONS, STRENGTHS, make_folds, make_trials
+from relexio.extrapolate.trials import HORIZONS, STRENGTHS, horizon_name, make_folds, make_trials
 from relexio.extrapolate.verdict import CAVEAT, Pick, Verdict, advise, rank_all, window_words, words
 from relexio.grams import find_grams
 from relexio.progress import Stages
@@ -41,11 +41,12 @@ class Judged:
         return rank_all(self.test)
 
     def best_of_each_method(self) -> list[Pick]:
-        """The best recipe of each method, best first."""
+        """The best recipe of each method, best first; of the recommended one's method that one, though another ties."""
+        advised = [self.verdict.pick] if self.verdict else []
         found: dict[str, Pick] = {}
-        for pick in self.ranked():
+        for pick in (*advised, *self.ranked()):
             found.setdefault(self.test.trials[pick.trial].recipe.method, pick)
-        return list(found.values())
+        return sorted(found.values(), key=lambda pick: -pick.score)
 
     def row(self, pick: Pick) -> dict[str, Any]:
         """All figures of one recipe, for scripts: by horizon the pooled skill, the median over tensors, and the cosine."""
@@ -91,7 +92,7 @@ class Judged:
                 {"step": int(test.steps[f.known - 1]), "held_out": [int(test.steps[i]) for i in f.held_out]}
                 for f in test.folds
             ],
-            "horizons": list(HORIZONS),
+            "horizons": [horizon_name(place) for place in range(len(HORIZONS))],
             "verdict": None if verdict is None else self._verdict(verdict),
             "caveat": CAVEAT,
             "straightness": asdict(self.straight) if self.straight else None,
@@ -114,8 +115,8 @@ class Judged:
 
 
 def by_horizon(values: np.ndarray) -> dict[str, float]:
-    """Figures by horizon, for scripts: those that are not NaN, by their HORIZONS as text."""
-    return {f"{h:g}": float(value) for h, value in zip(HORIZONS, values, strict=True) if not np.isnan(value)}
+    """Figures by horizon, for scripts: those that are not NaN, by the names of their horizons."""
+    return {horizon_name(place): float(value) for place, value in enumerate(values) if not np.isnan(value)}
 
 
 def judge(store: Store, window: tuple[int, ...], resources: Resources, stages: Stages) -> Judged:

@@ -83,8 +83,8 @@ class Fit:
         """The recipe, judged inside its window: fitted up to several cut-offs, held against the steps after each.
 
         If the window ends a longer run of stored steps, all of those up to its end are used, and it keeps its share of
-        them. None where that cannot be done: fewer than 3 steps, a method that does not extrapolate, or a solver that
-        keeps no whole Gram matrix.
+        them. None where that cannot be done: fewer than 3 steps, no tensor that moved, a method that does not extrapolate,
+        or a solver that keeps no whole Gram matrix.
         """
         if not self.grams.whole or not METHODS[self.recipe.method].extrapolates:
             return None
@@ -100,7 +100,8 @@ class Fit:
         if not folds or not fitted:
             return None
         with threadpool_limits(1):
-            return backtest(pairs, len(fitted), steps, [trial], folds, (self.recipe.strength,), self._recipe)
+            found = backtest(pairs, len(fitted), steps, [trial], folds, (self.recipe.strength,), self._recipe)
+        return found if found.kept.any() else None
 
     def outlook(self, target: int) -> Outlook | None:
         """What the backtest says of a target; None without a backtest."""
@@ -190,6 +191,10 @@ def fit(
         raise RequestError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
     notes = check_carried(store, window, choice)
     grams = find_grams(store, window, recipe.rank, solver, resources, stages)
+    shares = changed_shares(store, window)
+    if not any(shares[name] for name in choice.of(shares)):
+        what = "of the chosen tensors" if choice != Choice() else "of the tensors"
+        notes.append(f"none {what} changed within the window: they stay as they are")
     if not grams.lasting:
         notes.append(f"{store.address} cannot be written: the fit is not kept for later")
     return Fit(store, window, recipe, grams, choice, notes)

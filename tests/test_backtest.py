@@ -117,6 +117,40 @@ def test_a_random_walk_is_not(seed: int) -> None:
     assert straight.split_half is not None and straight.split_half < 0.1
 
 
+def test_noise_about_one_place_is_told_from_a_direction() -> None:
+    """Going back to the middle beats the last checkpoint, by far and always; but nothing is to be extrapolated."""
+    rng = np.random.default_rng(0)
+    moved = {f"model.layers.{i}.mlp.up_proj.weight": rng.standard_normal((40, 3000)) for i in range(2)}
+    test = backtested(moved)
+    verdict = advise(test)
+    assert verdict is not None and verdict.pick.score > 0.4 and verdict.sure == "none"
+    assert "averaging" in words(test, verdict)[0] and "noise" in words(test, verdict)[0]
+    gram = sum(m @ m.T for m in moved.values())
+    assert split_half(gram) < -0.9 and "undo each other" in signs(gram, LINE)[0]
+
+
+def test_a_run_that_stopped_is_not_to_be_extrapolated() -> None:
+    moved = model(LINE, 1.0, 0.3)
+    for m in moved.values():
+        m[20:] = m[19]
+    test = backtested(moved)
+    verdict = advise(test)
+    assert verdict is not None and verdict.sure == "none" and "do not extrapolate" in words(test, verdict)[1]
+    found = signs(sum(m @ m.T for m in moved.values()), LINE)
+    assert len(found) == 1 and "step 21 is the same as step 20, and 19 more" in found[0]
+
+
+def test_a_pick_that_leaves_most_tensors_worse_says_so() -> None:
+    moved = {
+        **model(LINE, 0.0, 1.0, tensors=4),
+        "model.layers.9.mlp.up_proj.weight": 20 * np.outer(LINE, np.ones(3000)),
+    }
+    test = backtested(moved)
+    verdict = advise(test)
+    assert verdict is not None and verdict.pick.score > 0.5
+    assert any("most tensors end farther off" in line for line in words(test, verdict))
+
+
 def test_advice_that_failed_before_is_not_sure() -> None:
     """A run that turned round: what had been right was wrong from there on."""
     moved = model(LINE, 1.0, 0.3)
@@ -151,7 +185,7 @@ def test_split_half_by_brute_force() -> None:
     increments = np.diff(np.vstack([np.zeros_like(m[:1]), m]), axis=0)
     halves = [np.linalg.svd(np.cumsum(increments[i::2], axis=0), full_matrices=False)[2][0] for i in (0, 1)]
     found = split_half(m @ m.T)
-    np.testing.assert_allclose(found, abs(halves[0] @ halves[1]), rtol=1e-8)
+    np.testing.assert_allclose(found, abs(halves[0] @ halves[1]), rtol=1e-8)  # both point where they end
     assert split_half(np.eye(3)) is None
 
 
@@ -223,7 +257,7 @@ def test_command(run: Run, tmp_path: Path, relexio: Relexio) -> None:
     for word in (
         "random walk",
         "split-half",
-        "skill within",
+        "skill up to",
         "verdict",
         "Use ",
         "not task accuracy",
@@ -233,6 +267,7 @@ def test_command(run: Run, tmp_path: Path, relexio: Relexio) -> None:
     everything = relexio("backtest", tmp_path / "run.zarr", "--all").out
     assert len(everything.splitlines()) > 2 * len(shown.out.splitlines())
     facts = json.loads(relexio("backtest", tmp_path / "run.zarr", "--json").out)
+    assert "\n* " in shown.out  # the recommended row is marked
     assert facts["verdict"]["method"] in ("relex", "pinned") and facts["verdict"]["sure"] == "high"
     assert {recipe["method"] for recipe in facts["recipes"]} == set(METHODS) - {"reconstruct"}
     assert facts["recipes"][0]["score"] >= facts["recipes"][-1]["score"]
@@ -249,7 +284,7 @@ def test_predict_warns(tmp_path: Path, relexio: Relexio) -> None:
     store_run(run, tmp_path / "run.zarr")
     done = relexio("predict", tmp_path / "run.zarr", "--step", 11, "--step", 500, "-o", tmp_path / "{step}")
     assert done.code == 0, done.err
-    assert "step 6 is the same as step 5, and 5 more such pairs" in done.err
+    assert "step 6 is the same as step 5, and 4 more repeat one before them" in done.err
     assert "no skill so far ahead" in done.err and "step 500 is beyond what was backtested" in done.err
     assert done.out.count("verdict") == 2
 

@@ -120,7 +120,8 @@ def test_targets_do_not_depend_on_each_other(deltas: np.ndarray) -> None:
         (Recipe("relex", 9), "give 1 to 8"),
         (Recipe("mean", last=9), "give 1 to 8"),
         (Recipe("relex", fit="spline"), "known are line"),
-        (Recipe("relex", refit=0), "give 1 or more"),
+        (Recipe("relex", refit=0), "give 1 to 8"),
+        (Recipe("relex", refit=9), "give 1 to 8"),
         (Recipe("relex", strength=float("nan")), "reasonable size"),
     ],
 )
@@ -218,6 +219,16 @@ def test_chosen_tensors_alone_are_predicted(run: Run, tmp_path: Path, others: st
     assert json.loads((out / "relexio.json").read_text())["exclude"] == ["*norm*"]
 
 
+def test_chosen_tensors_that_never_moved(tmp_path: Path, relexio: Relexio) -> None:
+    base = base_tensors(BF16)
+    steps = move(base, [1, 2, 3, 4, 5, 6], still=("model.norm.weight",))
+    run = Run(tmp_path, base, steps)
+    store_run(run, tmp_path / "run.zarr")
+    done = relexio("predict", tmp_path / "run.zarr", "--step", 8, "--include", "*norm*", "-o", tmp_path / "out")
+    assert done.code == 0 and "none of the chosen tensors changed" in done.err and "same as" not in done.err
+    assert "verdict  none" in done.out
+
+
 def test_two_point_keeps_norms_and_secant_does_not(run: Run, tmp_path: Path) -> None:
     store, norm = store_run(run, tmp_path / "run.zarr"), "model.norm.weight"
     two_point = load_checkpoint(predict_run(fit_run(store, Recipe("two-point")), 400, tmp_path / "two"))
@@ -233,6 +244,7 @@ def test_two_point_keeps_norms_and_secant_does_not(run: Run, tmp_path: Path) -> 
         (Choice(exclude=("q",)), "--exclude 'q' fits none"),
         (Choice(exclude=("*",)), "leave no tensor"),
         (Choice(others="first"), "give base or last"),
+        (Choice(others="base"), "means nothing without --include or --exclude"),
     ],
 )
 def test_a_choice_of_nothing_is_refused(choice: Choice, said: str) -> None:

@@ -85,8 +85,8 @@ def _show_recipes(judged: "Judged", picks: "list[Pick]") -> None:
     places, columns = heads(judged.test)
     names = [str(judged.test.trials[pick.trial].recipe) for pick in picks]
     width = max(map(len, (*names, "method")))
-    click.echo("\nskill within so many times the last known step (pooled over all tensors)")
-    click.echo(f"{'method':<{width}}  window  strength{columns}    mean  median  cosine")
+    click.echo("\nskill up to so many times the last known step, beyond the column before (pooled over all tensors)")
+    click.echo(f"  {'method':<{width}}  window  strength{columns}    mean  median  cosine")
     for name, pick in zip(names, picks, strict=True):
         test = judged.test
         skills = test.by_horizon(pick.trial, pick.strength)
@@ -94,13 +94,18 @@ def _show_recipes(judged: "Judged", picks: "list[Pick]") -> None:
         cosine = test.cosines(pick.trial, pick.strength)
         direct = f"{np.nanmean(cosine):+.2f}" if not np.isnan(cosine).all() else "-"
         click.echo(
-            f"{name:<{width}}  {_share(test.trials[pick.trial].share):>6}  {pick.strength:>8g}"
+            f"{_mark(judged, pick)} {name:<{width}}  {_share(test.trials[pick.trial].share):>6}  {pick.strength:>8g}"
             f"{numbers(skills, places)}{pick.score:>+8.2f}{median:>+8.2f}{direct:>8}"
         )
+    click.echo("*: recommended")
     click.echo(
         "mean: over the horizons, by which recipes are ranked. median: over tensors, mean over predictions. cosine: of "
         "the predicted and the real update."
     )
+
+
+def _mark(judged: "Judged", pick: "Pick") -> str:
+    return "*" if judged.verdict is not None and judged.verdict.sure != "none" and pick == judged.verdict.pick else " "
 
 
 def _share(share: float) -> str:
@@ -108,7 +113,8 @@ def _share(share: float) -> str:
 
 
 def _show_parts(judged: "Judged", pick: "Pick") -> None:
-    click.echo("\nthe best of them, by part of the model")
+    trial = judged.test.trials[pick.trial]
+    click.echo(f"\n{trial.recipe}, window {_share(trial.share)}, strength {pick.strength:g}, by part of the model")
     by_horizon(judged.test, judged.parts(pick), "part")
 
 

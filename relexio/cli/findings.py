@@ -90,7 +90,7 @@ def _show_lines(found: "Findings") -> None:
 
 def _show_ablation(found: "Findings") -> None:
     rows = found.ablation()
-    click.echo("\nAblations of rank and curve: skill within so many times the last known step (relexio backtest)")
+    click.echo("\nAblations of rank and curve: skill by horizon, as in relexio backtest")
     if not rows or found.judged is None:
         click.echo("- (a backtest takes three steps)")
         return

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from relexio.fitting import Fit
     from relexio.predict import Prospect, Target
 
-_NO_VERDICT = "none: a backtest takes three steps, a rank within the shortest of its windows, and the gram solver"
+_NO_VERDICT = "none: a backtest takes three steps, tensors that move, a rank below the steps, and the gram solver"
 
 
 @click.command()

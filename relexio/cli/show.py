@@ -99,10 +99,10 @@ def table(rows: list[tuple[str, str]]) -> None:
 
 def heads(test: "Backtest") -> tuple[list[int], str]:
     """The horizons at which a backtest held anything out, and the heads of their columns."""
-    from relexio.extrapolate.trials import HORIZONS
+    from relexio.extrapolate.trials import horizon_name
 
     places = sorted(set(test.horizons.tolist()))
-    return places, "".join(f"{f'{HORIZONS[place]:g}x':>7}" for place in places)
+    return places, "".join(f"{horizon_name(place):>7}" for place in places)
 
 
 def numbers(skills: "np.ndarray", places: list[int]) -> str:

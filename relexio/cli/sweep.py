@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,8 @@ def sweep(
     Writes one candidate at a time, runs COMMAND on it, and takes the last line that it prints as the score: a number,
     or JSON. The base and the observed checkpoints are evaluated first. Run again, it goes on with what has no score.
     """
+    if timeout is not None and not isfinite(timeout):
+        raise click.UsageError(f"--timeout {timeout} is not a number of seconds.")
     count = sum(map(len, steps.parts))
     if count > _MOST_STEPS:
         raise click.UsageError(f"--steps {steps.text}: more steps than anyone evaluates; give an end and a stride")

@@ -10,6 +10,7 @@ from relexio.extrapolate.fit import CURVES
 from relexio.extrapolate.methods import METHODS, Recipe
 
 #: Horizons are told in times the last known step: 1.5 is step 75 seen from step 50.
+#: A horizon is from the one before it (from 1 at first) to this; the last one is open.
 HORIZONS = (1.1, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0)
 STRENGTHS = (0.1, 0.25, 0.5, 0.75, 1.0)
 _CUT_OFFS = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
@@ -33,6 +34,11 @@ def horizon(steps: np.ndarray, known: int, index: int) -> int:
 def within(times: float) -> int:
     """The first of HORIZONS that is not below so many times the last known step; the last one for all beyond."""
     return min(int(np.searchsorted(HORIZONS, times - 1e-9)), len(HORIZONS) - 1)
+
+
+def horizon_name(place: int) -> str:
+    """What a horizon is called: its end, or for the last one its start."""
+    return f"{HORIZONS[place]:g}x" if place < len(HORIZONS) - 1 else f">{HORIZONS[place - 1]:g}x"
 
 
 def make_folds(steps: np.ndarray) -> list[Fold]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from relexio.extrapolate.backtest import Backtest
+from relexio.extrapolate.methods import METHODS
 from relexio.extrapolate.trials import Trial, within
 
 #: What skill in weights says nothing of; told with every piece of advice.
@@ -44,8 +45,8 @@ class Verdict:
 
     ``reach``: from and to how many times the last known step skill is above 0 (None: nowhere); ``tested``: as far as
     anything was held out, in the same measure. ``farthest``: the last step that has skill both by its number of times and
-    by how many steps it is ahead (an early cut-off sees many times its own step, but few steps). ``sure`` is high,
-    moderate, low or none.
+    by how many steps it is ahead (an early cut-off sees many times its own step, but few steps). ``still``: the best of
+    the methods that go nowhere, where extrapolating does not beat it. ``sure`` is high, moderate, low or none.
     """
 
     pick: Pick
@@ -54,6 +55,7 @@ class Verdict:
     tested: float
     farthest: int
     followed: list[Followed]
+    still: Pick | None
     sure: str
 
 
@@ -98,16 +100,22 @@ def follow(test: Backtest) -> list[Followed]:
 
 def advise(test: Backtest) -> Verdict | None:
     """The verdict on the best of all trials; None where not one could be made at every cut-off."""
-    pick = best(rank_all(test))
+    ranked = rank_all(test)
+    pick = best(ranked)
     if pick is None:
         return None
+    still = next((one for one in ranked if METHODS[test.trials[one.trial].recipe.method].stays), None)
+    if still is None or still.score < pick.score - _TIE or still.score <= 0:
+        still = None
     skills, followed = test.by_horizon(pick.trial, pick.strength), follow(test)
     inside, last = _with_skill(skills, test.horizons), int(test.steps[-1])
     if not inside.any():
-        return Verdict(pick, skills, None, float(test.times.max()), last, followed, "none")
+        return Verdict(pick, skills, None, float(test.times.max()), last, followed, still, "none")
     reach = (float(test.times[inside].min()), float(test.times[inside].max()))
     farthest = min(last + int((test.held_out - test.known)[inside].max()), int(last * reach[1]))
-    return Verdict(pick, skills, reach, float(test.times.max()), farthest, followed, _sure(pick, followed))
+    return Verdict(
+        pick, skills, reach, float(test.times.max()), farthest, followed, still, _sure(pick, followed, still)
+    )
 
 
 def _with_skill(skills: np.ndarray, horizons: np.ndarray) -> np.ndarray:
@@ -121,10 +129,10 @@ def _with_skill(skills: np.ndarray, horizons: np.ndarray) -> np.ndarray:
     return np.isin(horizons, run)
 
 
-def _sure(pick: Pick, followed: list[Followed]) -> str:
-    if not pick.score > 0:
-        return "none"
+def _sure(pick: Pick, followed: list[Followed], still: Pick | None) -> str:
     won = sum(one.skill > 0 for one in followed)
+    if not pick.score > 0 or still is not None or (followed and not won):
+        return "none"
     if len(followed) >= 3 and won == len(followed):
         return "high"
     return "moderate" if followed and won > len(followed) / 2 else "low"
@@ -187,27 +195,48 @@ def window_words(trial: Trial, steps: np.ndarray) -> tuple[str, str]:
 
 def words(test: Backtest, verdict: Verdict) -> list[str]:
     """The verdict in sentences: what to use, how far, how sure, and what it does not mean."""
-    trial, last = test.trials[verdict.pick.trial], int(test.steps[-1])
-    window, _ = window_words(trial, test.steps)
-    if verdict.reach is None or verdict.sure == "none":
-        first = f"Nothing tried here beats keeping the last checkpoint; the best is {trial.recipe} with {verdict.pick.score:+.2f}."
-        return [f"{first} Train on, or do not extrapolate this run.", _told(CAVEAT)]
-    start, end = verdict.reach
-    so_far = "as far as was tested" if end >= verdict.tested * 0.999 else "and not beyond"
-    won, tries = sum(one.skill > 0 for one in verdict.followed), len(verdict.followed)
-    return [
-        f"Use {trial.recipe}, strength {verdict.pick.strength:g}, fitted to {window}.",
-        f"In weights it comes nearer than the last checkpoint (mean skill {verdict.pick.score:+.2f}) from {start:.2f} to "
-        f"{end:.1f} times the last known step and up to {verdict.farthest - last} steps ahead, {so_far}: from step {last} "
-        f"that is step {verdict.farthest}.",
-        f"How sure: {verdict.sure}, of weights. "
-        + (
-            f"Such advice, taken at {tries} earlier cut-offs, was right at {won}."
-            if tries
-            else "There are too few steps to try such advice on earlier ones."
-        ),
+    trial, pick = test.trials[verdict.pick.trial], verdict.pick
+    tries, won = len(verdict.followed), sum(one.skill > 0 for one in verdict.followed)
+    followed = f"Such advice, taken at {tries} earlier cut-offs, was right at {won}."
+    if not tries:
+        followed = "There are too few steps to try such advice on earlier ones."
+    if verdict.sure == "none":
+        return [_why_not(test, verdict, followed), "Train on, or do not extrapolate this run.", _told(CAVEAT)]
+    found = [
+        f"Use {trial.recipe}, strength {pick.strength:g}, fitted to {window_words(trial, test.steps)[0]}.",
+        _how_far(test, verdict),
+        f"How sure: {verdict.sure}, of weights. {followed}",
         _told(CAVEAT),
     ]
+    medians = test.medians(pick.trial, pick.strength)
+    if np.nanmean(medians) < 0:
+        found.insert(2, f"But most tensors end farther off: their median skill is {np.nanmean(medians):+.2f}.")
+    return found
+
+
+def _why_not(test: Backtest, verdict: Verdict, followed: str) -> str:
+    recipe, pick = test.trials[verdict.pick.trial].recipe, verdict.pick
+    if verdict.still is not None:
+        still = test.trials[verdict.still.trial].recipe
+        return (
+            f"Nothing is to be extrapolated here: averaging what was seen ({still}, strength {verdict.still.strength:g}: mean "
+            f"skill {verdict.still.score:+.2f}) does as well as any direction ({pick.score:+.2f}). What moves is noise."
+        )
+    if pick.score > 0 and verdict.reach is not None:
+        return f"The best is {recipe}, strength {pick.strength:g}, with a mean skill of {pick.score:+.2f}. {followed}"
+    return f"Nothing tried here beats keeping the last checkpoint; the best is {recipe} with {pick.score:+.2f}."
+
+
+def _how_far(test: Backtest, verdict: Verdict) -> str:
+    start, end = verdict.reach or (1.0, 1.0)
+    last = int(test.steps[-1])
+    span = f"{start:.2f} to {end:.2f}" if end - start >= 0.01 else f"{end:.2f}"
+    so_far = "as far as was tested" if end >= verdict.tested * 0.999 else "and not beyond"
+    return (
+        f"In weights it comes nearer than the last checkpoint (mean skill {verdict.pick.score:+.2f}) at {span} times the last "
+        f"known step and up to {verdict.farthest - last} steps ahead, {so_far}: from step {last} that is step "
+        f"{verdict.farthest}."
+    )
 
 
 def _told(text: str) -> str:
