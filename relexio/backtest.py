@@ -13,7 +13,7 @@ from relexio.errors import BudgetError
 from relexio.extrapolate.backtest import Backtest, backtest, bytes_of
 from relexio.extrapolate.parts import PARTS
 from relexio.extrapolate.straight import Straightness, straightness
-from relexio.extrapolate.trials import HORIZONS, STRENGTHS, make_folds, make_trials
+from relexio.extrapolate.trials import HORIZONS, STRENGTHS, horizon_name, make_folds, make_trials
 from relexio.extrapolate.verdict import CAVEAT, Pick, Verdict, advise, rank_all, window_words, words
 from relexio.grams import find_grams
 from relexio.progress import Stages
@@ -31,16 +31,23 @@ class Judged:
     verdict: Verdict | None
     straight: Straightness | None
 
+    def words(self) -> list[str]:
+        """The verdict in sentences: what to use, how far, how sure, and what it does not mean."""
+        if self.verdict is None:
+            return ["No recipe could be tried at every cut-off: there are too few steps."]
+        return words(self.test, self.verdict)
+
     def ranked(self) -> list[Pick]:
         """Every recipe at every strength, best first."""
         return rank_all(self.test)
 
     def best_of_each_method(self) -> list[Pick]:
-        """The best recipe of each method, best first."""
+        """The best recipe of each method, best first; of the recommended one's method that one, though another ties."""
+        advised = [self.verdict.pick] if self.verdict else []
         found: dict[str, Pick] = {}
-        for pick in self.ranked():
+        for pick in (*advised, *self.ranked()):
             found.setdefault(self.test.trials[pick.trial].recipe.method, pick)
-        return list(found.values())
+        return sorted(found.values(), key=lambda pick: -pick.score)
 
     def row(self, pick: Pick) -> dict[str, Any]:
         """All figures of one recipe, for scripts: by horizon the pooled skill, the median over tensors, and the cosine."""
@@ -80,7 +87,7 @@ class Judged:
         """The ``relexio predict`` command that does what the verdict advises; None where it advises against."""
         if self.verdict is None or self.verdict.sure == "none":
             return None
-        pick, (_, end) = self.verdict.pick, self.verdict.reach or (1.0, 1.0)
+        pick, step = self.verdict.pick, self.verdict.farthest
         trial, recipe = self.test.trials[pick.trial], self.test.trials[pick.trial].recipe
         options = [f"--method {recipe.method}"]
         options += [f"--rank {recipe.rank}"] if recipe.rank > 1 else []
@@ -89,7 +96,6 @@ class Judged:
         options += [f"--last {recipe.last}"] if recipe.last else []
         options += [f"--strength {pick.strength:g}"] if pick.strength != 1 else []
         options += [f"--window {window_words(trial, self.test.steps)[1]}"]
-        step = int(self.test.steps[-1] * end)
         return f"relexio predict {quote(self.store.address)} {' '.join(options)} --step {step} -o predicted-{step}"
 
     def to_json(self) -> dict[str, Any]:
@@ -102,7 +108,7 @@ class Judged:
                 {"step": int(test.steps[f.known - 1]), "held_out": [int(test.steps[i]) for i in f.held_out]}
                 for f in test.folds
             ],
-            "horizons": list(HORIZONS),
+            "horizons": [horizon_name(place) for place in range(len(HORIZONS))],
             "verdict": None if verdict is None else self._verdict(verdict),
             "caveat": CAVEAT,
             "straightness": asdict(self.straight) if self.straight else None,
@@ -116,16 +122,17 @@ class Judged:
             "sure": verdict.sure,
             "reach": verdict.reach,
             "tested": verdict.tested,
+            "farthest": verdict.farthest,
             "followed": [
                 {"step": f.step, "recipe": self.row(f.pick)["method"], "skill": f.skill} for f in verdict.followed
             ],
-            "words": words(self.test, verdict),
+            "words": self.words(),
         }
 
 
 def by_horizon(values: np.ndarray) -> dict[str, float]:
-    """Figures by horizon, for scripts: those that are not NaN, by their HORIZONS as text."""
-    return {f"{h:g}": float(value) for h, value in zip(HORIZONS, values, strict=True) if not np.isnan(value)}
+    """Figures by horizon, for scripts: those that are not NaN, by the names of their horizons."""
+    return {horizon_name(place): float(value) for place, value in enumerate(values) if not np.isnan(value)}
 
 
 def judge(store: Store, window: tuple[int, ...], resources: Resources, stages: Stages) -> Judged:

@@ -49,5 +49,9 @@ class ClusterError(RelexioError, ConnectionError):
     """A Dask cluster that cannot be reached, has no workers, lost them, or whose workers cannot do this work."""
 
 
+class EvaluationError(RelexioError, RuntimeError):
+    """An evaluation command of the user's that failed, hung, or printed no score."""
+
+
 class RelexioWarning(UserWarning):
     """Work goes on, and right, but not as planned. Its text says what, and what to do."""

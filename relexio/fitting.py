@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from relexio.checkpoints.layout import Selection
 from relexio.dtypes import is_buffer
@@ -82,8 +83,8 @@ class Fit:
         """The recipe, judged inside its window: fitted up to several cut-offs, held against the steps after each.
 
         If the window ends a longer run of stored steps, all of those up to its end are used, and it keeps its share of
-        them. None where that cannot be done: fewer than 3 steps, a method that does not extrapolate, or a solver that
-        keeps no whole Gram matrix.
+        them. None where that cannot be done: fewer than 3 steps, no tensor that moved, a method that does not extrapolate,
+        or a solver that keeps no whole Gram matrix.
         """
         if not self.grams.whole or not METHODS[self.recipe.method].extrapolates:
             return None
@@ -98,7 +99,9 @@ class Fit:
         pairs = ((tensor.name, self.grams.of(tensor, seen)) for tensor in fitted)
         if not folds or not fitted:
             return None
-        return backtest(pairs, len(fitted), steps, [trial], folds, (self.recipe.strength,), self._recipe)
+        with threadpool_limits(1):
+            found = backtest(pairs, len(fitted), steps, [trial], folds, (self.recipe.strength,), self._recipe)
+        return found if found.kept.any() else None
 
     def outlook(self, target: int) -> Outlook | None:
         """What the backtest says of a target; None without a backtest."""
@@ -110,6 +113,21 @@ class Fit:
             return []
         total = sum(self.grams.of(tensor, self.steps) for tensor in self.store.fitted() if tensor.name in self.chosen)
         return signs(total, np.array(self.steps)) if isinstance(total, np.ndarray) else []
+
+    def thrown_away(self, step: int) -> float | None:
+        """|theta_hat - theta_t|^2 / |theta_t - theta_0|^2 of an observed step of the window, over all tensors.
+
+        None without whole Gram matrices, or for a step at which nothing had moved.
+        """
+        if not self.grams.whole:
+            return None
+        place, apart, whole = self.steps.index(step), 0.0, 0.0
+        for tensor in self.store.fitted():
+            gram, weights = self.grams.of(tensor, self.steps), self._weights(tensor, [step])
+            gap = np.eye(len(self.steps))[place] - (np.eye(len(self.steps))[-1] if weights is None else weights[:, 0])
+            apart += max(float(gap @ gram @ gap), 0.0)
+            whole += float(gram[place, place])
+        return apart / whole if whole > 0 else None
 
     def errors_at(self, step: int) -> Errors:
         """Errors of the prediction at a stored step outside the window, over all tensors.
@@ -124,11 +142,10 @@ class Fit:
         self.recipe.check(np.array(self.steps), [step])
         count, total = len(self.steps), Errors()
         for tensor in self.store.fitted():
-            gram, start = self.grams.of(tensor, (*self.steps, step)), np.zeros(count + 1)
-            weights = self._weights(tensor, [step])
-            start[:count] = np.eye(count)[-1] if weights is None else weights[:, 0]
-            found = terms(gram, count - 1, start, np.zeros((count + 1, 1)), np.array([count]))
-            predicted, kept = errors(found, 0.0)
+            gram, weights = self.grams.of(tensor, (*self.steps, step)), self._weights(tensor, [step])
+            whole = np.zeros((count, 1)) if weights is None else weights
+            found = terms(gram, count - 1, weights is None, slice(count), whole, np.array([count]))
+            predicted, kept = errors(found, 1.0)
             total += Errors(float(predicted[0]), float(kept[0]))
         return total
 
@@ -174,6 +191,10 @@ def fit(
         raise RequestError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
     notes = check_carried(store, window, choice)
     grams = find_grams(store, window, recipe.rank, solver, resources, stages)
+    shares = changed_shares(store, window)
+    if not any(shares[name] for name in choice.of(shares)):
+        what = "of the chosen tensors" if choice != Choice() else "of the tensors"
+        notes.append(f"none {what} changed within the window: they stay as they are")
     if not grams.lasting:
         notes.append(f"{store.address} cannot be written: the fit is not kept for later")
     return Fit(store, window, recipe, grams, choice, notes)

@@ -9,6 +9,7 @@ import numpy as np
 from relexio.extrapolate.backtest import Backtest
 from relexio.extrapolate.methods import Recipe
 from relexio.extrapolate.skill import Errors
+from relexio.extrapolate.straight import Straightness, straightness
 from relexio.fitting import TensorFit, changed_shares, fit
 from relexio.places import place
 from relexio.progress import Stages
@@ -42,6 +43,7 @@ class Inspection:
     changed: dict[int, float]
     tensors: list[TensorFit]
     backtest: Backtest | None
+    straight: Straightness | None
 
     @property
     def moved(self) -> list[TensorFit]:
@@ -83,6 +85,7 @@ class Inspection:
             "energy": self.energy,
             "slope": self.slope,
             "r_squared": self.r_squared,
+            "straightness": asdict(self.straight) if self.straight else None,
             "skill": self.skill,
             "backtest": {"cut_offs": sorted(set(tested.known.tolist()))} if tested else None,
             "tensors": [
@@ -108,14 +111,15 @@ def inspect(store: Store, window: tuple[int, ...], rank: int, resources: Resourc
     if len(window) > 1:
         fitted = fit(store, window, Recipe(rank=rank), "gram", resources, stages)
         tensors, backtest = fitted.tensors(), fitted.backtest
+        straight = straightness((fitted.grams.of(t, window) for t in store.fitted()), np.array(window))
     else:
         shares = changed_shares(store, window)
         tensors = [TensorFit(t.name, t.size, shares[t.name], errors=Errors()) for t in store.tensors]
-        backtest = None
+        backtest = straight = None
     elements = max(sum(tensor.size for tensor in store.tensors), 1)
     counts = changed_counts(store, store.steps).sum(axis=0)
     changed = {step: float(count) / elements for step, count in zip(store.steps, counts, strict=True)}
-    return Inspection(store, window, rank, sizes(store), changed, tensors, backtest)
+    return Inspection(store, window, rank, sizes(store), changed, tensors, backtest, straight)
 
 
 def changed_counts(store: Store, steps: tuple[int, ...]) -> np.ndarray:

@@ -18,7 +18,7 @@ from relexio.checkpoints.read import EMBEDDINGS, HEAD
 from relexio.checkpoints.write import CARD, Output, OutputShard, begin, model_card, validate, write_files
 from relexio.errors import BudgetError, ExistsError, RequestError, StorageError, StoreError
 from relexio.executor import Executor
-from relexio.extrapolate.methods import Recipe
+from relexio.extrapolate.methods import METHODS, Recipe
 from relexio.extrapolate.parts import Choice
 from relexio.fitting import Fit, check_carried
 from relexio.grams import choose_solver, is_kept
@@ -99,11 +99,11 @@ def prospect(
     solver: str,
     targets: list[Target],
     resources: Resources,
-    choice: Choice,
+    choice: Choice | None = None,
 ) -> Prospect:
     """Check a prediction and say what it takes; no tensor is read, nothing is written. Raises as ``predict`` does."""
     recipe.check(np.array(window), [target.step for target in targets])
-    check_carried(store, window, choice)
+    check_carried(store, window, choice or Choice())
     check_targets(store, targets)
     chosen, executor = choose_solver(store, window, solver, resources)
     kept = is_kept(store, window, recipe.rank, chosen)
@@ -247,9 +247,12 @@ def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
     write_files(directory, _files(store, replace(base, side={**extra, **kept})))
     facts = provenance(fit, target.step)
     public = {**facts, "window": describe_steps(fit.steps), "base": store.base_content}
-    card = model_card(_model_name(base.source), public, f"relexio {__version__}")
-    made = [(CARD, card.encode()), (PROVENANCE, (json.dumps(facts, indent=2) + "\n").encode())]
-    write_files(directory, made)
+    method = METHODS[fit.recipe.method]
+    did = "extrapolated" if method.extrapolates else "reconstructed"
+    made = f"relexio {__version__} {did} them from observed checkpoints of a training run ({method.name}: {method.source})."
+    card = model_card(_model_name(base.source), public, made)
+    own = [(CARD, card.encode()), (PROVENANCE, (json.dumps(facts, indent=2) + "\n").encode())]
+    write_files(directory, own)
 
 
 def provenance(fit: Fit, step: int) -> dict[str, Any]:

@@ -52,7 +52,8 @@ def check(tmp_path: Path, allowed: str, dense: int) -> None:
     convert = ("convert", tmp_path / "steps", "--base", tmp_path / "base", "-o", run, *options)
     predict = ("predict", run, "--step", 5000, "-o", tmp_path / "out", *options)
     again = ("predict", run, "--step", 6000, "--solver", "blocks", "-o", tmp_path / "again", *options)
-    for command in (convert, predict, again, ("inspect", run, *options)):
+    told = [(name, run, *options) for name in ("inspect", "backtest", "findings")]
+    for command in (convert, predict, again, *told):
         found = peak(*command)
         assert found <= budget, f"{command[0]}: {found / 1e6:.0f} MB where {allowed} are allowed"
 

@@ -36,7 +36,8 @@ click tells it. An output that exists is never overwritten: that is an error.
 
 After an interruption, or a disk that was full, the same `convert` command goes on with the blocks that are whole.
 An interrupted `predict` leaves nothing unfinished under the name of an output; the same command begins that output
-again, and the fit, if it was finished, is in the store.
+again, and the fit, if it was finished, is in the store. The same `sweep` command goes on with the evaluations that gave no
+score yet.
 
 ## Sizes
 
@@ -63,7 +64,8 @@ With `--scheduler` it bounds worker processes instead: each one of a cluster, or
 | `80:` | 80 and all that follow |
 
 A range takes those of its steps that exist. A step that a piece names alone must exist. `--steps` chooses among the
-checkpoints below CHECKPOINTS, `--window` among the steps in the store.
+checkpoints below CHECKPOINTS, `--window` among the steps in the store. `--steps` of `sweep` are those to predict: every
+step of a range, so that it needs an end, and mostly a stride.
 
 ## stdout and stderr
 

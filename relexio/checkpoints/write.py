@@ -105,13 +105,12 @@ def validate(directory: Path, expected: Iterable[OutputShard]) -> None:
             raise CheckpointError(f"{path}: the safetensors library cannot read it back: {error}") from error
 
 
-def model_card(base_model: str | None, facts: dict[str, object], library: str) -> str:
-    """A model card: YAML with base model and tags, one paragraph, and the provenance as JSON."""
+def model_card(base_model: str | None, facts: dict[str, object], made: str) -> str:
+    """A model card: YAML with base model and tags, a paragraph with how it was ``made``, and the provenance as JSON."""
     base = f"base_model: {json.dumps(base_model)}\n" if base_model else ""
     return (
         f"---\nlibrary_name: transformers\n{base}tags:\n- relexio\n- rlvr\n- weight-extrapolation\n---\n\n"
         f"# Predicted checkpoint, step {facts['step']}\n\n"
-        f"These weights were not trained. {library} extrapolated them from observed checkpoints of a training run "
-        f"(RELEX, arXiv 2605.21468). How well they do their task is for an evaluation to say.\n\n"
+        f"These weights were not trained. {made} How well they do their task is for an evaluation to say.\n\n"
         f"```json\n{json.dumps(facts, indent=2)}\n```\n"
     )

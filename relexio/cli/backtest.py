@@ -7,11 +7,9 @@ import click
 
 from relexio.checkpoints.layout import Selection
 from relexio.cli import options
-from relexio.cli.show import note, stages, table
+from relexio.cli.show import by_horizon, heads, note, numbers, stages, table
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from relexio.backtest import Judged
     from relexio.extrapolate.verdict import Pick
 
@@ -33,7 +31,7 @@ def backtest(
     scheduler: str | None,
     as_json: bool,
 ) -> None:
-    """Say which method to use on this run, how far, and how sure that is.
+    """Say which method to use on this run, how far, and how sure.
 
     Every method, window, rank and strength is fitted up to several cut-offs inside the trajectory and held against the
     steps that were really trained after them. Skill above 0 beats keeping the last checkpoint; 1 is perfect.
@@ -81,22 +79,14 @@ def _show_run(judged: "Judged") -> None:
         note(f"not one line: {text}")
 
 
-def _heads(judged: "Judged") -> tuple[list[int], str]:
-    """The horizons at which something was held out, and the heads of their columns."""
-    from relexio.extrapolate.trials import HORIZONS
-
-    places = sorted(set(judged.test.horizons.tolist()))
-    return places, "".join(f"{f'{HORIZONS[place]:g}x':>7}" for place in places)
-
-
 def _show_recipes(judged: "Judged", picks: "list[Pick]") -> None:
     import numpy as np
 
-    places, heads = _heads(judged)
+    places, columns = heads(judged.test)
     names = [str(judged.test.trials[pick.trial].recipe) for pick in picks]
     width = max(map(len, (*names, "method")))
-    click.echo("\nskill within so many times the last known step (pooled over all tensors)")
-    click.echo(f"{'method':<{width}}  window  strength{heads}    mean  median  cosine")
+    click.echo("\nskill up to so many times the last known step, beyond the column before (pooled over all tensors)")
+    click.echo(f"  {'method':<{width}}  window  strength{columns}    mean  median  cosine")
     for name, pick in zip(names, picks, strict=True):
         test = judged.test
         skills = test.by_horizon(pick.trial, pick.strength)
@@ -104,39 +94,34 @@ def _show_recipes(judged: "Judged", picks: "list[Pick]") -> None:
         cosine = test.cosines(pick.trial, pick.strength)
         direct = f"{np.nanmean(cosine):+.2f}" if not np.isnan(cosine).all() else "-"
         click.echo(
-            f"{name:<{width}}  {_share(test.trials[pick.trial].share):>6}  {pick.strength:>8g}"
-            f"{_numbers(skills, places)}{pick.score:>+8.2f}{median:>+8.2f}{direct:>8}"
+            f"{_mark(judged, pick)} {name:<{width}}  {_share(test.trials[pick.trial].share):>6}  {pick.strength:>8g}"
+            f"{numbers(skills, places)}{pick.score:>+8.2f}{median:>+8.2f}{direct:>8}"
         )
+    click.echo("*: recommended")
     click.echo(
         "mean: over the horizons, by which recipes are ranked. median: over tensors, mean over predictions. cosine: of "
         "the predicted and the real update."
     )
 
 
+def _mark(judged: "Judged", pick: "Pick") -> str:
+    return "*" if judged.verdict is not None and judged.verdict.sure != "none" and pick == judged.verdict.pick else " "
+
+
 def _share(share: float) -> str:
     return "all" if share == 1 else f"1/{round(1 / share)}"
 
 
-def _numbers(skills: "np.ndarray", places: list[int]) -> str:
-    return "".join(f"{skills[place]:>+7.2f}" if skills[place] > -99 else f"{'< -99':>7}" for place in places)
-
-
 def _show_parts(judged: "Judged", pick: "Pick") -> None:
-    places, heads = _heads(judged)
-    parts = judged.parts(pick)
-    click.echo(f"\nthe best of them, by part of the model\n{'part':<9}{heads}")
-    for part, skills in parts.items():
-        click.echo(f"{part:<9}{_numbers(skills, places)}")
+    trial = judged.test.trials[pick.trial]
+    click.echo(f"\n{trial.recipe}, window {_share(trial.share)}, strength {pick.strength:g}, by part of the model")
+    by_horizon(judged.test, judged.parts(pick), "part")
 
 
 def _show_verdict(judged: "Judged") -> None:
-    from relexio.extrapolate.verdict import words
 
     click.echo("\nverdict")
-    if judged.verdict is None:
-        click.echo("No recipe could be tried at every cut-off: there are too few steps.")
-        return
-    for line in words(judged.test, judged.verdict):
+    for line in judged.words():
         click.echo(line)
     if (command := judged.command()) is not None:
         click.echo(f"\n  {command}")

@@ -64,7 +64,7 @@ def convert(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Store a run's checkpoints as a trajectory: lossless, and small.
+    """Store a run's checkpoints losslessly, as a small trajectory.
 
     CHECKPOINTS is a directory of step directories (global_step_N, global_stepN_hf, checkpoint-N, step_N or step-N)
     with safetensors weights in Hugging Face layout. Run again, it adds the steps that are new and rewrites nothing; after

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     "-o", "--out", type=click.Path(path_type=Path), help="A new directory for its files.  [default: relexio-demo]"
 )
 def demo(out: Path | None) -> None:
-    """Try everything on a real, tiny RLVR run that ships with relexio.
+    """Try it all on a real, tiny RLVR run that comes with relexio.
 
     Writes its checkpoints, converts the first 50 steps, predicts step 200, and holds that against the checkpoint that
     training really reached there.
@@ -41,7 +41,8 @@ def demo(out: Path | None) -> None:
             ("in task", _accuracies(found)),
         ]
     )
-    click.echo(f"\nAll of it is in {directory}; look around, and remove it when you are done.")
+    click.echo(f"\nAll of it is in {directory}; look around, and remove it when you are done. What next:")
+    click.echo(f"$ relexio backtest {directory / 'run.zarr'} --window 5:{WINDOW_END}")
 
 
 def _accuracies(found: "Outcome") -> str:

@@ -7,9 +7,10 @@ import click
 
 from relexio.checkpoints.layout import Selection
 from relexio.cli import options
-from relexio.cli.show import printable, stages, table
+from relexio.cli.show import note, printable, stages, table
 
 if TYPE_CHECKING:
+    from relexio.extrapolate.straight import Straightness
     from relexio.inspect import Inspection
 
 
@@ -59,12 +60,24 @@ def _said(value: float | None, form: str, more: str) -> str:
     )
 
 
+def _half(straight: "Straightness | None") -> str:
+    if straight is None or straight.split_half is None:
+        return "- (it takes four steps)"
+    return f"{straight.split_half:.2f}, cosine of the directions of odd and even increments (a random walk: about 0)"
+
+
 def _show(found: "Inspection") -> None:
     from relexio.plan import show
     from relexio.trajectory.store import describe_steps
 
     size, tested = found.sizes, found.backtest
-    last = found.window[-1]
+    last, straight = found.window[-1], found.straight
+    walk = ("", "")
+    if straight is not None:
+        walk = (
+            f" (rank 1 of a random walk: {straight.walk_energy:.1%})",
+            f" (a random walk: {straight.walk_r_squared:.3f})",
+        )
     table(
         [
             ("trajectory", found.store.address),
@@ -76,8 +89,9 @@ def _show(found: "Inspection") -> None:
             ),
             ("", f"{show(size.base)} for the base, {show(size.cache)} of kept fits"),
             ("changed", f"{found.changed[last]:.1%} of all elements at step {last}"),
-            ("energy", _said(found.energy, ".1%", f" of the movement is along rank {found.rank}")),
-            ("r2", _said(found.r_squared, ".3f", f", the median of {len(found.moved)} tensors that changed")),
+            ("energy", _said(found.energy, ".1%", f" of the movement is along rank {found.rank}{walk[0]}")),
+            ("r2", _said(found.r_squared, ".3f", f", the median of {len(found.moved)} tensors that changed{walk[1]}")),
+            ("split-half", _half(found.straight)),
             ("slope", _said(found.slope, ".3g", " a step")),
             (
                 "skill",
@@ -87,6 +101,8 @@ def _show(found: "Inspection") -> None:
             ),
         ]
     )
+    for text in straight.signs if straight else ():
+        note(f"not one line: {text}")
     width = max(len(t.name) for t in found.tensors)
     click.echo(f"\n{'tensor':<{width}}  {'elements':>11}  changed  energy     r2       slope   skill")
     for t in found.tensors:

@@ -15,7 +15,10 @@ from relexio.errors import RelexioError, RelexioWarning
 from relexio.plan import use_one_heap
 from relexio.version import __version__
 
-_COMMANDS = ("convert", "inspect", "backtest", "report", "predict", "methods", "verify", "restore", "demo")
+_COMMANDS = (
+    "convert", "inspect", "backtest", "predict", "sweep", "methods", "reconstruct", "findings", "report",
+    "verify", "restore", "demo",
+)  # fmt: skip
 
 
 class _Lazy(click.Group):

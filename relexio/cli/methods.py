@@ -10,7 +10,9 @@ from relexio.cli import options
 @click.command()
 @options.as_json
 def methods(as_json: bool) -> None:
-    """List the methods that predict knows, with what each does, its source, and the options that it heeds."""
+    """List the methods that predict knows, with their sources.
+
+    With each: what it does, where it is from, and which of the options --rank, --fit, --refit and --last it heeds."""
     from relexio.extrapolate.methods import METHODS
 
     if as_json:

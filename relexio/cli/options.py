@@ -135,3 +135,9 @@ def tensors(command: Callable[..., Any]) -> Callable[..., Any]:
     ):
         command = option(command)
     return command
+
+
+def check_out(steps: tuple[int, ...], out: str) -> None:
+    """Wrong usage where several steps would get one name."""
+    if len(steps) > 1 and "{step}" not in out:
+        raise click.UsageError("Several steps need {step} in -o, as in -o 'pred/step-{step}'.")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from relexio.fitting import Fit
     from relexio.predict import Prospect, Target
 
-_NO_VERDICT = "none: a backtest takes three steps, a rank within the shortest of its windows, and the gram solver"
+_NO_VERDICT = "none: a backtest takes three steps, tensors that move, a rank below the steps, and the gram solver"
 
 
 @click.command()
@@ -61,13 +61,12 @@ def predict(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Write the checkpoint that training would reach at a later step.
+    """Write the checkpoint that training would reach later.
 
     Fits the stored steps of TRAJECTORY (once: the fit is kept there) and writes a Hugging Face directory with the
     base's tensors, dtypes and shards.
     """
-    if len(steps) > 1 and "{step}" not in out:
-        raise click.UsageError("Several steps need {step} in -o, as in -o 'pred/step-{step}'.")
+    options.check_out(steps, out)
     from relexio import predict as verb
     from relexio.extrapolate.methods import Recipe
     from relexio.extrapolate.parts import Choice
@@ -166,10 +165,9 @@ def _warn(fitted: "Fit", targets: "list[Target]") -> None:
             f"no skill so far ahead inside the window, for step {', '.join(beaten)}: relexio backtest says which method "
             f"has; evaluate before you trust it"
         )
-    beyond = [f"{found.target}" for found in expected if found.skill is None]
+    beyond = [f"{found.target}" for found in expected if found.target > found.farthest]
     if beyond:
-        tested = expected[0].tested * fitted.steps[-1]
         note(
-            f"step {', '.join(beyond)} is beyond what was backtested, which is up to step {tested:.0f}: evaluate nearer "
-            f"steps as well (relexio sweep)"
+            f"step {', '.join(beyond)} is beyond what was backtested, which is up to step {expected[0].farthest}: evaluate "
+            f"nearer steps as well (relexio sweep)"
         )

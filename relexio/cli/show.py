@@ -4,10 +4,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import click
 
 from relexio.plan import show
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from relexio.extrapolate.backtest import Backtest
 
 _PATIENCE = 1.0  # seconds before anything is said
 _EVERY = 10.0  # seconds between lines where stderr is not a terminal
@@ -89,3 +95,31 @@ def table(rows: list[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         click.echo(printable(f"{name:<{width}}  {value}"))
+
+
+def heads(test: "Backtest") -> tuple[list[int], str]:
+    """The horizons at which a backtest held anything out, and the heads of their columns."""
+    from relexio.extrapolate.trials import horizon_name
+
+    places = sorted(set(test.horizons.tolist()))
+    return places, "".join(f"{horizon_name(place):>7}" for place in places)
+
+
+def numbers(skills: "np.ndarray", places: list[int]) -> str:
+    """Skill by horizon as columns."""
+    return "".join(
+        f"{skills[place]:>+7.2f}" if skills[place] > -99 else f"{_tiny(skills[place]):>7}" for place in places
+    )
+
+
+def _tiny(skill: float) -> str:
+    return "-" if skill != skill else "< -99"
+
+
+def by_horizon(test: "Backtest", rows: "dict[str, np.ndarray]", head: str = "") -> None:
+    """A table of skill by horizon, a row for each name, on stdout."""
+    places, columns = heads(test)
+    width = max(map(len, (*rows, head)))
+    click.echo(f"{head:<{width}}{columns}")
+    for name, skills in rows.items():
+        click.echo(f"{name:<{width}}{numbers(skills, places)}")

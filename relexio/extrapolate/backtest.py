@@ -10,11 +10,12 @@ from functools import cached_property
 
 import numpy as np
 
-from relexio.extrapolate.methods import METHODS, Recipe, Window
+from relexio.extrapolate.methods import METHODS, Recipe, Window, directions
 from relexio.extrapolate.parts import PARTS, part_of
 from relexio.extrapolate.skill import TERMS, Errors, cosine, errors, skill, terms
 from relexio.extrapolate.trials import HORIZONS, Fold, Trial, horizon
 
+_SMALL = 96  # steps of a window up to which all eigenvectors cost less than power iteration for the first
 #: Which recipe a tensor of that name gets in a trial; None leaves it as it is in the last known checkpoint.
 Chosen = Callable[[str, Recipe], Recipe | None]
 
@@ -34,6 +35,7 @@ def try_all(
     """
     found = np.full((len(trials), columns(folds), TERMS), np.nan)
     most = max(trial.recipe.rank for trial in trials)
+    ranked = any("rank" in METHODS[trial.recipe.method].uses for trial in trials)
     at = 0
     for fold in folds:
         windows: dict[int, Window] = {}
@@ -43,22 +45,27 @@ def try_all(
             if count is not None:
                 if count not in windows:
                     inside = slice(fold.known - count, fold.known)
-                    windows[count] = Window(gram[inside, inside], steps[inside])
-                    windows[count].directions(min(most, count))  # once for all ranks
+                    windows[count] = _window(gram[inside, inside], steps[inside], most if ranked else 0)
                 found[place, there] = _try(gram, steps, windows[count], fold, recipe)
         at = there.stop
     return found
 
 
+def _window(gram: np.ndarray, steps: np.ndarray, most: int) -> Window:
+    """A window with its ``most`` first directions found once for all ranks: by LAPACK where that is quicker."""
+    rank = min(most, len(steps))
+    if rank and len(steps) <= _SMALL:
+        return Window(gram, steps, {rank: np.linalg.eigh(gram)[1][:, ::-1][:, :rank]})
+    return Window(gram, steps, {rank: directions(gram, rank)} if rank else {})
+
+
 def _try(gram: np.ndarray, steps: np.ndarray, window: Window, fold: Fold, recipe: Recipe | None) -> np.ndarray:
-    held, last = np.array(fold.held_out), fold.known - 1
-    start, update = np.zeros(len(gram)), np.zeros((len(gram), len(held)))
-    if recipe is None or METHODS[recipe.method].from_last:
-        start[last] = 1.0
+    held, count = np.array(fold.held_out), len(window.steps)
+    update = np.zeros((count, len(held)))
     if recipe is not None and window.gram.any():
-        once = replace(recipe, strength=1.0)
-        update[fold.known - len(window.steps) : fold.known] = METHODS[recipe.method].weights(window, steps[held], once)
-    return terms(gram, last, start, update, held)
+        update = METHODS[recipe.method].weights(window, steps[held], replace(recipe, strength=1.0))
+    from_last = recipe is None or METHODS[recipe.method].from_last
+    return terms(gram, fold.known - 1, from_last, slice(fold.known - count, fold.known), update, held)
 
 
 def columns(folds: list[Fold]) -> int:
@@ -98,6 +105,11 @@ class Backtest:
     def held_out(self) -> np.ndarray:
         """The held-out step of every column."""
         return np.array([self.steps[index] for fold in self.folds for index in fold.held_out])
+
+    @cached_property
+    def times(self) -> np.ndarray:
+        """The held-out step of every column, in times the last known one."""
+        return self.held_out / np.maximum(self.known, 1)
 
     @cached_property
     def horizons(self) -> np.ndarray:

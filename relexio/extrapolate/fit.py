@@ -5,13 +5,15 @@ coefficient sigma u can be read off as sigma times what is read off u.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from relexio.errors import RequestError
 
-#: The curves by name, and how many steps each needs at least (as many as it has parameters).
-CURVES = {"line": 2, "poly2": 3, "poly3": 4, "sinusoid": 4}
+#: The curves by name, and how many steps each needs at least: as many as it has parameters, and a sinusoid one more, since
+#: waves of almost any frequency go through four points.
+CURVES = {"line": 2, "poly2": 3, "poly3": 4, "sinusoid": 5}
 _MOST_REFITS = 100_000
 _FREQUENCIES, _ZOOM, _ZOOMS = 128, 17, 7  # how many are tried at first, then around the best, and how often
 
@@ -52,7 +54,9 @@ def _sinusoid(steps: np.ndarray, values: np.ndarray, at: np.ndarray) -> np.ndarr
     for _ in range(_ZOOMS):
         waves = _waves(steps, grid)
         along = np.linalg.qr(waves)[0].transpose(0, 2, 1) @ values
-        best = int(np.argmax((along**2).sum(axis=1)))  # what the waves explain of the values
+        explained = (along**2).sum(axis=1)
+        equal = 1e-9 if len(grid) == _FREQUENCIES else 0.0  # of waves that fit equally well, the slowest
+        best = int(np.argmax(explained >= (1 - equal) * explained.max()))
         low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
         f, grid = grid[best : best + 1], np.linspace(low, high, _ZOOM)
     found = np.linalg.lstsq(_waves(steps, f)[0], values, rcond=None)[0]
@@ -65,26 +69,42 @@ def _waves(steps: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
     return np.stack([np.sin(turns), np.cos(turns), np.ones_like(turns)], axis=2)
 
 
+def check_refits(steps: np.ndarray, target: float, every: int) -> None:
+    """Raise RequestError for a target more than 100,000 fits away."""
+    if (target - steps[-1]) / (_distance(steps) * every) > _MOST_REFITS:
+        raise RequestError(f"step {target:.0f} is more than {_MOST_REFITS:,} refits away; give a larger --refit")
+
+
+def _distance(steps: np.ndarray) -> float:
+    return max(float(np.median(np.diff(steps))), 1.0)
+
+
 def read_off_refitting(curve: str, steps: np.ndarray, values: np.ndarray, at: np.ndarray, every: int) -> np.ndarray:
     """As ``read_off``, but with a fit that moves on: read off the next ``every`` steps, add them, drop the first, fit again.
 
     The window keeps its T points, and goes on at the median distance of its steps. A target is read off the fit that is
-    nearest before it. Raises RequestError for a target more than 100,000 fits away.
+    nearest before it.
     """
-    gap = max(float(np.median(np.diff(steps))), 1.0)
-    last = float(steps[-1])
-    if (float(at.max()) - last) / (gap * every) > _MOST_REFITS:
-        raise RequestError(f"step {at.max():.0f} is more than {_MOST_REFITS:,} refits away; give a larger --refit")
+    if curve == "sinusoid":
+        return _refitted(curve, steps, values, at, every)
+    return _refit_weights(curve, tuple(steps.tolist()), tuple(at.tolist()), every) @ values
+
+
+@lru_cache(maxsize=64)
+def _refit_weights(curve: str, steps: tuple[float, ...], at: tuple[float, ...], every: int) -> np.ndarray:
+    """What is read off a curve that is linear in its values depends on them by weights [S, T], the same for all tensors."""
+    return _refitted(curve, np.array(steps), np.eye(len(steps)), np.array(at), every)
+
+
+def _refitted(curve: str, steps: np.ndarray, values: np.ndarray, at: np.ndarray, every: int) -> np.ndarray:
+    gap, size = _distance(steps), len(steps)
     found = np.empty((len(at), values.shape[1]))
-    order = np.argsort(at, kind="stable")
     steps = steps.astype(np.float64)
-    for target in order:
+    for target in np.argsort(at, kind="stable"):
         while at[target] > steps[-1] + gap * every:
             ahead = steps[-1] + gap * np.arange(1, every + 1)
             seen = read_off(curve, steps, values, ahead)
-            size = len(steps)
-            steps = np.concatenate([steps, ahead])[-size:]
-            values = np.concatenate([values, seen])[-size:]
+            steps, values = np.concatenate([steps, ahead])[-size:], np.concatenate([values, seen])[-size:]
         found[target] = read_off(curve, steps, values, at[target : target + 1])[0]
     return found
 

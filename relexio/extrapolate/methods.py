@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from relexio.errors import RequestError
-from relexio.extrapolate.fit import CURVES, read_off, read_off_refitting
+from relexio.extrapolate.fit import CURVES, check_refits, read_off, read_off_refitting
 from relexio.power import power_iteration, solve
 
 Vector = np.ndarray
@@ -100,8 +100,8 @@ def _unit(window: Window, place: int) -> Vector:
 class Method:
     """One entry of the table of methods: name, what it does in a line, where it is from, its weights, what it needs.
 
-    ``from_last``: it starts from the last checkpoint, else from the base. ``from_zero``: it counts steps from 0, where the
-    base was. ``uses``: the fields of a Recipe that it heeds.
+    ``stays``: it averages what was seen, and goes nowhere. ``from_last``: it starts from the last checkpoint, else from
+    the base. ``from_zero``: it counts steps from 0, where the base was. ``uses``: the fields of a Recipe that it heeds.
     """
 
     name: str
@@ -113,6 +113,7 @@ class Method:
     extrapolates: bool = True
     keeps_norms: bool = False
     from_zero: bool = False
+    stays: bool = False
     uses: frozenset[str] = frozenset()
 
 
@@ -181,6 +182,7 @@ METHODS = {
             "The mean of the window's last k checkpoints; goes nowhere new.",
             "LAWA (Kaddour 2022, arXiv 2209.14981)",
             mean,
+            stays=True,
             uses=frozenset({"last"}),
         ),
         Method(
@@ -188,6 +190,7 @@ METHODS = {
             "An exponential mean over the window that reaches back about k checkpoints.",
             "iterate averaging (Polyak and Juditsky 1992), with decay 1 - 2 / (k + 1)",
             ema,
+            stays=True,
             uses=frozenset({"last"}),
         ),
     )
@@ -259,6 +262,8 @@ class Recipe:
                     f"--step {target} is not beyond the window, which ends at step {steps[-1]}; give a later step, "
                     f"a window that ends earlier, or --method reconstruct"
                 )
+            if self.refit is not None:
+                check_refits(steps, target, self.refit)
             if not method.extrapolates and target not in steps:
                 raise RequestError(
                     f"--step {target}: --method {self.method} needs a step of the window {steps[0]}..{steps[-1]}"
@@ -274,8 +279,8 @@ class Recipe:
             raise RequestError(f"unknown --fit {self.fit!r}; known are {', '.join(CURVES)}")
         if self.fit != "line" and count < CURVES[self.fit]:
             raise RequestError(f"--fit {self.fit} needs at least {CURVES[self.fit]} steps; the window has {count}")
-        if self.refit is not None and (type(self.refit) is not int or self.refit < 1):
-            raise RequestError(f"--refit {self.refit} is not a number of steps; give 1 or more")
+        if self.refit is not None and (type(self.refit) is not int or not 1 <= self.refit <= count):
+            raise RequestError(f"--refit {self.refit} does not fit a window of {count} steps; give 1 to {count}")
         if self.last is not None and (type(self.last) is not int or not 1 <= self.last <= count):
             raise RequestError(f"--last {self.last} does not fit a window of {count} steps; give 1 to {count}")
 

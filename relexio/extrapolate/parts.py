@@ -54,6 +54,8 @@ class Choice:
         names = tuple(names)
         if self.others not in ("base", "last"):
             raise RequestError(f"--others {self.others}: give base or last")
+        if self.others != "last" and not (self.include or self.exclude):
+            raise RequestError(f"--others {self.others} means nothing without --include or --exclude")
         for option, patterns in (("include", self.include), ("exclude", self.exclude)):
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in names):

@@ -24,24 +24,25 @@ class Errors:
 TERMS = 6
 
 
-def terms(gram: np.ndarray, last: int, start: np.ndarray, update: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-    """What errors of theta_0 + M^T (start + lambda update) are made of, for any strength lambda: float64 [S, 6].
+def terms(
+    gram: np.ndarray, last: int, from_last: bool, window: slice, update: np.ndarray, held_out: np.ndarray
+) -> np.ndarray:
+    """What the errors of theta_start + lambda M^T b are made of, for any strength lambda: float64 [S, 6].
 
-    ``gram`` [T, T] is over all steps, ``last`` the index of the last known one, ``start`` [T] and ``update`` [T, S] are
-    weights over all steps for S predictions, of the steps with the indices ``held_out`` [S]. Seen from the last
-    checkpoint, with x = start - e_last and y = e_n - e_last: x G x, x G b, b G b, x G y, b G y, y G y. They add up over
-    tensors.
+    ``gram`` [T, T] is over all steps, ``last`` the index of the last known one, and a prediction starts there or from the
+    base. ``update`` [k, S] are the weights b of a ``window`` of k steps, for S predictions of the steps with the indices
+    ``held_out`` [S]. Seen from the last known checkpoint, with x = start - e_last and y = e_n - e_last, the six are
+    x G x, x G b, b G b, x G y, b G y, y G y. They add up over tensors.
     """
-    x = start.copy()
-    x[last] -= 1.0
-    y = np.zeros((len(gram), len(held_out)))
-    y[held_out, np.arange(len(held_out))] = 1.0
-    y[last] -= 1.0
-    at_x, at_b, at_y = gram @ x, gram @ update, gram @ y
-    across = np.broadcast_to(x @ at_x, len(held_out))
-    return np.stack(
-        [across, x @ at_b, (update * at_b).sum(0), x @ at_y, (update * at_y).sum(0), (y * at_y).sum(0)], axis=1
-    )
+    at_y = gram[:, held_out] - gram[:, [last]]
+    bb = (update * (gram[window, window] @ update)).sum(axis=0)
+    by = (update * at_y[window]).sum(axis=0)
+    yy = at_y[held_out, np.arange(len(held_out))] - at_y[last]
+    if from_last:
+        xx = xb = xy = np.zeros(len(held_out))
+    else:
+        xx, xb, xy = np.full(len(held_out), gram[last, last]), -(gram[last, window] @ update), -at_y[last]
+    return np.stack([xx, xb, bb, xy, by, yy], axis=1)
 
 
 def errors(found: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarray]:

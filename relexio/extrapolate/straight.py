@@ -8,9 +8,11 @@ import numpy as np
 from relexio.extrapolate.fit import fit_line
 from relexio.extrapolate.methods import directions
 
+_UNDONE = -0.2  # cosine of the directions of two halves
 _JUMP = 5.0  # times the usual increment
 _BREAK = 2.5  # one slope in terms of the other
 _LEFT = 0.25  # of the squared distances from one line, those from two
+_KINK = 0.5  # of those from a cubic
 
 
 def random_walk(steps: np.ndarray) -> tuple[float, float]:
@@ -26,8 +28,8 @@ def random_walk(steps: np.ndarray) -> tuple[float, float]:
 def split_half(gram: np.ndarray) -> float | None:
     """Cosine of the directions of two halves: trajectories of the odd and of the even increments. None below 4 steps.
 
-    A walk without direction gives about 0, a straight line 1. Momentum in the optimizer makes neighbours alike, so that a
-    value a little above 0 is not yet a direction.
+    A walk without direction gives about 0, a straight line 1, and noise about one place -1: its increments undo each other.
+    Momentum in the optimizer makes neighbours alike, so that a value a little above 0 is not yet a direction.
     """
     count = len(gram)
     if count < 4 or not gram.any():
@@ -43,7 +45,7 @@ def split_half(gram: np.ndarray) -> float | None:
         found.append(rows.T @ directions(rows @ gram @ rows.T, 1)[:, 0])
     a, b = found
     length = np.sqrt(max(a @ gram @ a, 0.0) * max(b @ gram @ b, 0.0))
-    return abs(float(a @ gram @ b / length)) if length > 0 else None
+    return float(a @ gram @ b / length) if length > 0 else None
 
 
 @dataclass(frozen=True)
@@ -90,19 +92,31 @@ def straightness(grams: Iterable[np.ndarray], steps: np.ndarray) -> Straightness
 
 def signs(gram: np.ndarray, steps: np.ndarray) -> list[str]:
     """What speaks against one line, in words, from the Gram matrix [T, T] summed over all tensors."""
-    return [*_repeats(gram, steps), *_jumps(gram, steps), *_break(gram, steps)]
-
-
-def _repeats(gram: np.ndarray, steps: np.ndarray) -> list[str]:
+    if not gram.any():
+        return []
     squares = np.diag(gram)
     apart = squares[:, None] + squares[None, :] - 2 * gram
-    same = apart <= 1e-12 * squares.max()
-    pairs = [(i, j) for j in range(len(steps)) for i in range(j) if same[i, j]]
-    if not pairs:
+    same = np.tril(apart <= 1e-12 * squares.max(), -1)
+    fresh = ~same.any(axis=1)
+    found = _repeats(same, steps)
+    gram, steps = gram[np.ix_(fresh, fresh)], steps[fresh]
+    return [*found, *_noise(gram), *_jumps(gram, steps), *_break(gram, steps)]
+
+
+def _repeats(same: np.ndarray, steps: np.ndarray) -> list[str]:
+    again = np.flatnonzero(same.any(axis=1))
+    if not len(again):
         return []
-    i, j = pairs[0]
-    more = f", and {len(pairs) - 1} more such pairs" if len(pairs) > 1 else ""
-    return [f"step {steps[j]} is the same as step {steps[i]}{more}: leave repeated checkpoints out with --window"]
+    first = steps[np.flatnonzero(same[again[0]])[0]]
+    more = f", and {len(again) - 1} more repeat one before them" if len(again) > 1 else ""
+    return [f"step {steps[again[0]]} is the same as step {first}{more}: leave repeated checkpoints out with --window"]
+
+
+def _noise(gram: np.ndarray) -> list[str]:
+    half = split_half(gram)
+    if half is None or half > _UNDONE:
+        return []
+    return [f"its increments undo each other (split-half cosine {half:.2f}): what moves is noise about one place"]
 
 
 def _increments(gram: np.ndarray) -> np.ndarray:
@@ -143,7 +157,9 @@ def _break(gram: np.ndarray, steps: np.ndarray) -> list[str]:
     left = _left(steps[:split], values[:split]) + _left(steps[split:], values[split:])
     low, high = sorted((abs(before.slope), abs(after.slope)))
     turned = before.slope * after.slope < 0 or high > _BREAK * low
-    if whole <= 0 or left > _LEFT * whole or not turned:
+    bent = np.polynomial.Polynomial.fit(steps, values, 3)  # a smooth bend, as a walk has, is no break
+    smooth = float(((values - bent(steps)) ** 2).sum())
+    if whole <= 0 or left > min(_LEFT * whole, _KINK * smooth) or not turned:
         return []
     return [
         f"the slope breaks at step {steps[split]}: {before.slope:.2g} a step before, {after.slope:.2g} after; predict "

@@ -10,6 +10,7 @@ from relexio.extrapolate.fit import CURVES
 from relexio.extrapolate.methods import METHODS, Recipe
 
 #: Horizons are told in times the last known step: 1.5 is step 75 seen from step 50.
+#: A horizon is from the one before it (from 1 at first) to this; the last one is open.
 HORIZONS = (1.1, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0)
 STRENGTHS = (0.1, 0.25, 0.5, 0.75, 1.0)
 _CUT_OFFS = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
@@ -35,6 +36,11 @@ def within(times: float) -> int:
     return min(int(np.searchsorted(HORIZONS, times - 1e-9)), len(HORIZONS) - 1)
 
 
+def horizon_name(place: int) -> str:
+    """What a horizon is called: its end, or for the last one its start."""
+    return f"{HORIZONS[place]:g}x" if place < len(HORIZONS) - 1 else f">{HORIZONS[place - 1]:g}x"
+
+
 def make_folds(steps: np.ndarray) -> list[Fold]:
     """The cut-offs inside a trajectory of ascending steps [T]. Raises RequestError for fewer than three steps."""
     count = len(steps)
@@ -42,7 +48,7 @@ def make_folds(steps: np.ndarray) -> list[Fold]:
         raise RequestError(
             f"a backtest takes at least 3 observed steps, two to fit and one held out; there are {count}"
         )
-    least = min(4, count - 1)
+    least = min(5, count - 1)
     found = []
     for known in sorted({max(round(count * share), least) for share in _CUT_OFFS}):
         if known >= count:
@@ -63,16 +69,16 @@ class Trial:
     share: float = 1.0
 
     def window(self, known: int) -> int | None:
-        """How many of the known steps its window has; None where those are too few for it."""
-        count = ceil(self.share * known - 1e-9)
+        """How many of the known steps its window has, never too few to be fitted; None where all are too few."""
         method = METHODS[self.recipe.method]
         least = max(
-            method.least_steps if self.share == 1 else max(_SHORTEST, method.least_steps),
+            method.least_steps,
             self.recipe.rank,
             CURVES[self.recipe.fit] if "fit" in method.uses else 1,
             self.recipe.last or 1,
         )
-        return count if count >= least else None
+        count = max(ceil(self.share * known - 1e-9), least, min(_SHORTEST, known))
+        return count if count <= known else None
 
 
 def make_trials(steps: int) -> list[Trial]:

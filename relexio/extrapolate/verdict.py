@@ -5,18 +5,19 @@ it did on those after it. Weight skill alone is judged; whether a checkpoint is 
 """
 
 from dataclasses import dataclass
-from math import ceil
 
 import numpy as np
 
 from relexio.extrapolate.backtest import Backtest
-from relexio.extrapolate.trials import HORIZONS, Trial, within
+from relexio.extrapolate.methods import METHODS
+from relexio.extrapolate.trials import Trial, within
 
 #: What skill in weights says nothing of; told with every piece of advice.
 CAVEAT = (
     "skill is a distance between weights, not task accuracy: it chooses between methods; how far to go, only your own "
     "evaluation can choose (relexio sweep)"
 )
+_NEARLY = 1.05  # a target that much farther than any step held out still counts as tested
 _TIE = 0.01  # skills that near are equal: the simpler recipe, which comes first, is taken
 
 
@@ -43,14 +44,18 @@ class Verdict:
     """What to believe: the pick, its skill within each of HORIZONS (NaN: not tested), and where it has skill.
 
     ``reach``: from and to how many times the last known step skill is above 0 (None: nowhere); ``tested``: as far as
-    anything was held out, in the same measure. ``sure`` is high, moderate, low or none.
+    anything was held out, in the same measure. ``farthest``: the last step that has skill both by its number of times and
+    by how many steps it is ahead (an early cut-off sees many times its own step, but few steps). ``still``: the best of
+    the methods that go nowhere, where extrapolating does not beat it. ``sure`` is high, moderate, low or none.
     """
 
     pick: Pick
     skills: np.ndarray
     reach: tuple[float, float] | None
     tested: float
+    farthest: int
     followed: list[Followed]
+    still: Pick | None
     sure: str
 
 
@@ -95,32 +100,39 @@ def follow(test: Backtest) -> list[Followed]:
 
 def advise(test: Backtest) -> Verdict | None:
     """The verdict on the best of all trials; None where not one could be made at every cut-off."""
-    pick = best(rank_all(test))
+    ranked = rank_all(test)
+    pick = best(ranked)
     if pick is None:
         return None
-    skills = test.by_horizon(pick.trial, pick.strength)
-    times = test.held_out / np.maximum(test.known, 1)
-    reach, followed = _reach(skills, times, test.horizons), follow(test)
-    return Verdict(pick, skills, reach, float(times.max()), followed, _sure(pick, reach, followed))
+    still = next((one for one in ranked if METHODS[test.trials[one.trial].recipe.method].stays), None)
+    if still is None or still.score < pick.score - _TIE or still.score <= 0:
+        still = None
+    skills, followed = test.by_horizon(pick.trial, pick.strength), follow(test)
+    inside, last = _with_skill(skills, test.horizons), int(test.steps[-1])
+    if not inside.any():
+        return Verdict(pick, skills, None, float(test.times.max()), last, followed, still, "none")
+    reach = (float(test.times[inside].min()), float(test.times[inside].max()))
+    farthest = min(last + int((test.held_out - test.known)[inside].max()), int(last * reach[1]))
+    return Verdict(
+        pick, skills, reach, float(test.times.max()), farthest, followed, still, _sure(pick, followed, still)
+    )
 
 
-def _reach(skills: np.ndarray, times: np.ndarray, horizons: np.ndarray) -> tuple[float, float] | None:
-    """The first run of horizons with skill above 0: from where to where, in times the last known step."""
+def _with_skill(skills: np.ndarray, horizons: np.ndarray) -> np.ndarray:
+    """The columns of the first run of horizons with skill above 0: a mask."""
     run: list[int] = []
     for place in np.flatnonzero(~np.isnan(skills)):
         if skills[place] > 0:
             run.append(int(place))
         elif run:
             break
-    if not run:
-        return None
-    return float(times[horizons == run[0]].min()), float(times[horizons == run[-1]].max())
+    return np.isin(horizons, run)
 
 
-def _sure(pick: Pick, reach: tuple[float, float] | None, followed: list[Followed]) -> str:
-    if reach is None or not pick.score > 0:
-        return "none"
+def _sure(pick: Pick, followed: list[Followed], still: Pick | None) -> str:
     won = sum(one.skill > 0 for one in followed)
+    if not pick.score > 0 or still is not None or (followed and not won):
+        return "none"
     if len(followed) >= 3 and won == len(followed):
         return "high"
     return "moderate" if followed and won > len(followed) / 2 else "low"
@@ -128,49 +140,54 @@ def _sure(pick: Pick, reach: tuple[float, float] | None, followed: list[Followed
 
 @dataclass(frozen=True)
 class Outlook:
-    """What the backtest of one recipe says of one target, ``times`` the last known step away.
+    """What the backtest of one recipe says of one target, ``times`` the last known step and so many steps ``ahead``.
 
-    ``skill`` is that within the target's horizon, above 0 at ``won`` of ``cut_offs``; None where nothing so far was held out.
+    ``skill`` is that within the target's horizon, above 0 at ``won`` of ``cut_offs``; None where nothing so many times the
+    last known step was held out. ``farthest`` is the last step that was tested both by its times and by its steps ahead.
     """
 
     target: int
     times: float
+    ahead: int
     skill: float | None
     won: int
     cut_offs: int
-    tested: float
+    farthest: int
 
     def __str__(self) -> str:
         """One line for people."""
         where = f"step {self.target}, {self.times:.1f} times the last one known"
         if self.skill is None:
-            return f"{where}, is farther than any step held out ({self.tested:.1f} times): nothing vouches for it"
+            return f"{where}, is farther than any step held out: nothing vouches for it"
         said = "beat" if self.skill > 0 else "did not beat"
         return (
             f"{where}: predictions that far {said} keeping the last checkpoint (skill {self.skill:+.2f}, above 0 at "
-            f"{self.won} of {self.cut_offs} cut-offs)"
+            f"{self.won} of {self.cut_offs} cut-offs{self._untested()})"
         )
+
+    def _untested(self) -> str:
+        return "; but none was so many steps ahead" if self.target > self.farthest else ""
 
 
 def outlook(test: Backtest, target: int, last: int) -> Outlook:
     """What a backtest of a single trial says of a target beyond the last observed step."""
     strength, times = test.strengths[0], target / max(last, 1)
-    reached = test.held_out / np.maximum(test.known, 1)
-    among = test.horizons == within(times)
-    if (
-        not among.any()
-        or times > max(reached[among].max(), HORIZONS[within(times) - 1] if within(times) else 1.0) * 1.05
-    ):
-        return Outlook(target, times, None, 0, 0, float(reached.max()))
+    tested = float(test.times.max())
+    farthest = min(last + int((test.held_out - test.known).max()), int(last * tested))
+    if times > tested * _NEARLY:
+        return Outlook(target, times, target - last, None, 0, 0, farthest)
+    tried = np.unique(test.horizons)
+    among = test.horizons == tried[min(int(np.searchsorted(tried, within(times))), len(tried) - 1)]
     cut_offs = sorted(set(test.known[among].tolist()))
     skills = [test.errors(0, strength, among=among & (test.known == step)).skill or 0.0 for step in cut_offs]
     skill = test.errors(0, strength, among=among).skill
-    return Outlook(target, times, skill or 0.0, sum(s > 0 for s in skills), len(cut_offs), float(reached.max()))
+    won = sum(s > 0 for s in skills)
+    return Outlook(target, times, target - last, skill or 0.0, won, len(cut_offs), farthest)
 
 
 def window_words(trial: Trial, steps: np.ndarray) -> tuple[str, str]:
     """A trial's window at the end of ascending steps: in words, and as a ``--window`` expression."""
-    count = max(ceil(trial.share * len(steps) - 1e-9), 1)
+    count = trial.window(len(steps)) or len(steps)
     if count == len(steps):
         return f"all {count} steps", f"{steps[0]}:{steps[-1]}"
     return f"the last {count} of {len(steps)} steps", f"{steps[-count]}:{steps[-1]}"
@@ -178,23 +195,48 @@ def window_words(trial: Trial, steps: np.ndarray) -> tuple[str, str]:
 
 def words(test: Backtest, verdict: Verdict) -> list[str]:
     """The verdict in sentences: what to use, how far, how sure, and what it does not mean."""
-    trial, last = test.trials[verdict.pick.trial], int(test.steps[-1])
-    window, _ = window_words(trial, test.steps)
-    if verdict.reach is None or verdict.sure == "none":
-        first = f"Nothing tried here beats keeping the last checkpoint; the best is {trial.recipe} with {verdict.pick.score:+.2f}."
-        return [f"{first} Train on, or do not extrapolate this run.", _told(CAVEAT)]
-    start, end = verdict.reach
-    so_far = "as far as was tested" if end >= verdict.tested * 0.999 else "not beyond"
-    won = sum(one.skill > 0 for one in verdict.followed)
-    return [
-        f"Use {trial.recipe}, strength {verdict.pick.strength:g}, fitted to {window}.",
-        f"It beats keeping the last checkpoint (mean skill {verdict.pick.score:+.2f}) from {start:.2f} to {end:.1f} times "
-        f"the last known step, {so_far}: from step {last} that is up to step {int(last * end)}.",
-        f"How sure: {verdict.sure}. Such advice, taken at {len(verdict.followed)} earlier cut-offs, was right at {won}."
-        if verdict.followed
-        else f"How sure: {verdict.sure}. There are too few steps to try such advice on earlier ones.",
+    trial, pick = test.trials[verdict.pick.trial], verdict.pick
+    tries, won = len(verdict.followed), sum(one.skill > 0 for one in verdict.followed)
+    followed = f"Such advice, taken at {tries} earlier cut-offs, was right at {won}."
+    if not tries:
+        followed = "There are too few steps to try such advice on earlier ones."
+    if verdict.sure == "none":
+        return [_why_not(test, verdict, followed), "Train on, or do not extrapolate this run.", _told(CAVEAT)]
+    found = [
+        f"Use {trial.recipe}, strength {pick.strength:g}, fitted to {window_words(trial, test.steps)[0]}.",
+        _how_far(test, verdict),
+        f"How sure: {verdict.sure}, of weights. {followed}",
         _told(CAVEAT),
     ]
+    medians = test.medians(pick.trial, pick.strength)
+    if np.nanmean(medians) < 0:
+        found.insert(2, f"But most tensors end farther off: their median skill is {np.nanmean(medians):+.2f}.")
+    return found
+
+
+def _why_not(test: Backtest, verdict: Verdict, followed: str) -> str:
+    recipe, pick = test.trials[verdict.pick.trial].recipe, verdict.pick
+    if verdict.still is not None:
+        still = test.trials[verdict.still.trial].recipe
+        return (
+            f"Nothing is to be extrapolated here: averaging what was seen ({still}, strength {verdict.still.strength:g}: mean "
+            f"skill {verdict.still.score:+.2f}) does as well as any direction ({pick.score:+.2f}). What moves is noise."
+        )
+    if pick.score > 0 and verdict.reach is not None:
+        return f"The best is {recipe}, strength {pick.strength:g}, with a mean skill of {pick.score:+.2f}. {followed}"
+    return f"Nothing tried here beats keeping the last checkpoint; the best is {recipe} with {pick.score:+.2f}."
+
+
+def _how_far(test: Backtest, verdict: Verdict) -> str:
+    start, end = verdict.reach or (1.0, 1.0)
+    last = int(test.steps[-1])
+    span = f"{start:.2f} to {end:.2f}" if end - start >= 0.01 else f"{end:.2f}"
+    so_far = "as far as was tested" if end >= verdict.tested * 0.999 else "and not beyond"
+    return (
+        f"In weights it comes nearer than the last checkpoint (mean skill {verdict.pick.score:+.2f}) at {span} times the last "
+        f"known step and up to {verdict.farthest - last} steps ahead, {so_far}: from step {last} that is step "
+        f"{verdict.farthest}."
+    )
 
 
 def _told(text: str) -> str:

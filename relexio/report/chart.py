@@ -39,6 +39,7 @@ class Figure:
 
 
 def plot(rows: Table) -> alt.Chart:
+    """A chart of rows as they are."""
     return alt.Chart(alt.Data(values=rows))
 
 
@@ -53,6 +54,7 @@ def above(text: str) -> alt.TitleParams:
 
 
 def percent(title: str | None = None, form: str = "~%") -> alt.Axis:
+    """An axis of shares."""
     return alt.Axis(format=form, title=title, tickCount=6)
 
 
@@ -62,6 +64,7 @@ def flat_axis() -> alt.Axis:
 
 
 def over_steps() -> alt.X:
+    """Training steps, from left to right."""
     return alt.X(
         "step:Q", title="step", scale=alt.Scale(nice=False, zero=False), axis=alt.Axis(format="d", tickCount=6)
     )

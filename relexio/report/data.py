@@ -11,7 +11,7 @@ import numpy as np
 
 from relexio.extrapolate.findings import find, thrown_away
 from relexio.extrapolate.parts import part_of
-from relexio.extrapolate.trials import HORIZONS, within
+from relexio.extrapolate.trials import horizon_name, within
 from relexio.findings import Findings, TensorFindings
 from relexio.inspect import Sizes
 
@@ -71,8 +71,8 @@ def signed(value: float) -> str:
 
 
 def times(place: int) -> str:
-    """A horizon for people: ``1.5x``."""
-    return f"{HORIZONS[place]:g}×"
+    """A horizon for people: ``1.5×``."""
+    return horizon_name(place).replace("x", "×")
 
 
 def thin(count: int, most: int = _POINTS) -> np.ndarray:
@@ -84,8 +84,7 @@ def default_target(found: Findings) -> int:
     """The farthest step at which the verdict sees skill, else twice the window's last step."""
     last, judged = found.window[-1], found.judged
     verdict = judged.verdict if judged else None
-    reach = verdict.reach if verdict and verdict.sure != "none" else None
-    return max(int(last * (reach[1] if reach else 2.0)), last + 1)
+    return max(verdict.farthest if verdict and verdict.sure != "none" else 2 * last, last + 1)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from relexio.report import data, words
 from relexio.report.data import Facts
-from relexio.report.figures import Figure
+from relexio.report.chart import Figure
 from relexio.report.theme import COLOURS, config, palettes
 from relexio.version import __version__
 
@@ -24,10 +24,10 @@ _TONES = {  # of the verdict: behind white or dark text, never the only sign
     "dark": {"good": "#5fd3a0", "fair": "#62b0ee", "weak": "#f0b35c", "bad": "#ff8d7f", "on": "#101316"},
 }
 _BADGES = {
-    "high": "Predictions beat standing still: sure",
-    "moderate": "Predictions beat standing still: fairly sure",
-    "low": "Predictions may beat standing still: hardly sure",
-    "none": "Predictions do not beat standing still",
+    "high": "In weights, predictions beat standing still: sure",
+    "moderate": "In weights, predictions beat standing still: fairly sure",
+    "low": "In weights, predictions may beat standing still: hardly sure",
+    "none": "Do not extrapolate this run",
     "untested": "Not tested",
 }
 _PATHS = {
@@ -186,7 +186,8 @@ def _key(key: words.Key) -> str:
 def _figure(figure: Figure) -> str:
     wide = " wide" if figure.wide else ""
     chart = f'\n<div class="chart" id="{figure.name}"></div>' if figure.chart is not None else ""
-    return f'<figure class="card{wide}">\n<h2>{escape(figure.title)}</h2>\n<p class="how">{escape(figure.how)}</p>{chart}\n</figure>'
+    head = f'<h2>{escape(figure.title)}</h2>\n<p class="how">{escape(figure.how)}</p>'
+    return f'<figure class="card{wide}">\n{head}{chart}\n</figure>'
 
 
 _COLUMNS = (

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from relexio.extrapolate.straight import random_walk
-from relexio.extrapolate.verdict import CAVEAT, words
+from relexio.extrapolate.verdict import CAVEAT
 from relexio.plan import show
 from relexio.report.data import Facts
 from relexio.trajectory.store import describe_steps
@@ -28,11 +28,8 @@ def verdict(facts: Facts) -> Told:
         said = f"There is no verdict: a backtest takes at least three observed steps, and the window has {len(facts.found.window)}."
         return Told("untested", [said], [], None)
     signs = judged.straight.signs if judged.straight else []
-    if judged.verdict is None:
-        said = "There is no verdict: no recipe could be tried at every cut-off, since the window has too few steps."
-        return Told("untested", [said], signs, None)
-    sentences = [text for text in words(judged.test, judged.verdict) if text.lower() != f"{CAVEAT}.".lower()]
-    return Told(judged.verdict.sure, sentences, signs, judged.command())
+    sentences = [text for text in judged.words() if text != caveat()]
+    return Told(judged.verdict.sure if judged.verdict else "untested", sentences, signs, judged.command())
 
 
 def caveat() -> str:

@@ -1,0 +1,199 @@
+"""The table of a sweep: what was measured, what of it is best, and how it stands in JSON and CSV."""
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from relexio.errors import EvaluationError, RequestError
+from relexio.sweep.candidates import BASE, OBSERVED, Candidate
+from relexio.sweep.score import read_score
+from relexio.version import __version__
+
+#: Of results.json.
+FORMAT = 1
+_COLUMNS = ("name", "method", "step", "strength", "score", "gain", "best", "failed", "seconds", "log")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one evaluation ended: a score, or ``failed``, the reason why there is none.
+
+    ``line`` is the last line that the command printed, if it ended well; ``tail`` the end of its log, if there is no
+    score; ``content`` the hash in the store of a checkpoint that was observed.
+    """
+
+    candidate: Candidate
+    score: float | None
+    failed: str | None
+    seconds: float
+    line: str | None = None
+    tail: str = ""
+    content: str | None = None
+
+    @property
+    def log(self) -> str:
+        """Where the output of its command is, in the directory of the sweep."""
+        return f"logs/{self.candidate.name}.log"
+
+    def rescored(self, metric: str | None) -> "Result":
+        """The same with the score by another metric: the line that was printed is kept for that."""
+        if self.line is None:
+            return self
+        try:
+            return replace(self, score=read_score(self.line, metric), failed=None)
+        except EvaluationError as error:
+            return replace(self, score=None, failed=str(error))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all results of one table have in common: data by content hashes, rank, and the command."""
+
+    base: str
+    window: tuple[tuple[int, str], ...]
+    rank: int
+    command: str
+
+    def unlike(self, other: "Setting") -> str | None:
+        """In what two settings differ, in words; None where their results can stand in one table."""
+        if self.command != other.command:
+            return f"--eval {other.command!r}"
+        if [step for step, _ in self.window] != [step for step, _ in other.window]:
+            steps = [step for step, _ in other.window]
+            return f"a window of {len(steps)} steps, {steps[0]} to {steps[-1]}"
+        if self.rank != other.rank:
+            return f"--rank {other.rank}"
+        return None if self == other else "other checkpoints"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All results so far, and by what they are judged."""
+
+    trajectory: str
+    setting: Setting
+    metric: str | None = None
+    lower_is_better: bool = False
+    results: tuple[Result, ...] = ()
+
+    def judged(self, metric: str | None, lower_is_better: bool) -> "Sweep":
+        """The same results by another metric or in the other direction; no evaluation is needed for that."""
+        results = self.results if metric == self.metric else tuple(r.rescored(metric) for r in self.results)
+        return replace(self, metric=metric, lower_is_better=lower_is_better, results=results)
+
+    def added(self, result: Result) -> "Sweep":
+        """With one more result, in place of an earlier one of the same candidate."""
+        others = [known for known in self.results if known.candidate != result.candidate]
+        return replace(self, results=tuple(sorted([*others, result], key=_place)))
+
+    def of(self, candidate: Candidate) -> Result | None:
+        """The result of a candidate, if there is one."""
+        return next((known for known in self.results if known.candidate == candidate), None)
+
+    def find(self, chosen: Callable[[Result], bool]) -> list[Result]:
+        """The results that have a score and are chosen."""
+        return [result for result in self.results if result.score is not None and chosen(result)]
+
+    @property
+    def last_observed(self) -> Result | None:
+        """The result of the window's last step: what predictions are to beat."""
+        return self.of(Candidate(OBSERVED, self.setting.window[-1][0]))
+
+    @property
+    def predicted(self) -> list[Result]:
+        """The predictions that have a score."""
+        return self.find(lambda result: result.candidate.predicted)
+
+    @property
+    def best(self) -> Result | None:
+        """The prediction of the best score; of several the one of the nearest step, then the smallest strength."""
+
+        def place(result: Result) -> tuple[float, int, float]:
+            score, candidate = result.score or 0.0, result.candidate
+            return score if self.lower_is_better else -score, candidate.step, abs(candidate.strength or 0.0)
+
+        return min(self.predicted, key=place, default=None)
+
+    def gain(self, result: Result) -> float | None:
+        """By how much it is better than the last observed checkpoint; None where one of the two has no score."""
+        last = self.last_observed
+        if last is None or last.score is None or result.score is None:
+            return None
+        gain = last.score - result.score if self.lower_is_better else result.score - last.score
+        return float(f"{gain:.12g}")  # 0.15, and not 0.15000000000000002
+
+    def row(self, result: Result) -> dict[str, Any]:
+        """One line of the table."""
+        candidate = result.candidate
+        values = (
+            candidate.name, candidate.method, candidate.step, candidate.strength, result.score, self.gain(result),
+            result is self.best, result.failed, round(result.seconds, 3), result.log,
+        )  # fmt: skip
+        return dict(zip(_COLUMNS, values, strict=True))
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        best, last = self.best, self.last_observed
+        return {
+            "format": FORMAT,
+            "relexio": __version__,
+            "trajectory": self.trajectory,
+            "base": self.setting.base,
+            "window": [{"step": step, "content": content} for step, content in self.setting.window],
+            "rank": self.setting.rank,
+            "eval": self.setting.command,
+            "metric": self.metric,
+            "lower_is_better": self.lower_is_better,
+            "last_observed": None if last is None else last.score,
+            "best": None if best is None else best.candidate.name,
+            "results": [
+                {**self.row(result), "line": result.line, "tail": result.tail, "content": result.content}
+                for result in self.results
+            ],
+        }
+
+    def to_csv(self) -> str:
+        """The table; what is not there is empty."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for result in self.results:
+            row = self.row(result)
+            writer.writerow({**row, "best": "true" if row["best"] else "false"})
+        return text.getvalue()
+
+
+def _place(result: Result) -> tuple[bool, bool, str, float, int]:
+    candidate = result.candidate
+    return candidate.predicted, candidate.method != BASE, candidate.method, candidate.strength or 0.0, candidate.step
+
+
+def parse(data: bytes, where: str) -> Sweep:
+    """What ``to_json`` gave. Raises RequestError where it is anything else."""
+    try:
+        found = json.loads(data)
+        if found["format"] != FORMAT:
+            raise RequestError(f"{where}: of another relexio (format {found['format']}); give another -o")
+        window = tuple((int(step["step"]), str(step["content"])) for step in found["window"])
+        setting = Setting(str(found["base"]), window, int(found["rank"]), str(found["eval"]))
+        results = tuple(map(_result, found["results"]))
+        if not window:
+            raise ValueError("no window")
+        return Sweep(str(found["trajectory"]), setting, found["metric"], bool(found["lower_is_better"]), results)
+    except RequestError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise RequestError(f"{where}: not as a sweep writes it; give another -o, or remove it") from error
+
+
+def _result(row: dict[str, Any]) -> Result:
+    candidate = Candidate(str(row["method"]), int(row["step"]), _number(row["strength"]))
+    score, content = _number(row["score"]), row["content"]
+    return Result(candidate, score, row["failed"], float(row["seconds"]), row["line"], str(row["tail"]), content)
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
