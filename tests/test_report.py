@@ -167,8 +167,8 @@ def test_many_steps_are_thinned_and_ends_kept() -> None:
 
 def test_target_goes_where_the_verdict_sees_skill(facts: Facts) -> None:
     judged = facts.found.judged
-    assert judged is not None and judged.verdict is not None and judged.verdict.reach is not None
-    assert data.default_target(facts.found) == max(int(24 * judged.verdict.reach[1]), 25)
+    assert judged is not None and judged.verdict is not None and judged.verdict.farthest > 25
+    assert data.default_target(facts.found) == judged.verdict.farthest
     assert data.default_target(replace(facts.found, judged=None)) == 48
 
 
@@ -365,7 +365,7 @@ def test_figures_follow_theme_and_width_and_the_reader_s_choices(chromium: Any, 
     open_page(chromium, path, "light", 1280)
 
     def card() -> str:
-        return str(chromium.execute_script("return document.querySelector('#skill svg > rect').getAttribute('fill')"))
+        return str(chromium.execute_script("return document.querySelector('#skill svg').style.backgroundColor"))
 
     def wait_for(what: str) -> None:
         end = time.monotonic() + 30
@@ -381,9 +381,7 @@ def test_figures_follow_theme_and_width_and_the_reader_s_choices(chromium: Any, 
     chromium.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
     )
-    wait_for(
-        f"[...document.querySelectorAll('#parts svg > rect')].some((card) => card.getAttribute('fill') != '{light}')"
-    )
+    wait_for(f"[...document.querySelectorAll('#parts svg')].some((card) => card.style.backgroundColor != '{light}')")
     wait_for("document.querySelector('#coefficients select')?.selectedOptions[0].textContent == 'q alone'")
     chromium.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}

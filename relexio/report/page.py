@@ -14,8 +14,8 @@ from string import Template
 from typing import Any
 
 from relexio.report import data, words
-from relexio.report.data import Facts
 from relexio.report.chart import Figure
+from relexio.report.data import Facts
 from relexio.report.theme import COLOURS, config, palettes
 from relexio.version import __version__
 
