@@ -257,7 +257,8 @@ def test_the_command_line(
             ["predict", out / "run.zarr", "--step", 40, "-o", out / "predicted"],
         ):
             done = in_process(*command, *options)
-            assert (done.code, done.err) == (0, "")
+            notes = [line for line in done.err.splitlines() if not line.startswith("note: step 40 is beyond")]
+            assert (done.code, notes) == (0, [])
     assert snapshot(tmp_path / "here") == snapshot(tmp_path / "there")
     spoil(run)
     bad = in_process("convert", run.steps_path, "--base", run.base_path, "-o", tmp_path / "bad.zarr", *scheduler)
