@@ -1,0 +1,119 @@
+"""What relexio predicts for one RLVR run, held against what training reached: accuracy, and skill in weights.
+
+usage: python tools/rlvr/study.py RUNS/add/seed-1 --base RUNS/add/base -o RUNS/add/seed-1.json
+
+RUN is a directory made by `train.py grpo`. Its steps are converted to RUN.zarr. For windows of the first 15 % and 30 %
+of its N steps, `relex` and `pinned` (rank 1, strength 1) predict the steps at 4/3, 2 and 3 times the window's end, and N.
+Each prediction is evaluated, and so are the base, the steps as trained (those targets, the windows' ends, and every
+N/20), and rank-1 reconstructions at N/4, N/2, 3N/4 and N, fitted to the whole run. Writes one JSON object.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from evaluate import accuracy
+from tasks import TASKS
+
+import relexio
+
+SHARES = (0.15, 0.30)
+METHODS = ("relex", "pinned")
+
+Evaluate = Callable[[Path], float]
+
+
+def targets(end: int, steps: int) -> list[int]:
+    """The steps predicted from a window that ends at ``end``, in a run of ``steps``."""
+    return [*(target for target in (4 * end // 3, 2 * end, 3 * end) if target < steps), steps]
+
+
+def predicted(run: relexio.api.Trajectory, window: str, step: int, method: str, evaluate: Evaluate) -> float:
+    """Accuracy of a predicted or reconstructed checkpoint, which is written and removed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        run.fit(window, method=method).predict(step).save(Path(scratch) / "checkpoint")
+        return evaluate(Path(scratch) / "checkpoint")
+
+
+def study_window(run: relexio.api.Trajectory, share: float, evaluate: Evaluate) -> dict[str, Any]:
+    """All predictions from the first part of a run."""
+    steps = run.steps[-1]
+    end = round(share * steps)
+    fits = {method: run.fit(f"1:{end}", method=method) for method in METHODS}
+    tests = {method: fit.backtest() for method, fit in fits.items()}
+    return {
+        "share": share,
+        "end": end,
+        "backtest": {method: test.errors.skill if test else None for method, test in tests.items()},
+        "predictions": [
+            {
+                "method": method,
+                "step": target,
+                "accuracy": predicted(run, f"1:{end}", target, method, evaluate),
+                "skill": fits[method].skill(target),
+            }
+            for target in targets(end, steps)
+            for method in METHODS
+        ],
+    }
+
+
+def inspect(store: Path) -> dict[str, Any]:
+    """What ``relexio inspect --json`` says of the whole run."""
+    command = [sys.executable, "-m", "relexio", "inspect", str(store), "--json"]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def study(directory: Path, base: Path) -> dict[str, Any]:
+    """Convert a run and measure everything."""
+    store = directory.with_suffix(".zarr")
+    command = [sys.executable, "-m", "relexio", "convert", str(directory), "--base", str(base), "-o", str(store)]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    run, whole = relexio.open(store), inspect(store)
+    settings = json.loads((directory / "log.json").read_text())
+    log, steps = settings.pop("log"), settings["steps"]
+    if run.steps != tuple(range(1, steps + 1)):
+        raise SystemExit(f"{directory}: not every step from 1 to {steps} is there")
+    evaluate = partial(accuracy, task=TASKS[settings["task"]])
+    windows = [study_window(run, share, evaluate) for share in SHARES]
+    trained = {end for window in windows for end in (window["end"], *targets(window["end"], steps))}
+    trained |= {k * steps // 20 for k in range(1, 21)}
+    return {
+        **settings,
+        "model": json.loads((base / "config.json").read_text())["architectures"][0],
+        "parameters": whole["parameters"],
+        "seconds_per_step": statistics.median(entry["seconds"] for entry in log),
+        "energy": whole["energy"],
+        "changed": {str(step): whole["changed"][str(step)] for step in (1, *sorted(trained))},
+        "base": evaluate(base),
+        "trained": {str(step): evaluate(directory / f"global_step_{step}") for step in sorted(trained)},
+        "reconstructed": {
+            str(step): predicted(run, f"1:{steps}", step, "reconstruct", evaluate)
+            for step in (k * steps // 4 for k in range(1, 5))
+        },
+        "windows": windows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("-o", "--out", type=Path, required=True, help="JSON file to write")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    given.out.write_text(json.dumps(study(given.run, given.base), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
