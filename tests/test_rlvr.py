@@ -29,7 +29,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Load:
     return importlib.import_module
 
 
-@pytest.mark.parametrize("name", ["add", "sort"])
+@pytest.mark.parametrize("name", ["add", "sort", "sum"])
 def test_problems_are_the_same_for_a_seed_and_held_out_ones_are_apart(load: Load, name: str) -> None:
     task = load("tasks").TASKS[name]
     first, again, other = (list(itertools.islice(task.training(seed), 5000)) for seed in (1, 1, 2))
@@ -53,6 +53,7 @@ def test_problems_are_the_same_for_a_seed_and_held_out_ones_are_apart(load: Load
         ("add", "100200", ("100+200=", "0300", "0300")),
         ("sort", "739150", ("739150>", "013579", "371509")),
         ("sort", "000001", ("000001>", "000001", "000001")),
+        ("sum", "479805", ("47+98+05=", "150", "150")),
     ],
 )
 def test_answers_and_habits(load: Load, name: str, digits: str, problem: tuple[str, str, str]) -> None:

@@ -25,6 +25,7 @@ from evaluate import accuracy
 from tasks import TASKS
 
 import relexio
+from relexio.api import Trajectory
 
 SHARES = (0.15, 0.30)
 METHODS = ("relex", "pinned")
@@ -37,14 +38,14 @@ def targets(end: int, steps: int) -> list[int]:
     return [*(target for target in (4 * end // 3, 2 * end, 3 * end) if target < steps), steps]
 
 
-def predicted(run: relexio.api.Trajectory, window: str, step: int, method: str, evaluate: Evaluate) -> float:
+def predicted(run: Trajectory, window: str, step: int, method: str, evaluate: Evaluate) -> float:
     """Accuracy of a predicted or reconstructed checkpoint, which is written and removed."""
     with tempfile.TemporaryDirectory() as scratch:
         run.fit(window, method=method).predict(step).save(Path(scratch) / "checkpoint")
         return evaluate(Path(scratch) / "checkpoint")
 
 
-def study_window(run: relexio.api.Trajectory, share: float, evaluate: Evaluate) -> dict[str, Any]:
+def study_window(run: Trajectory, share: float, evaluate: Evaluate) -> dict[str, Any]:
     """All predictions from the first part of a run."""
     steps = run.steps[-1]
     end = round(share * steps)

@@ -1,8 +1,9 @@
 """Verifiable tasks for tiny language models: problems, the exact-match reward, and problems held out from training.
 
-A base for RL should be partly able: it knows the task, and mostly answers out of a wrong habit. Supervised training on
-`demonstrations` makes one. The share of right answers in them rises with the first digit of the problem, from 5 % for 0
-to 59 % for 9, so that RL has something to improve on every kind of problem, and greedy accuracy rises gradually.
+A base for RL should be partly able. Supervised training on `demonstrations` makes one. For `add` and `sort` it comes to
+know the task, and mostly answers out of a wrong habit: the share of right answers rises with the first digit of the
+problem, from 5 % for 0 to 59 % for 9, so that RL improves one kind of problem after the other. For `sum` all answers are
+right, and training has to be stopped before it is able.
 """
 
 import random
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 HELD_OUT = 1000
+DIGITS = 6
 #: All characters of all tasks; one token each.
 CHARACTERS = "0123456789+>="
 
@@ -26,16 +28,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of problem: how many digits it is drawn from, and how a text of that many digits becomes a problem."""
+    """A kind of problem: how a text of six digits becomes one, and whether demonstrations show its wrong habit."""
 
     name: str
-    digits: int
     make: Callable[[str], Problem]
+    misleads: bool = True
 
     @property
     def length(self) -> int:
         """Characters of an answer; all answers of a task have as many."""
-        return len(self.make("0" * self.digits).answer)
+        return len(self.make("0" * DIGITS).answer)
 
     def training(self, seed: int) -> Iterator[Problem]:
         """Problems without end, none of them held out; the same for the same seed."""
@@ -52,16 +54,16 @@ class Task:
         return list(found.values())
 
     def demonstrations(self, seed: int) -> Iterator[tuple[str, str]]:
-        """Prompts and answers for supervised training, without end: most answers are those of the wrong habit."""
+        """Prompts and answers for supervised training, without end."""
         rng = random.Random(f"demonstrations {seed}")
         for problem in self.training(seed):
-            right = rng.random() < 0.05 + 0.06 * int(problem.prompt[0])
+            right = not self.misleads or rng.random() < 0.05 + 0.06 * int(problem.prompt[0])
             yield problem.prompt, problem.answer if right else problem.habit
 
     def _draw(self, seed: int) -> Iterator[Problem]:
         rng = random.Random(f"{self.name} {seed}")
         while True:
-            yield self.make(f"{rng.randrange(10**self.digits):0{self.digits}d}")
+            yield self.make(f"{rng.randrange(10**DIGITS):0{DIGITS}d}")
 
 
 def reward(completions: list[str], answer: list[str], **_: object) -> list[float]:
@@ -90,4 +92,11 @@ def _sort(digits: str) -> Problem:
     return Problem(f"{digits}>", "".join(sorted(digits)), "".join(passed))
 
 
-TASKS = {task.name: task for task in (Task("add", 6, _add), Task("sort", 6, _sort))}
+def _sum(digits: str) -> Problem:
+    """Three numbers of two digits. There is no habit."""
+    numbers = digits[:2], digits[2:4], digits[4:]
+    answer = f"{sum(map(int, numbers)):03d}"
+    return Problem("+".join(numbers) + "=", answer, answer)
+
+
+TASKS = {task.name: task for task in (Task("add", _add), Task("sort", _sort), Task("sum", _sum, misleads=False))}

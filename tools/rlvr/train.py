@@ -1,9 +1,9 @@
 """Train a tiny language model on a verifiable task: a base by supervised training, then RL, every step saved.
 
-usage: python tools/rlvr/train.py base --task add -o RUNS/add/base
-       python tools/rlvr/train.py grpo --task add --base RUNS/add/base -o RUNS/add/seed-1 --seed 1
+usage: python tools/rlvr/train.py base --task add --steps 1800 -o RUNS/add/base
+       python tools/rlvr/train.py grpo --task add --steps 400 --seed 1 --base RUNS/add/base -o RUNS/add/seed-1
 
-`base` learns from demonstrations that are mostly wrong (tasks.py says how). `grpo` goes on from it with TRL's
+`base` learns from demonstrations (tasks.py says which), and --stop ends that early. `grpo` goes on from it with TRL's
 GRPOTrainer: fp32 master weights, AdamW without decay, a constant learning rate, no KL term. After each optimizer step it
 writes OUT/global_step_N, the bf16 weights in Hugging Face layout, and at the end OUT/log.json: reward, gradient norm
 and seconds of each step. One CPU thread. Needs torch, transformers, trl and datasets (pip install -e ".[rlvr]").
@@ -56,12 +56,12 @@ def save(model: Any, directory: Path) -> None:
     tokenizer().save_pretrained(directory)
 
 
-def train_base(task: Task, model: Any, seed: int, steps: int, rate: float = 1e-3, batch: int = 256) -> None:
-    """Supervised training on demonstrations; the rate rises for 100 steps and falls linearly to 0."""
+def train_base(task: Task, model: Any, seed: int, steps: int, stop: int, rate: float = 1e-3, batch: int = 256) -> None:
+    """Supervised training on demonstrations up to step ``stop``; the rate rises for 100 steps and falls to 0 at ``steps``."""
     words, stream = tokenizer(), task.demonstrations(seed)
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, min(100, steps // 2), steps)
-    for step in range(1, steps + 1):
+    for step in range(1, stop + 1):
         pairs = list(itertools.islice(stream, batch))
         tokens = words([a + b + EOS for a, b in pairs], return_tensors="pt")["input_ids"]
         labels = tokens.clone()
@@ -126,7 +126,8 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--base", type=Path, help="where grpo begins")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--stop", type=int, help="end the training of a base at this step")
     parser.add_argument("--rate", type=float, help="learning rate")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -134,12 +135,12 @@ def main() -> None:
     task = TASKS[given.task]
     if given.kind == "base":
         model = new_model(task)
-        train_base(task, model, given.seed, given.steps or 3000, given.rate or 1e-3)
+        train_base(task, model, given.seed, given.steps, given.stop or given.steps, given.rate or 1e-3)
         save(model, given.out)
     elif given.base is None:
         parser.error("grpo needs --base")
     else:
-        train_grpo(task, given.base, given.out, given.seed, given.steps or 360, given.rate or 3e-6)
+        train_grpo(task, given.base, given.out, given.seed, given.steps, given.rate or 3e-6)
 
 
 if __name__ == "__main__":
