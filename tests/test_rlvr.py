@@ -29,7 +29,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Load:
     return importlib.import_module
 
 
-@pytest.mark.parametrize("name", ["add", "sort", "sum"])
+@pytest.mark.parametrize("name", ["add", "sort", "descend"])
 def test_problems_are_the_same_for_a_seed_and_held_out_ones_are_apart(load: Load, name: str) -> None:
     task = load("tasks").TASKS[name]
     first, again, other = (list(itertools.islice(task.training(seed), 5000)) for seed in (1, 1, 2))
@@ -53,7 +53,7 @@ def test_problems_are_the_same_for_a_seed_and_held_out_ones_are_apart(load: Load
         ("add", "100200", ("100+200=", "0300", "0300")),
         ("sort", "739150", ("739150>", "013579", "371509")),
         ("sort", "000001", ("000001>", "000001", "000001")),
-        ("sum", "479805", ("47+98+05=", "150", "150")),
+        ("descend", "739150", ("739150>", "975310", "975310")),
     ],
 )
 def test_answers_and_habits(load: Load, name: str, digits: str, problem: tuple[str, str, str]) -> None:
@@ -122,7 +122,7 @@ def test_tables_hold_a_figure_for_each_seed(load: Load, tmp_path: Path) -> None:
 def test_summary_counts_gains_and_correlates_ranks(load: Load) -> None:
     plot = load("plot")
     both = next(row for row in rows(plot.summary_table(studies())) if row[:3] == ["all", "both", "relex"])
-    assert both[3:6] == ["4 of 4", "4 of 4", "+11.5"]
+    assert both[3:7] == ["4 of 4", "+11.5", "-4.5", "4 of 4"]
     assert plot.rank_correlation([1, 2, 3, 4], [10, 20, 30, 1000]) == pytest.approx(1)
     assert plot.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
     assert plot.rank_correlation([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9487, abs=1e-4)

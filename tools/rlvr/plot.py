@@ -40,14 +40,15 @@ def by_task(studies: list[Study]) -> dict[str, list[Study]]:
 
 
 def predictions(studies: list[Study]) -> list[dict[str, Any]]:
-    """Every prediction, with its share, backtest, and gain in accuracy over the last observed checkpoint."""
+    """Every prediction, with its window's share and backtest, and its accuracy minus that of the last observed checkpoint
+    (gain) and of the step as trained (ahead)."""
     return [
         {
             "task": study["task"],
             "share": window["share"],
             "backtest": window["backtest"][p["method"]],
             "gain": p["accuracy"] - study["trained"][str(window["end"])],
-            "short": p["accuracy"] - study["trained"][str(p["step"])],
+            "ahead": p["accuracy"] - study["trained"][str(p["step"])],
             **p,
         }
         for study in studies
@@ -57,9 +58,9 @@ def predictions(studies: list[Study]) -> list[dict[str, Any]]:
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float:
-    """Spearman's: the correlation of ranks, equal values sharing their mean rank; NaN where one side is constant."""
+    """Spearman's: the correlation of ranks, equal values sharing their mean rank; NaN where one side is constant or there is none."""
     first, second = _ranks(a), _ranks(b)
-    if np.ptp(first) == 0 or np.ptp(second) == 0:
+    if not a or np.ptp(first) == 0 or np.ptp(second) == 0:
         return math.nan
     return float(np.corrcoef(first, second)[0, 1])
 
@@ -79,7 +80,7 @@ def _percents(values: list[float]) -> str:
 
 
 def _skills(values: list[float | None]) -> str:
-    return " ".join("-" if value is None else f"{value:+.2f}" for value in values)
+    return " ".join("-" if value is None or math.isnan(value) else f"{value:+.2f}" for value in values)
 
 
 def prediction_table(studies: list[Study]) -> str:
@@ -142,23 +143,34 @@ def reconstruction_table(studies: list[Study]) -> str:
 
 
 def summary_table(studies: list[Study]) -> str:
-    """Counts over the runs, and whether skill told of the gain in advance, by task, window and method."""
+    """Predictions counted by task, window and method, and how skill and backtest rank their gains."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
     for p in predictions(studies):
         groups[p["task"], f"{100 * p['share']:.0f} %", p["method"]].append(p)
         groups["all", "both", p["method"]].append(p)
-    rows = [
-        [
+    rows = []
+    for key, group in sorted(groups.items(), key=lambda item: (item[0][0] == "all", item[0])):
+        gains = [p["gain"] for p in group]
+        tested = [p for p in group if p["backtest"] is not None]
+        rows.append([
             *key,
-            f"{sum(p['gain'] > 0 for p in group)} of {len(group)}",
+            f"{sum(gain > 0 for gain in gains)} of {len(group)}",
+            f"{100 * np.mean(gains):+.1f}",
+            f"{100 * np.mean([p['ahead'] for p in group]):+.1f}",
             f"{sum(p['skill'] > 0 for p in group)} of {len(group)}",
-            f"{100 * np.mean([p['gain'] for p in group]):+.1f}",
-            f"{rank_correlation([p['skill'] for p in group], [p['gain'] for p in group]):+.2f}",
-        ]
-        for key, group in sorted(groups.items())
+            _skills([rank_correlation([p["skill"] for p in group], gains)]),
+            _skills([rank_correlation([p["backtest"] for p in tested], [p["gain"] for p in tested])]),
+        ])  # fmt: skip
+    head = [
+        "task",
+        "window",
+        "method",
+        "better than last observed",
+        "mean gain",
+        "mean against trained",
+        "skill above 0",
     ]
-    head = ["task", "window", "method", "better than last observed", "skill above 0", "mean gain, points"]
-    return _table([*head, "rank correlation of skill and gain"], rows)
+    return _table([*head, "skill and gain", "backtest and gain"], rows)
 
 
 def draw(studies: list[Study], path: Path) -> None:

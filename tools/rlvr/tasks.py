@@ -2,8 +2,8 @@
 
 A base for RL should be partly able. Supervised training on `demonstrations` makes one. For `add` and `sort` it comes to
 know the task, and mostly answers out of a wrong habit: the share of right answers rises with the first digit of the
-problem, from 5 % for 0 to 59 % for 9, so that RL improves one kind of problem after the other. For `sum` all answers are
-right, and training has to be stopped before it is able.
+problem, from 5 % for 0 to 59 % for 9, so that RL improves one kind of problem after the other. For `descend` all
+answers are right, and training has to be stopped before it is able.
 """
 
 import random
@@ -92,11 +92,12 @@ def _sort(digits: str) -> Problem:
     return Problem(f"{digits}>", "".join(sorted(digits)), "".join(passed))
 
 
-def _sum(digits: str) -> Problem:
-    """Three numbers of two digits. There is no habit."""
-    numbers = digits[:2], digits[2:4], digits[4:]
-    answer = f"{sum(map(int, numbers)):03d}"
-    return Problem("+".join(numbers) + "=", answer, answer)
+def _descend(digits: str) -> Problem:
+    """Six digits in descending order. There is no habit."""
+    answer = "".join(sorted(digits, reverse=True))
+    return Problem(f"{digits}>", answer, answer)
 
 
-TASKS = {task.name: task for task in (Task("add", _add), Task("sort", _sort), Task("sum", _sum, misleads=False))}
+TASKS = {
+    task.name: task for task in (Task("add", _add), Task("sort", _sort), Task("descend", _descend, misleads=False))
+}
