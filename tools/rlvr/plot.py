@@ -71,8 +71,8 @@ def _ranks(values: list[float]) -> np.ndarray:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    first, *others = ("| " + " | ".join(line) + " |" for line in (head, *rows))
+    return "\n".join([first, "|" + "---|" * len(head), *others]) + "\n"
 
 
 def _percents(values: list[float]) -> str:
@@ -190,7 +190,7 @@ def draw(studies: list[Study], path: Path) -> None:
         row[0].set_ylabel("accuracy, %")
     handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.tight_layout(rect=(0, 0.12 / len(tasks), 1, 1))
     figure.savefig(path, dpi=110)
 
 
@@ -214,7 +214,7 @@ def _draw_run(axis: Any, run: Study) -> None:
             )  # fmt: skip
     axis.set_title(f"{run['task']}, {run['model'].removesuffix('ForCausalLM')}, seed {run['seed']}", fontsize=10)
     axis.set_xlabel("step")
-    axis.set_ylim(0, 100)
+    axis.set_ylim(0, 103)
     axis.set_xlim(0, None)
 
 
