@@ -84,15 +84,19 @@ def studies() -> list[dict[str, Any]]:
 
     def one(seed: int) -> dict[str, Any]:
         predictions = [
-            {"method": method, "step": step, "accuracy": 0.4 + 0.01 * seed, "skill": skill}
+            {"method": method, "step": step, "accuracy": 0.4 + 0.01 * seed, "skill": skill, "expected": expected}
             for step in (4, 20)
-            for method, skill in (("relex", 0.1 * step), ("pinned", -0.1))
+            for method, skill, expected in (("relex", 0.1 * step, 0.1), ("pinned", -0.1, None), ("advised", 0.2, 0.3))
         ]
+        advice = {
+            "recipe": "pinned, rank 1", "window": "1:3", "strength": 0.5, "score": 0.25, "sure": "low", "farthest": 4,
+            "accuracy": 0.45,
+        }  # fmt: skip
         return {
             "task": "add", "seed": seed, "steps": 20, "model": "Qwen2ForCausalLM", "seconds_per_step": 0.5,
             "energy": 0.6, "changed": {"1": 0.03, "3": 0.05, "20": 0.5}, "base": 0.25,
             "trained": {"3": 0.3, "4": 0.5, "20": 0.405 + 0.01 * seed}, "reconstructed": {"20": 0.39},
-            "windows": [{"share": 0.15, "end": 3, "backtest": {"relex": 0.02, "pinned": None},
+            "windows": [{"share": 0.15, "end": 3, "backtest": {"relex": 0.02, "pinned": None}, "advice": advice,
                          "predictions": predictions}],
         }  # fmt: skip
 
@@ -111,12 +115,16 @@ def test_tables_hold_a_figure_for_each_seed(load: Load, tmp_path: Path) -> None:
     assert [study["seed"] for study in found] == [1, 2]
     table = rows(plot.prediction_table(found))
     assert table[2] == [
-        "add", "1..3", "4", "30.0 30.0", "50.0 50.0", "41.0 42.0", "41.0 42.0", "+0.40 +0.40", "-0.10 -0.10"
+        "add", "1..3", "4", "30.0 30.0", "50.0 50.0", "41.0 42.0", "41.0 42.0", "41.0 42.0",
+        "+0.40 +0.40", "-0.10 -0.10", "+0.20 +0.20",
     ]  # fmt: skip
     assert table[3][4] == "41.5 42.5"
     assert rows(plot.reconstruction_table(found))[2] == ["add", "20", "41.5 42.5", "39.0 39.0"]
     assert rows(plot.run_table(found))[2][:4] == ["add, seed 1", "25.0", "41.5", "+0.02 -"]
     assert len({len(row) for row in table}) == 1
+    assert rows(plot.advice_table(found))[2] == [
+        "add, seed 1", "1..3", "pinned, rank 1, window 1:3, strength 0.5", "low", "+0.25", "4", "30.0", "45.0", "50.0",
+    ]  # fmt: skip
 
 
 def test_summary_counts_gains_and_correlates_ranks(load: Load) -> None:

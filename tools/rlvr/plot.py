@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-METHODS = ("relex", "pinned")
+METHODS = ("relex", "pinned", "advised")
 COLORS = {0.15: "tab:orange", 0.30: "tab:blue"}
-MARKERS = {"relex": "o", "pinned": "^"}
+MARKERS = {"relex": "o", "pinned": "^", "advised": "s"}
+LINES = {"relex": "-", "pinned": "--", "advised": ":"}
 
 Study = dict[str, Any]
 
@@ -40,13 +41,12 @@ def by_task(studies: list[Study]) -> dict[str, list[Study]]:
 
 
 def predictions(studies: list[Study]) -> list[dict[str, Any]]:
-    """Every prediction, with its window's share and backtest, and its accuracy minus that of the last observed checkpoint
-    (gain) and of the step as trained (ahead)."""
+    """Every prediction, with its window's share, and its accuracy minus that of the last observed checkpoint (gain) and of
+    the step as trained (ahead)."""
     return [
         {
             "task": study["task"],
             "share": window["share"],
-            "backtest": window["backtest"][p["method"]],
             "gain": p["accuracy"] - study["trained"][str(window["end"])],
             "ahead": p["accuracy"] - study["trained"][str(p["step"])],
             **p,
@@ -107,6 +107,28 @@ def prediction_table(studies: list[Study]) -> str:
     return _table(head, rows)
 
 
+def advice_table(studies: list[Study]) -> str:
+    """One row for each run and window: what the backtest recommends, how far, and what came of it there."""
+    rows = [
+        [
+            f"{study['task']}, seed {study['seed']}",
+            f"1..{window['end']}",
+            f"{advice['recipe']}, window {advice['window']}, strength {advice['strength']:g}",
+            advice["sure"],
+            f"{advice['score']:+.2f}",
+            str(advice["farthest"]),
+            _percents([study["trained"][str(window["end"])]]),
+            _percents([advice["accuracy"]]),
+            _percents([study["trained"][str(advice["farthest"])]]),
+        ]
+        for study in studies
+        for window in study["windows"]
+        for advice in [window["advice"]]
+    ]
+    head = ["run", "window", "advised", "sure", "mean skill", "farthest step", "last observed", "predicted", "trained"]
+    return _table(head, rows)
+
+
 def run_table(studies: list[Study]) -> str:
     """One row for each run: where it began and ended, and how it moved."""
     rows = [
@@ -151,7 +173,7 @@ def summary_table(studies: list[Study]) -> str:
     rows = []
     for key, group in sorted(groups.items(), key=lambda item: (item[0][0] == "all", item[0])):
         gains = [p["gain"] for p in group]
-        tested = [p for p in group if p["backtest"] is not None]
+        tested = [p for p in group if p["expected"] is not None]
         rows.append([
             *key,
             f"{sum(gain > 0 for gain in gains)} of {len(group)}",
@@ -159,7 +181,7 @@ def summary_table(studies: list[Study]) -> str:
             f"{100 * np.mean([p['ahead'] for p in group]):+.1f}",
             f"{sum(p['skill'] > 0 for p in group)} of {len(group)}",
             _skills([rank_correlation([p["skill"] for p in group], gains)]),
-            _skills([rank_correlation([p["backtest"] for p in tested], [p["gain"] for p in tested])]),
+            f"{_skills([rank_correlation([p['expected'] for p in tested], [p['gain'] for p in tested])])} ({len(tested)})",
         ])  # fmt: skip
     head = [
         "task",
@@ -170,7 +192,7 @@ def summary_table(studies: list[Study]) -> str:
         "mean against trained",
         "skill above 0",
     ]
-    return _table([*head, "skill and gain", "backtest and gain"], rows)
+    return _table([*head, "skill and gain", "backtest and gain (of)"], rows)
 
 
 def draw(studies: list[Study], path: Path) -> None:
@@ -209,7 +231,7 @@ def _draw_run(axis: Any, run: Study) -> None:
             points = [(p["step"], 100 * p["accuracy"]) for p in window["predictions"] if p["method"] == method]
             axis.plot(
                 *zip(start, *points, strict=True), marker=MARKERS[method], markersize=4, linewidth=0.8, color=color,
-                linestyle="-" if method == "relex" else "--", markevery=range(1, len(points) + 1),
+                linestyle=LINES[method], markevery=range(1, len(points) + 1),
                 label=f"{method}, first {100 * window['share']:.0f} %",
             )  # fmt: skip
     axis.set_title(f"{run['task']}, {run['model'].removesuffix('ForCausalLM')}, seed {run['seed']}", fontsize=10)
@@ -235,7 +257,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="PNG file to write")
     given = parser.parse_args()
     studies = read(given.files)
-    for table in (run_table, prediction_table, reconstruction_table, summary_table):
+    for table in (run_table, prediction_table, advice_table, reconstruction_table, summary_table):
         print(table(studies))
     if given.json:
         given.json.write_text(json.dumps(studies, indent=1) + "\n")
