@@ -3,9 +3,10 @@
 usage: python tools/rlvr/study.py RUNS/add/seed-1 --base RUNS/add/base -o RUNS/add/seed-1.json
 
 RUN is a directory made by `train.py grpo`. Its steps are converted to RUN.zarr. For windows of the first 15 % and 30 %
-of its N steps, `relex` and `pinned` (rank 1, strength 1) predict the steps at 4/3, 2 and 3 times the window's end, and N;
-so does what `relexio backtest` recommends for that window, and its farthest step. Each prediction is evaluated, and so are the base, the steps as trained (those targets, the windows' ends, and every
-N/20), and rank-1 reconstructions at N/4, N/2, 3N/4 and N, fitted to the whole run. Writes one JSON object.
+of its N steps, `relex` and `pinned` (rank 1, strength 1) predict the steps at 4/3, 2 and 3 times the window's end, and
+N; so does what `relexio backtest` recommends for that window, and its farthest step. Each prediction is evaluated, and
+so are the base, the steps as trained (those targets, the windows' ends, and every N/20), and rank-1 reconstructions at
+N/4, N/2, 3N/4 and N, fitted to the whole run. Writes one JSON object.
 """
 
 import argparse
