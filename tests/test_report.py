@@ -100,6 +100,8 @@ def test_names_of_tensors_cannot_leave_their_places(text: str) -> None:
     assert [a.get("type") for a in page.all("script")] == ["application/json", None, None]
     assert not page.all("img")
     assert HOSTILE not in text and "\u2028" not in re.sub(r"<td>[^\n]*", "", text)
+    (data,) = re.findall(r'<script type="application/json" id="report">(.*?)</script>', text, re.S)
+    assert "<" not in data and ">" not in data  # nothing that could end the element, or begin a comment in it
     drawn = json.dumps(page.content, ensure_ascii=False)
     assert json.dumps(HOSTILE, ensure_ascii=False)[1:-1] in drawn
     assert HOSTILE.replace("\u2028", "") in "".join(t for _, t in page.texts).replace("\u2028", "")
