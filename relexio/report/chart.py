@@ -53,9 +53,9 @@ def above(text: str) -> alt.TitleParams:
     return alt.TitleParams(text)
 
 
-def percent(title: str | None = None, form: str = "~%") -> alt.Axis:
+def percent() -> alt.Axis:
     """An axis of shares."""
-    return alt.Axis(format=form, title=title, tickCount=6)
+    return alt.Axis(format="~%", title=None, tickCount=6)
 
 
 def flat_axis() -> alt.Axis:
