@@ -201,7 +201,7 @@ def words(test: Backtest, verdict: Verdict) -> list[str]:
     if not tries:
         followed = "There are too few steps to try such advice on earlier ones."
     if verdict.sure == "none":
-        return [_why_not(test, verdict, followed), "Train on, or do not extrapolate this run.", _told(CAVEAT)]
+        return [_why_not(test, verdict, followed), "Train on: do not extrapolate this run from here.", _told(CAVEAT)]
     found = [
         f"Use {trial.recipe}, strength {pick.strength:g}, fitted to {window_words(trial, test.steps)[0]}.",
         _how_far(test, verdict),
