@@ -58,7 +58,7 @@ def predictions(studies: list[Study]) -> list[dict[str, Any]]:
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float:
-    """Spearman's: the correlation of ranks, equal values sharing their mean rank; NaN where one side is constant or there is none."""
+    """Spearman's: the correlation of ranks, equal values sharing their mean rank; NaN for a constant side, or none."""
     first, second = _ranks(a), _ranks(b)
     if not a or np.ptp(first) == 0 or np.ptp(second) == 0:
         return math.nan
