@@ -1,11 +1,13 @@
 """Real file systems that are full, read-only, not ours or gone; two at once; and what is synced before what."""
 
 import ctypes
+import errno
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from make import BF16, Run, make_run
 from steps import small_blocks
 
 from relexio import atomic
-from relexio.places import Directory
+from relexio.places import Directory, place
 from relexio.trajectory.store import open_store
 
 SHAPES = {f"model.layers.{i}.w": (60, 400) for i in range(6)}
@@ -326,3 +328,19 @@ def test_a_kept_fit_that_another_process_finishes_meanwhile(
     monkeypatch.setattr(Directory, "names", lambda where: [*real(where), f"gram-0000-x{atomic.PARTIAL}"])
     assert relexio("predict", store, "--step", 9, "-o", tmp_path / "out").code == 0
     assert (store / "cache/gram-0001").exists()
+
+
+def test_a_write_that_comes_after_the_error_leaves_nothing(tmp_path: Path) -> None:
+    """Zarr writes several files at once: when one fails, another may still be under way."""
+
+    def late(path: Path) -> None:
+        time.sleep(0.02)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "zarr.json").write_text("{}")
+
+    with pytest.raises(OSError, match="full"), place(tmp_path / "cache" / "fit").building() as building:
+        writer = threading.Thread(target=late, args=(Path(building.address),))
+        writer.start()
+        raise OSError(errno.ENOSPC, "full")
+    writer.join()
+    assert list((tmp_path / "cache").iterdir()) == []

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from zarr.storage import LocalStore
 from relexio import atomic
 from relexio.errors import StoreError
 from relexio.places.protocol import METADATA, METADATA_BYTES, Place
+
+_TRIES, _WAIT = 20, 0.05  # times, seconds
 
 
 @dataclass(frozen=True)
@@ -152,5 +155,17 @@ class Directory:
                 atomic.sync_tree(staged)
                 if not self.path.is_dir():
                     staged.rename(self.path)
-        finally:
-            atomic.remove_tree(staged)
+        except BaseException:
+            _remove_for_good(staged)
+            raise
+        atomic.remove_tree(staged)
+
+
+def _remove_for_good(directory: Path) -> None:
+    """Remove what an error cut off. Zarr may still have a write under way then, which makes the directory once more."""
+    for _ in range(_TRIES):
+        with suppress(OSError):  # a file that comes while others go
+            atomic.remove_tree(directory)
+        time.sleep(_WAIT)
+        if not directory.exists():
+            return
