@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import in_process
 from make import BF16, save_file
 
 from relexio.plan import parse_size
@@ -61,6 +62,10 @@ def check(tmp_path: Path, allowed: str, dense: int) -> None:
 def test_window_of_many_elements(tmp_path: Path) -> None:
     write_dense_run(tmp_path, 9_000_000, 40, BF16)
     check(tmp_path, "256MB", dense=9_000_000 * 40 * 4)
+    page = ("report", tmp_path / "run.zarr", "-o", tmp_path / "run.html", "--png", tmp_path / "figures")
+    assert peak(*page, "--memory", "512MB") <= 512_000_000
+    refused = in_process(*page[:3], tmp_path / "no.html", "--memory", "256MB")
+    assert refused.code == 1 and "too small" in refused.err and not (tmp_path / "no.html").exists()
 
 
 @pytest.mark.slow

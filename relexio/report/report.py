@@ -7,10 +7,11 @@ from shlex import quote
 from typing import Any
 
 from relexio.atomic import storage_errors, write_new
-from relexio.errors import ExistsError, RequestError
+from relexio.errors import BudgetError, ExistsError, RequestError
 from relexio.extrapolate.methods import Recipe
 from relexio.findings import Findings, findings
 from relexio.inspect import changed_counts, sizes
+from relexio.plan import OVERHEAD, show
 from relexio.progress import Stages
 from relexio.report.data import Facts, default_target
 from relexio.resources import Resources
@@ -18,6 +19,8 @@ from relexio.trajectory.store import Store
 
 _NAMES = ("skill", "energy", "coefficients", "changed", "spectrum", "thrown", "parts")
 _PNG_WIDTH, _PNG_SCALE = 760, 2
+#: What the drawing library holds, whatever is drawn: a JavaScript engine (measured: 205 to 240 MB).
+_DRAWING = 288 << 20
 _PNG_FONT = "Liberation Sans, Arial, Helvetica, sans-serif"
 
 
@@ -82,6 +85,12 @@ def report(store: Store, request: Request, resources: Resources, stages: Stages)
     """
     vl_convert = _library()
     request.check(store)
+    needed = resources.held + OVERHEAD + _DRAWING
+    if needed > resources.memory:
+        raise BudgetError(
+            f"--memory {show(resources.memory)} is too small: what draws the figures takes most of the {show(needed)} that a "
+            f"report needs; give more"
+        )
     found = findings(store, request.window, request.rank, resources, stages)
     facts = gather(found, request)
     text, pictures = render(facts, request, vl_convert)
