@@ -1,6 +1,6 @@
 """``findings``: the paper's Findings 1 and 2 on a run, its ablations of rank and curve, and what rank r throws away."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +9,12 @@ from threadpoolctl import threadpool_limits
 
 from relexio.backtest import Judged, by_horizon, judge
 from relexio.errors import RequestError
-from relexio.extrapolate.findings import alike, find, thrown_away
+from relexio.extrapolate.findings import SPECTRUM, alike, find, thrown_away
 from relexio.extrapolate.fit import Line
 from relexio.extrapolate.methods import Recipe
 from relexio.extrapolate.parts import layer_of, part_of
 from relexio.fitting import changed_shares
-from relexio.grams import find_grams
+from relexio.grams import Grams, find_grams
 from relexio.progress import Stages
 from relexio.resources import Resources
 from relexio.trajectory.store import Store
@@ -107,9 +107,9 @@ def findings(store: Store, window: tuple[int, ...], rank: int, resources: Resour
     steps, count = np.array(window), len(window)
     grams = find_grams(store, store.steps, 1, "gram", resources, stages)
     shares, tensors = changed_shares(store, window), []
-    left, lengths, spectrum = np.zeros((count, count)), np.zeros(count), np.zeros(min(count, 10))
+    left, lengths, spectrum = np.zeros((count, count)), np.zeros(count), np.zeros(min(count, SPECTRUM))
     with threadpool_limits(1), stages("findings", 8 * count**2 * len(store.fitted())) as advance:
-        for name, gram in _moved(store, window, grams.of, advance):
+        for name, gram in _moved(store, window, grams, advance):
             found = find(gram, steps, rank)
             left += found.left
             lengths += found.lengths
@@ -127,9 +127,11 @@ def findings(store: Store, window: tuple[int, ...], rank: int, resources: Resour
     return Findings(store, window, rank, tensors, spectrum, thrown_away(left, lengths), alike(left), judged)
 
 
-def _moved(store: Store, window: tuple[int, ...], gram_of: Any, advance: Any) -> Iterator[tuple[str, np.ndarray]]:
+def _moved(
+    store: Store, window: tuple[int, ...], grams: Grams, advance: Callable[[int], None]
+) -> Iterator[tuple[str, np.ndarray]]:
     for tensor in store.fitted():
-        gram = gram_of(tensor, window)
+        gram = grams.of(tensor, window)
         advance(gram.nbytes)
         if gram.any():
             yield tensor.name, gram

@@ -97,6 +97,17 @@ def test_no_prediction_sees_what_it_is_judged_by() -> None:
     np.testing.assert_allclose(again.pooled(0)[:columns, 2], first.pooled(0)[:columns, 2], rtol=1e-12)  # |update|^2
 
 
+def test_a_run_that_is_stored_from_step_0_on() -> None:
+    """Methods that count from step 0 cannot be tried; the others can, without a word from NumPy."""
+    steps = np.arange(40)
+    test = backtested(model(steps, 1.0, 0.3), steps)
+    verdict = advise(test)
+    assert verdict is not None and verdict.sure == "high"
+    for place, trial in enumerate(test.trials):
+        counts = METHODS[trial.recipe.method].from_zero
+        assert np.isnan(test.pooled(place)).all() if counts else not np.isnan(test.pooled(place)).any(), trial
+
+
 def test_a_straight_run_is_believed() -> None:
     test = backtested(model(LINE, 1.0, 0.3))
     verdict = advise(test)

@@ -31,7 +31,8 @@ def try_all(
     """The terms of the errors (skill.py) of every trial at every held-out step: [trials, columns, 6] for one tensor.
 
     ``gram`` [T, T] is over all of ``steps`` [T]. ``recipes`` are those of the trials for this tensor; None leaves it as it
-    is in the last known checkpoint. NaN where a trial's window would be too short.
+    is in the last known checkpoint. NaN where a trial's window would be too short, or begins
+    at step 0 for a method that counts from there.
     """
     found = np.full((len(trials), columns(folds), TERMS), np.nan)
     most = max(trial.recipe.rank for trial in trials)
@@ -46,6 +47,8 @@ def try_all(
                 if count not in windows:
                     inside = slice(fold.known - count, fold.known)
                     windows[count] = _window(gram[inside, inside], steps[inside], most if ranked else 0)
+                if METHODS[trial.recipe.method].from_zero and windows[count].steps[0] <= 0:
+                    continue  # such a method cannot count from there
                 found[place, there] = _try(gram, steps, windows[count], fold, recipe)
         at = there.stop
     return found
