@@ -15,6 +15,7 @@ import numpy as np
 from relexio import atomic, graph, plan
 from relexio.checkpoints.header import header_for_transformers, parse_header
 from relexio.checkpoints.read import EMBEDDINGS, HEAD
+from relexio.checkpoints.side import TEMPLATE, TOKENIZER, template
 from relexio.checkpoints.write import CARD, Output, OutputShard, begin, model_card, validate, write_files
 from relexio.errors import BudgetError, ExistsError, RequestError, StorageError, StoreError
 from relexio.executor import Executor
@@ -32,6 +33,7 @@ from relexio.version import __version__
 
 #: Side files of a training step that say nothing of the model.
 _NOT_CARRIED = {CARD, "trainer_state.json"}
+_CONFIG = "config.json"
 PROVENANCE = "relexio.json"
 
 
@@ -239,12 +241,14 @@ def _files(store: Store, record: StoredCheckpoint) -> Iterator[tuple[str, bytes]
 
 
 def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
-    """The base's side files, what only the last observed step has besides, a model card, and where it all came from."""
+    """The last observed step's side files and what only the base has besides, a model card, and where it all came from."""
     store, base = fit.store, fit.store.base()
     last = store.checkpoints(store.find(fit.steps[-1])[0])[fit.steps[-1]]
-    extra = {name: array for name, array in last.side.items() if name not in base.side and name not in _NOT_CARRIED}
-    kept = {name: array for name, array in base.side.items() if name != CARD}
-    write_files(directory, _files(store, replace(base, side={**extra, **kept})))
+    side = {name: array for name, array in last.side.items() if name not in _NOT_CARRIED}
+    if _CONFIG in base.side and _tensors(store, last) != _tensors(store, base):
+        side[_CONFIG] = base.side[_CONFIG]  # it says whether the head is tied, and so which tensors the files hold
+    side |= {name: array for name, array in lacking(store, last).items() if name not in _NOT_CARRIED}
+    write_files(directory, _files(store, replace(base, side=side)))
     facts = provenance(fit, target.step)
     public = {**facts, "window": describe_steps(fit.steps), "base": store.base_content}
     method = METHODS[fit.recipe.method]
@@ -253,6 +257,23 @@ def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
     card = model_card(_model_name(base.source), public, made)
     own = [(CARD, card.encode()), (PROVENANCE, (json.dumps(facts, indent=2) + "\n").encode())]
     write_files(directory, own)
+
+
+def _tensors(store: Store, record: StoredCheckpoint) -> set[str]:
+    headers = {shard.header: shard.size for shard in record.shards}
+    return {entry.name for header, size in headers.items() for entry in parse_header(store.file(header), size, header)}
+
+
+def lacking(store: Store, record: StoredCheckpoint) -> dict[str, str]:
+    """The arrays of those of the base's side files that a step lacks, by name.
+
+    Where the step's tokenizer has its chat template in its configuration, a file with the base's would displace it.
+    """
+    found = {name: array for name, array in store.base().side.items() if name not in record.side}
+    own = {name: store.file(record.side[name]) for name in (TOKENIZER,) if TEMPLATE in found and name in record.side}
+    if template(own) is not None:
+        del found[TEMPLATE]
+    return found
 
 
 def provenance(fit: Fit, step: int) -> dict[str, Any]:

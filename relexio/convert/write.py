@@ -13,6 +13,7 @@ import numpy as np
 
 from relexio import graph, plan
 from relexio.checkpoints.read import Checkpoint, assert_unchanged
+from relexio.checkpoints.side import COMPARED, differences
 from relexio.convert.encode import Job, encode_block
 from relexio.convert.request import Conversion
 from relexio.dtypes import is_buffer
@@ -225,11 +226,17 @@ def _commit(conversion: Conversion, store: Store, group: Group) -> tuple[Store, 
 
 def _notes(store: Store) -> Iterator[str]:
     """What the user should know of the steps just added."""
-    group, base = store.groups[-1], store.base().side
-    last = store.checkpoints(group)[group.steps[-1]].side
-    differing = sorted(name for name in base.keys() & last.keys() if base[name] != last[name])
+    group = store.groups[-1]
+    base, last = (
+        {name: store.file(record.side[name]) for name in COMPARED if name in record.side}
+        for record in (store.base(), store.checkpoints(group)[group.steps[-1]])
+    )
+    differing = differences(base, last)
     if differing:
-        yield f"predictions take the base's side files; step {group.steps[-1]} has others: {', '.join(differing[:6])}"
+        yield (
+            f"step {group.steps[-1]} differs from the base in {', '.join(differing)}: predictions have what the last step "
+            f"of their window has"
+        )
     seen: dict[str, int] = {h: s for old in store.groups[:-1] for s, h in zip(old.steps, old.content, strict=True)}
     for step, content in zip(group.steps, group.content, strict=True):
         if content in seen:

@@ -212,10 +212,11 @@ class _Work:
             target = predict.Target(candidate.step, out)
             predict.predict(self._fitted(candidate), [target], self.resources, self.stages)
             return out
-        step = None if candidate.method == BASE else candidate.step
-        predict.restore(self.store, step, out, self.resources, self.stages)
-        side = self.store.base().side.items()
-        write_files(out, ((name, self.store.file(array)) for name, array in side if not (out / name).exists()))
+        store, step = self.store, None if candidate.method == BASE else candidate.step
+        predict.restore(store, step, out, self.resources, self.stages)
+        if step is not None:
+            side = predict.lacking(store, store.checkpoints(store.find(step)[0])[step])
+            write_files(out, ((name, store.file(array)) for name, array in side.items()))
         return out
 
     def _fitted(self, candidate: Candidate) -> Fit:
