@@ -67,8 +67,8 @@ def convert(
     """Store a run's checkpoints losslessly, as a small trajectory.
 
     CHECKPOINTS is a directory of step directories (global_step_N, global_stepN_hf, checkpoint-N, step_N or step-N)
-    with safetensors weights in Hugging Face layout. Run again, it adds the steps that are new and rewrites nothing; after
-    an interruption it goes on where it was.
+    with safetensors weights in Hugging Face layout. Run again, it adds the steps that are new and rewrites nothing, and
+    says which stored ones have been written again since; after an interruption it goes on where it was.
     """
     if checkpoints is None and not named:
         raise click.UsageError("Give CHECKPOINTS, or --checkpoint STEP=PATH.")

@@ -11,6 +11,7 @@ from relexio import graph, plan
 from relexio.atomic import PARTIAL
 from relexio.checkpoints.layout import Selection, choose
 from relexio.checkpoints.read import Checkpoint, open_checkpoint
+from relexio.convert.before import doubt_of_base, written_again
 from relexio.convert.check import Source, Table, fit_to_base, refuse_base_among
 from relexio.convert.encode import Reader
 from relexio.errors import CheckpointError, ExistsError, IncompleteError, RequestError
@@ -74,7 +75,7 @@ class Conversion:
 
 
 def prepare(request: Request, resources: Resources, stages: Stages) -> Conversion:
-    """Find, check and plan. Reads headers, and of tensors only what it takes to tell steps from the base; writes nothing.
+    """Find, check and plan. Reads headers, and of tensors only a sample; writes nothing.
 
     Raises a RelexioError that names file, tensor and step for whatever cannot be converted as it is.
     """
@@ -103,6 +104,10 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
     block = store.block if store else block_elements(max((t.size for t in lay_out(entries, 1 << 62)), default=1))
     notes = [f"not step directories, left out: {', '.join(others)}"] if others else []
     notes += unfinished
+    doubt = doubt_of_base(base_source, sources) if base_source is not None and store is None else None
+    notes += [doubt] if doubt else []
+    again = written_again(store, {step: found[step] for step in present}, table) if store is not None else None
+    notes += [again] if again else []
     if present:
         notes.append(f"already stored, not read again: {describe_steps(present)}")
     return Conversion(

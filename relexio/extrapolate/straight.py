@@ -1,4 +1,4 @@
-"""Is this trajectory one line? Signs that it is not, and what a walk without any direction would look like."""
+"""Is this trajectory one line, and from this base? Signs that it is not, and what a walk without direction looks like."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ _JUMP = 5.0  # times the usual increment
 _BREAK = 2.5  # one slope in terms of the other
 _LEFT = 0.25  # of the squared distances from one line, those from two
 _KINK = 0.5  # of those from a cubic
+_FAR = 30.0  # times the distance between two steps; real runs have up to 1.0
+LEAD = 8  # steps that tell whether the base is the right one
 
 
 def random_walk(steps: np.ndarray) -> tuple[float, float]:
@@ -87,6 +89,29 @@ def straightness(grams: Iterable[np.ndarray], steps: np.ndarray) -> Straightness
         walk_energy,
         walk_r_squared,
         signs(whole, steps),
+    )
+
+
+def base_doubt(gram: np.ndarray, steps: np.ndarray) -> str | None:
+    """Why the base does not look like the model that training began from, in words; None where nothing speaks against it.
+
+    ``gram`` [K, K] is that of a run's first deltas, summed over tensors, or over a sample of their elements. The first
+    step is held against the first after it that differs. Its distance may grow with its number: a run stored from step
+    1000 on, every 10 steps, may well have a hundred times the distance.
+    """
+    squares = np.diag(gram)
+    apart = squares[0] + squares[1:] - 2 * gram[0, 1:]
+    others = np.flatnonzero(apart > 1e-14 * squares[0])
+    if not len(others):
+        return None
+    other = int(others[0]) + 1
+    times = float(np.sqrt(squares[0] / apart[other - 1]))
+    first, gap = int(steps[0]), int(steps[other] - steps[0])
+    if times * min(1.0, gap / max(first, 1)) <= _FAR:
+        return None
+    return (
+        f"step {first} is about {float(f'{times:.2g}'):,.0f} times farther from the base than from step {steps[other]}: is this "
+        f"the model that training began from? If not, convert with that one as --base"
     )
 
 
