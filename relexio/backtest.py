@@ -11,10 +11,12 @@ from threadpoolctl import threadpool_limits
 from relexio import plan
 from relexio.errors import BudgetError
 from relexio.extrapolate.backtest import Backtest, backtest, bytes_of
+from relexio.extrapolate.methods import METHODS
 from relexio.extrapolate.parts import PARTS
 from relexio.extrapolate.straight import Straightness, straightness
 from relexio.extrapolate.trials import HORIZONS, STRENGTHS, horizon_name, make_folds, make_trials
 from relexio.extrapolate.verdict import CAVEAT, Pick, Verdict, advise, rank_all, window_words, words
+from relexio.fitting import doubt_of_base
 from relexio.grams import find_grams
 from relexio.progress import Stages
 from relexio.resources import Resources
@@ -23,19 +25,30 @@ from relexio.trajectory.store import Store
 
 @dataclass(frozen=True)
 class Judged:
-    """A trajectory, judged: the backtest, its verdict (None where no recipe fits), and how straight the run is."""
+    """A trajectory, judged: the backtest, its verdict (None where no recipe fits), and how straight the run is.
+
+    ``doubt`` says why the base does not look like the model that training began from.
+    """
 
     store: Store
     window: tuple[int, ...]
     test: Backtest
     verdict: Verdict | None
     straight: Straightness | None
+    doubt: str | None = None
 
     def words(self) -> list[str]:
         """The verdict in sentences: what to use, how far, how sure, and what it does not mean."""
+        doubt = []
+        if self.doubt is not None:
+            free = [m.name for m in METHODS.values() if not m.needs_base and not m.stays]
+            doubt = [
+                f"{self.doubt[0].upper()}{self.doubt[1:]}.",
+                f"Until that is answered, only methods that do not use the base are weighed: {', '.join(free)}; low at best.",
+            ]
         if self.verdict is None:
-            return ["No recipe could be tried at every cut-off: there are too few steps."]
-        return words(self.test, self.verdict)
+            return [*doubt, "No recipe could be tried at every cut-off: there are too few steps."]
+        return [*doubt, *words(self.test, self.verdict)]
 
     def ranked(self) -> list[Pick]:
         """Every recipe at every strength, best first."""
@@ -111,6 +124,7 @@ class Judged:
             "horizons": [horizon_name(place) for place in range(len(HORIZONS))],
             "verdict": None if verdict is None else self._verdict(verdict),
             "caveat": CAVEAT,
+            "doubt": self.doubt,
             "straightness": asdict(self.straight) if self.straight else None,
             "parts": {p: by_horizon(s) for p, s in self.parts(verdict.pick).items()} if verdict else {},
             "recipes": [self.row(pick) for pick in self.ranked()],
@@ -159,4 +173,5 @@ def judge(store: Store, window: tuple[int, ...], resources: Resources, stages: S
 
         test = backtest(told(), len(fitted), steps, trials, folds, STRENGTHS)
         straight = straightness((gram for _, gram in told()), steps)
-    return Judged(store, window, test, advise(test), straight)
+    doubt = doubt_of_base(store, grams)
+    return Judged(store, window, test, advise(test, doubt is not None), straight, doubt)

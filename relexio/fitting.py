@@ -14,7 +14,7 @@ from relexio.extrapolate.fit import Line, fit_line
 from relexio.extrapolate.methods import METHODS, Recipe, Window, directions
 from relexio.extrapolate.parts import Choice
 from relexio.extrapolate.skill import Errors, errors, terms
-from relexio.extrapolate.straight import signs
+from relexio.extrapolate.straight import LEAD, base_doubt, signs
 from relexio.extrapolate.trials import Trial, make_folds
 from relexio.extrapolate.verdict import Outlook, outlook
 from relexio.grams import SOLVERS, Grams, find_grams
@@ -197,7 +197,21 @@ def fit(
         notes.append(f"none {what} changed within the window: they stay as they are")
     if not grams.lasting:
         notes.append(f"{store.address} cannot be written: the fit is not kept for later")
-    return Fit(store, window, recipe, grams, choice, notes)
+    doubt = doubt_of_base(store, grams)
+    return Fit(store, window, recipe, grams, choice, [*notes, *([doubt] if doubt else [])])
+
+
+def doubt_of_base(store: Store, grams: Grams) -> str | None:
+    """Why the base does not look like the model that training began from, whatever the window; None without a reason.
+
+    None too where the solver keeps no whole Gram matrices.
+    """
+    first, total = grams.steps[:LEAD], np.zeros(())
+    if not grams.whole or len(first) < 2:
+        return None
+    for tensor in store.fitted():
+        total = total + grams.of(tensor, first)
+    return base_doubt(total, np.array(first)) if total.any() else None
 
 
 def check_carried(store: Store, window: tuple[int, ...], choice: Choice) -> list[str]:

@@ -10,7 +10,7 @@ from relexio.extrapolate.backtest import Backtest
 from relexio.extrapolate.methods import Recipe
 from relexio.extrapolate.skill import Errors
 from relexio.extrapolate.straight import Straightness, straightness
-from relexio.fitting import TensorFit, changed_shares, fit
+from relexio.fitting import TensorFit, changed_shares, doubt_of_base, fit
 from relexio.places import place
 from relexio.progress import Stages
 from relexio.resources import Resources
@@ -44,6 +44,7 @@ class Inspection:
     tensors: list[TensorFit]
     backtest: Backtest | None
     straight: Straightness | None
+    doubt: str | None = None
 
     @property
     def moved(self) -> list[TensorFit]:
@@ -86,6 +87,7 @@ class Inspection:
             "slope": self.slope,
             "r_squared": self.r_squared,
             "straightness": asdict(self.straight) if self.straight else None,
+            "doubt": self.doubt,
             "skill": self.skill,
             "backtest": {"cut_offs": sorted(set(tested.known.tolist()))} if tested else None,
             "tensors": [
@@ -111,15 +113,16 @@ def inspect(store: Store, window: tuple[int, ...], rank: int, resources: Resourc
     if len(window) > 1:
         fitted = fit(store, window, Recipe(rank=rank), "gram", resources, stages)
         tensors, backtest = fitted.tensors(), fitted.backtest
+        doubt = doubt_of_base(store, fitted.grams)
         straight = straightness((fitted.grams.of(t, window) for t in store.fitted()), np.array(window))
     else:
         shares = changed_shares(store, window)
         tensors = [TensorFit(t.name, t.size, shares[t.name], errors=Errors()) for t in store.tensors]
-        backtest = straight = None
+        backtest = straight = doubt = None
     elements = max(sum(tensor.size for tensor in store.tensors), 1)
     counts = changed_counts(store, store.steps).sum(axis=0)
     changed = {step: float(count) / elements for step, count in zip(store.steps, counts, strict=True)}
-    return Inspection(store, window, rank, sizes(store), changed, tensors, backtest, straight)
+    return Inspection(store, window, rank, sizes(store), changed, tensors, backtest, straight, doubt)
 
 
 def changed_counts(store: Store, steps: tuple[int, ...]) -> np.ndarray:

@@ -7,7 +7,7 @@ import click
 
 from relexio.checkpoints.layout import Selection
 from relexio.cli import options
-from relexio.cli.show import by_horizon, printable, stages, table
+from relexio.cli.show import by_horizon, note, printable, stages, table
 
 if TYPE_CHECKING:
     from relexio.findings import Findings
@@ -48,6 +48,8 @@ def findings(
     if as_json:
         click.echo(json.dumps(found.to_json()))
         return
+    if found.judged is not None and found.judged.doubt is not None:
+        note(found.judged.doubt)
     _show_directions(found)
     _show_lines(found)
     _show_ablation(found)

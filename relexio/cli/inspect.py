@@ -101,6 +101,8 @@ def _show(found: "Inspection") -> None:
             ),
         ]
     )
+    if found.doubt is not None:
+        note(found.doubt)
     for text in straight.signs if straight else ():
         note(f"not one line: {text}")
     width = max(len(t.name) for t in found.tensors)

@@ -64,7 +64,7 @@ def predict(
     """Write the checkpoint that training would reach later.
 
     Fits the stored steps of TRAJECTORY (once: the fit is kept there) and writes a Hugging Face directory with the
-    base's tensors, dtypes and shards.
+    base's tensors, dtypes and shards, and the configuration and tokenizer of the window's last step.
     """
     options.check_out(steps, out)
     from relexio import predict as verb

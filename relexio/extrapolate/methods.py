@@ -101,7 +101,8 @@ class Method:
     """One entry of the table of methods: name, what it does in a line, where it is from, its weights, what it needs.
 
     ``stays``: it averages what was seen, and goes nowhere. ``from_last``: it starts from the last checkpoint, else from
-    the base. ``from_zero``: it counts steps from 0, where the base was. ``uses``: the fields of a Recipe that it heeds.
+    the base. ``from_zero``: it counts steps from 0, where the base was. ``needs_base``: it predicts something else where the
+    base is another model. ``uses``: the fields of a Recipe that it heeds.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Method:
     keeps_norms: bool = False
     from_zero: bool = False
     stays: bool = False
+    needs_base: bool = True
     uses: frozenset[str] = frozenset()
 
 
@@ -153,6 +155,7 @@ METHODS = {
             secant,
             least_steps=2,
             from_last=True,
+            needs_base=False,
         ),
         Method(
             "two-point",
@@ -161,6 +164,7 @@ METHODS = {
             secant,
             least_steps=2,
             from_last=True,
+            needs_base=False,
             keeps_norms=True,
         ),
         Method(
@@ -183,6 +187,7 @@ METHODS = {
             "LAWA (Kaddour 2022, arXiv 2209.14981)",
             mean,
             stays=True,
+            needs_base=False,
             uses=frozenset({"last"}),
         ),
         Method(
@@ -191,6 +196,7 @@ METHODS = {
             "iterate averaging (Polyak and Juditsky 1992), with decay 1 - 2 / (k + 1)",
             ema,
             stays=True,
+            needs_base=False,
             uses=frozenset({"last"}),
         ),
     )

@@ -68,11 +68,15 @@ def score(test: Backtest, trial: int, strength: float, among: np.ndarray | None 
     return float(np.nanmean(skills)) if not np.isnan(skills).all() else np.nan
 
 
-def rank_all(test: Backtest, among: np.ndarray | None = None) -> list[Pick]:
-    """Every trial at every strength, best first; those that could not be made at all cut-offs are left out."""
+def rank_all(test: Backtest, among: np.ndarray | None = None, doubted: bool = False) -> list[Pick]:
+    """Every trial at every strength, best first; those that could not be made at all cut-offs are left out.
+
+    Where the base is doubted, so are those that need it.
+    """
     found = [
         Pick(trial, strength, score(test, trial, strength, among))
         for trial in range(len(test.trials))
+        if not (doubted and METHODS[test.trials[trial].recipe.method].needs_base)
         for strength in reversed(test.strengths)
     ]
     return sorted((pick for pick in found if not np.isnan(pick.score)), key=lambda pick: -pick.score)
@@ -84,13 +88,13 @@ def best(ranked: list[Pick]) -> Pick | None:
     return min(near, key=lambda pick: (pick.trial, -pick.strength), default=None)
 
 
-def follow(test: Backtest) -> list[Followed]:
+def follow(test: Backtest, doubted: bool = False) -> list[Followed]:
     """The advice that each cut-off would have given, from the steps known by then, and how it did afterwards."""
     known, held_out = test.known, test.held_out
     found = []
     for step in sorted(set(known.tolist())):
         past, future = held_out <= step, known == step
-        pick = best(rank_all(test, past)) if past.any() else None
+        pick = best(rank_all(test, past, doubted)) if past.any() else None
         if pick is not None:
             after = score(test, pick.trial, pick.strength, future)
             if not np.isnan(after):
@@ -98,24 +102,27 @@ def follow(test: Backtest) -> list[Followed]:
     return found
 
 
-def advise(test: Backtest) -> Verdict | None:
-    """The verdict on the best of all trials; None where not one could be made at every cut-off."""
-    ranked = rank_all(test)
+def advise(test: Backtest, doubted: bool = False) -> Verdict | None:
+    """The verdict on the best of all trials; None where not one could be made at every cut-off.
+
+    Where the base is doubted, it is on the best that does not need one, and no better than low.
+    """
+    ranked = rank_all(test, doubted=doubted)
     pick = best(ranked)
     if pick is None:
         return None
     still = next((one for one in ranked if METHODS[test.trials[one.trial].recipe.method].stays), None)
     if still is None or still.score < pick.score - _TIE or still.score <= 0:
         still = None
-    skills, followed = test.by_horizon(pick.trial, pick.strength), follow(test)
+    skills, followed = test.by_horizon(pick.trial, pick.strength), follow(test, doubted)
     inside, last = _with_skill(skills, test.horizons), int(test.steps[-1])
     if not inside.any():
         return Verdict(pick, skills, None, float(test.times.max()), last, followed, still, "none")
     reach = (float(test.times[inside].min()), float(test.times[inside].max()))
     farthest = min(last + int((test.held_out - test.known)[inside].max()), int(last * reach[1]))
-    return Verdict(
-        pick, skills, reach, float(test.times.max()), farthest, followed, still, _sure(pick, followed, still)
-    )
+    sure = _sure(pick, followed, still)
+    sure = "low" if doubted and sure != "none" else sure
+    return Verdict(pick, skills, reach, float(test.times.max()), farthest, followed, still, sure)
 
 
 def _with_skill(skills: np.ndarray, horizons: np.ndarray) -> np.ndarray:
