@@ -21,6 +21,7 @@ import zarr
 from relexio.atomic import PARTIAL
 from relexio.errors import BusyError, StoreError
 from relexio.places import METADATA, Directory, Place, place
+from relexio.shown import shown
 from relexio.trajectory.chunks import decode, most_bytes
 from relexio.trajectory.schema import check_array, hashes_from_json
 from relexio.trajectory.seal import hash_of, metadata_hashes, seal, unseal
@@ -56,6 +57,14 @@ class Kept:
     owner: object = None  # a temporary directory lives as long as this
     _opened: dict[str, tuple[int, ...] | np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
+    def __repr__(self) -> str:
+        return f"<Kept {self.shown}>"
+
+    @property
+    def shown(self) -> str:
+        """The address as it may be seen."""
+        return shown(self.address)
+
     @contextmanager
     def create(self, name: str, shape: tuple[int, ...]) -> Iterator[AnyArray | np.ndarray]:
         """A new array to be filled: in memory and stored as one chunk if it is small, else a chunk for each tensor."""
@@ -82,10 +91,10 @@ class Kept:
 
     def check(self, tensors: int, steps: int) -> None:
         """Read all of it, kept for so many tensors and steps. Raises StoreError where it is damaged."""
-        with damage(self.address, _REMOVE):
+        with damage(self.shown, _REMOVE):
             names = sorted(self._hashes())
         for name in names:
-            with damage(f"{self.address}: {name}", _REMOVE):
+            with damage(f"{self.shown}: {name}", _REMOVE):
                 shape, chunks = self._layout(name)
                 if shape[0] != tensors or any(size > steps for size in shape[1:]):
                     raise ValueError(f"its shape {list(shape)[:4]} is not of {tensors} tensors and {steps} steps")
@@ -114,7 +123,7 @@ class Kept:
 
     def read(self, name: str, entry: int, shape: tuple[int, ...]) -> np.ndarray:
         """One tensor's entry of an array of that shape. Raises StoreError where the kept file is damaged."""
-        with damage(f"{self.address}: {name}", _REMOVE):
+        with damage(f"{self.shown}: {name}", _REMOVE):
             if name not in self._opened:
                 found, chunks = self._layout(name)
                 if found != shape:

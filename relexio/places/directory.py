@@ -16,6 +16,7 @@ from zarr.storage import LocalStore
 from relexio import atomic
 from relexio.errors import StoreError
 from relexio.places.protocol import METADATA, METADATA_BYTES, Place
+from relexio.shown import shown
 
 _TRIES, _WAIT = 20, 0.05  # times, seconds
 
@@ -25,6 +26,11 @@ class Directory:
     """A directory of this machine."""
 
     address: str
+
+    @property
+    def shown(self) -> str:
+        """The address as it may be seen."""
+        return shown(self.address)
 
     @property
     def path(self) -> Path:

@@ -20,6 +20,10 @@ class Place(Protocol):
         """A path, or a URL without a slash at its end."""
 
     @property
+    def shown(self) -> str:
+        """The address as it may be seen: without what is secret in it."""
+
+    @property
     def staged(self) -> "Place":
         """Where a new store is built: beside this place, or in it where nothing can be renamed."""
 
