@@ -35,7 +35,7 @@ _NUMBER = np.dtype("<f8")
 _LARGE = 1e100
 _REMOVE = "remove this directory, and it is made again"
 #: A store that cannot be written, or a disk that is full, is no reason to fail: the result is kept for this run only.
-#: (ENOENT: another process that clears away has taken our directory for one that was left, before we had locked it.)
+#: (ENOENT: somebody has removed ``cache/`` meanwhile, which may be done at any time.)
 _NOT_WRITABLE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR, errno.ENOENT)
 }

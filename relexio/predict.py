@@ -208,9 +208,11 @@ def _staged(targets: list[Target], shards: list[OutputShard]) -> Iterator[list[O
         for target in targets:
             directory = atomic.staging(target.out)
             stack.enter_context(atomic.storage_errors(target.out))
-            directory.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(atomic.locked(directory))
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(atomic.locked(directory, make=True))
             stack.enter_context(_removed_after_error(directory))
+            if target.out.exists():  # another process has ended since ours looked
+                raise ExistsError(f"{target.out} has appeared meanwhile; give another -o")
             atomic.empty_tree(directory)
             outputs.append(begin(directory, shards))
             staged.append(directory)

@@ -131,8 +131,10 @@ def _workspace(conversion: Conversion) -> Iterator[Store]:
         return
     staged = out.staged
     staged.make()
-    with staged.locked():
-        if staged == out and out.exists() and not begun(out):
+    with staged.locked(make=True):
+        if out.exists() and not begun(out):  # another process has ended since ours looked
+            if staged != out:
+                staged.remove()
             raise ExistsError(f"{out.shown} has appeared meanwhile; run again to add to it")
         with _clean_up(staged.remove):
             yield _staged_store(conversion, staged)

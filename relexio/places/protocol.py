@@ -60,8 +60,11 @@ class Place(Protocol):
     def zarr_store(self, read_only: bool) -> ZarrStore:
         """A Zarr store over what is below."""
 
-    def locked(self) -> AbstractContextManager[None]:
-        """Hold the one writer's lock. Raises BusyError if another process holds it."""
+    def locked(self, make: bool = False) -> AbstractContextManager[None]:
+        """Hold the one writer's lock; ``make`` makes the directory, not those above it, where it is not there.
+
+        Raises BusyError if another process holds it, FileNotFoundError for a directory that is not there.
+        """
 
     def storage_errors(self) -> AbstractContextManager[None]:
         """Turn what the operating system says into StorageErrors, where the place's own methods do not."""

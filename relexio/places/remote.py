@@ -123,7 +123,7 @@ class Remote:
         return Objects(files, read_only, path)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, make: bool = False) -> Iterator[None]:
         """Hold the object LOCK. Raises BusyError, naming the owner, if another process does."""
         mine = _owner()
         self._take(mine)
