@@ -184,8 +184,13 @@ def free_bytes(path: Path) -> int:
 
 
 def tree_bytes(top: Path) -> int:
-    """Bytes of all files below a directory; 0 if there is none."""
-    return sum(path.stat().st_size for path in top.rglob("*") if path.is_file())
+    """Bytes of all files below a directory that may be looked at; 0 if there is none."""
+    total = 0
+    for folder, _, names in os.walk(top):
+        for name in names:
+            with suppress(FileNotFoundError, PermissionError):  # a dead link, a file that has gone meanwhile
+                total += Path(folder, name).stat().st_size
+    return total
 
 
 def existing_parent(path: Path) -> Path:

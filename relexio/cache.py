@@ -41,6 +41,9 @@ _NOT_WRITABLE = {
 }
 
 
+_NOT_PERMITTED = {errno.EACCES, errno.EPERM}
+
+
 class _Temporary:
     """A directory that goes with this object, or with the process (unlike tempfile's own, without a warning)."""
 
@@ -137,34 +140,67 @@ class Kept:
 
 
 def has(store: Store, name: str) -> bool:
-    """Whether something is kept under a name."""
-    return place(store.address).below(f"cache/{name}").whole()
+    """Whether something is kept under a name, and may be read."""
+    with _closed([], name):
+        return _found(place(store.address).below(f"cache/{name}"))
+    return False
 
 
-def problems(store: Store) -> list[str]:
-    """What is damaged of all that is kept, a line each."""
-    kept, found = place(store.address).below("cache"), []
-    for name in sorted(kept.names()):
-        if name.endswith("partial") or not kept.below(name).whole():
-            continue
-        try:
-            Kept(kept.below(name).address).check(len(store.fitted()), len(store.steps))
-        except StoreError as error:
-            found.append(str(error))
-    return found
+def _found(final: Place) -> bool:
+    """Whether a result is there. Raises OSError (EACCES) for one that may not be read: it is another user's own."""
+    if not final.whole():
+        return False
+    if not final.readable():
+        raise PermissionError(errno.EACCES, "may not be read", final.shown)
+    return True
+
+
+def check(store: Store) -> tuple[list[str], list[str]]:
+    """What is damaged of all that is kept, and what of it may not be read: a line each."""
+    kept = place(store.address).below("cache")
+    damaged: list[str] = []
+    closed: list[str] = []
+    with _closed(closed, "cache"):
+        for name in sorted(kept.names()):
+            with _closed(closed, f"cache/{name}"):
+                try:
+                    if not name.endswith("partial") and _found(kept.below(name)):
+                        Kept(kept.below(name).address).check(len(store.fitted()), len(store.steps))
+                except StoreError as error:
+                    damaged.append(str(error))
+    return damaged, closed
+
+
+def left(store: Store) -> list[str]:
+    """The names of what is unfinished in ``cache/``, as far as that may be read."""
+    with _closed([], "cache"):
+        return [name for name in place(store.address).below("cache").names() if name.endswith("partial")]
+    return []
+
+
+@contextmanager
+def _closed(found: list[str], name: str) -> Iterator[None]:
+    """Add a name to those found where the permission to read what it stands for is missing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NOT_PERMITTED:
+            raise
+        found.append(name)
 
 
 def keep(store: Store, name: str, build: Callable[[Kept], None]) -> Kept:
-    """What is kept under a name, built if it is not there yet."""
+    """What is kept under a name, built if it is not there yet. What may not be read is not there."""
     kept = place(store.address).below("cache")
     final = kept.below(name)
-    if final.whole():
-        return Kept(final.address)
     try:
+        if _found(final):
+            return Kept(final.address)
         if isinstance(kept, Directory) and kept.path.is_symlink():  # to write there is not what was asked for
             raise NotADirectoryError(errno.ENOTDIR, "a link", kept.address)
         _clear_away(kept, name)
         _build(final, build)
+        _found(final)  # another process may have been faster, and keep it to itself
     except OSError as error:
         if error.errno not in _NOT_WRITABLE:
             raise
@@ -187,7 +223,8 @@ def _clear_away(kept: Place, name: str) -> None:
     """Remove what nobody will ask for again: results on fewer groups, and what a killed process left unfinished."""
     solver, groups = name.split("-")[:2]
     for other in kept.names():
-        with suppress(BusyError, FileNotFoundError):  # another process may finish it, or clear it away, meanwhile
+        # another process may finish it, or clear it away, meanwhile; another user's may not be ours to remove
+        with suppress(BusyError, FileNotFoundError, PermissionError):
             if other.endswith(PARTIAL):
                 with kept.below(other).locked():
                     kept.below(other).remove()

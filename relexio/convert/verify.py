@@ -103,8 +103,9 @@ def verify(store: Store, originals: Originals, resources: Resources, stages: Sta
             problems += check()
         except StoreError as error:
             problems.append(str(error))
-    problems += cache.problems(store)
-    notes = (*originals.notes, *_leftovers(store))
+    damaged, closed = cache.check(store)
+    problems += damaged
+    notes = (*originals.notes, *_closed(closed), *_leftovers(store))
     compared, base = tuple(originals.steps), originals.base is not None
     return Verified(store.steps, compared, base, total, tuple(dict.fromkeys(problems)), notes)
 
@@ -225,11 +226,17 @@ def _bytes(data: bytes | Path) -> bytes:
     return data if isinstance(data, bytes) else data.read_bytes()
 
 
+def _closed(names: list[str]) -> Iterator[str]:
+    """Kept fits that may not be read are no part of the data: nothing of yours depends on them."""
+    if names:
+        yield f"no permission to read kept fits, not checked: {', '.join(names)}; they are made again where needed"
+
+
 def _leftovers(store: Store) -> Iterator[str]:
     """What an interrupted command left; nothing reads it, and the next one removes it or goes on with it."""
     known = {group.name for group in store.groups} | {METADATA}
     left = [f"groups/{name}" for name in place(store.address).below("groups").names() if name not in known]
     left += [name for name in place(store.address).names() if name.endswith(".partial")]
-    left += [f"cache/{name}" for name in place(store.address).below("cache").names() if name.endswith("partial")]
+    left += [f"cache/{name}" for name in cache.left(store)]
     if left:
         yield f"left by an interrupted command, not read: {', '.join(sorted(left))}"

@@ -148,6 +148,16 @@ class Directory:
         """Whether it is there: it got its name last."""
         return self.path.is_dir()
 
+    def readable(self) -> bool:
+        """Whether all files below may be read: by opening them, as modes are not all that decides."""
+        try:
+            for folder, _, names in os.walk(self.path, onerror=_raise):
+                for name in names:
+                    os.close(os.open(Path(folder, name), os.O_RDONLY | os.O_NONBLOCK))
+        except (PermissionError, FileNotFoundError):  # the latter: it is being removed
+            return False
+        return True
+
     @contextmanager
     def building(self) -> Iterator[Place]:
         """Build in a directory beside it that gets its name at the end, unless another was faster."""
@@ -172,6 +182,10 @@ class Directory:
                 lock.enter_context(atomic.locked(staged, make=True))
                 return staged
         raise BusyError(f"{self.path.parent}: other processes clear it away all the time; wait for them to end")
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _remove_for_good(directory: Path) -> None:

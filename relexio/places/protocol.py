@@ -81,6 +81,9 @@ class Place(Protocol):
     def whole(self) -> bool:
         """Whether a result that was built here was finished."""
 
+    def readable(self) -> bool:
+        """Whether all files below may be read, as far as it can be known before they are."""
+
     def building(self) -> "AbstractContextManager[Place]":
         """Build a result for this place in the place given; it is whole when the context ends without an error."""
 

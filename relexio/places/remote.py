@@ -153,6 +153,10 @@ class Remote:
         """Whether the group here was marked at the end."""
         return attributes(self).get("whole") is True
 
+    def readable(self) -> bool:
+        """True: who may read one object of a result may read them all."""
+        return True
+
     @contextmanager
     def building(self) -> Iterator[Place]:
         """Build in place; the group's metadata with the mark must be written last.
