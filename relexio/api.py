@@ -40,7 +40,7 @@ class Trajectory:
         self._store = store
 
     def __repr__(self) -> str:
-        return f"<Trajectory {self.path}: {len(self.tensors)} tensors, {len(self.steps)} steps>"
+        return f"<Trajectory {self._store.shown}: {len(self.tensors)} tensors, {len(self.steps)} steps>"
 
     @property
     def path(self) -> str:

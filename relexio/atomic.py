@@ -6,13 +6,14 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from relexio.errors import BusyError, ExistsError, StorageError
 
 #: What the name of anything unfinished ends with. Nobody else uses it, so the next run may remove it.
 PARTIAL = ".relexio-partial"
+_TRIES = 100
 
 
 def staging(path: Path) -> Path:
@@ -96,20 +97,52 @@ def empty_tree(directory: Path) -> None:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path, make: bool = False) -> Iterator[None]:
     """Hold the one writer's lock of a directory; the kernel drops it when the process ends, however it ends.
 
-    Raises BusyError if another process holds it.
+    While it is held, no other process that asks for it gives the directory another name, removes it, or makes it anew.
+    ``make`` makes it where it is not there, but none above it. Raises BusyError if another process holds the lock,
+    FileNotFoundError if there is no such directory.
     """
-    fd = os.open(directory, os.O_RDONLY)
+    fd = _lock(directory, make)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BusyError(f"{directory}: {_holder(fd)} is writing it; wait for it to end") from error
         yield
     finally:
         os.close(fd)
+
+
+def _lock(directory: Path, make: bool) -> int:
+    for _ in range(_TRIES):
+        if make:
+            directory.mkdir(exist_ok=True)
+        try:
+            fd = _lock_once(directory)
+        except FileNotFoundError:
+            if not make:
+                raise
+            continue
+        if fd is not None:
+            return fd
+    raise BusyError(f"{directory}: other processes make and remove it all the time; wait for them to end")
+
+
+def _lock_once(directory: Path) -> int | None:
+    """The locked directory, open; None if what was locked does not have that name any more.
+
+    Its owner may have given it its final name, or removed it, between our opening and our locking it. That lock would
+    be worth nothing: the next process makes and locks a new directory of this name.
+    """
+    fd, held = os.open(directory, os.O_RDONLY), False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(FileNotFoundError):
+            held = os.path.samestat(os.fstat(fd), directory.stat())
+        return fd if held else None
+    except BlockingIOError as error:
+        raise BusyError(f"{directory}: {_holder(fd)} is writing it; wait for it to end") from error
+    finally:
+        if not held:
+            os.close(fd)
 
 
 def _holder(fd: int) -> str:
@@ -151,8 +184,13 @@ def free_bytes(path: Path) -> int:
 
 
 def tree_bytes(top: Path) -> int:
-    """Bytes of all files below a directory; 0 if there is none."""
-    return sum(path.stat().st_size for path in top.rglob("*") if path.is_file())
+    """Bytes of all files below a directory that may be looked at; 0 if there is none."""
+    total = 0
+    for folder, _, names in os.walk(top):
+        for name in names:
+            with suppress(FileNotFoundError, PermissionError):  # a dead link, a file that has gone meanwhile
+                total += Path(folder, name).stat().st_size
+    return total
 
 
 def existing_parent(path: Path) -> Path:

@@ -109,13 +109,13 @@ class Judged:
         options += [f"--last {recipe.last}"] if recipe.last else []
         options += [f"--strength {pick.strength:g}"] if pick.strength != 1 else []
         options += [f"--window {window_words(trial, self.test.steps)[1]}"]
-        return f"relexio predict {quote(self.store.address)} {' '.join(options)} --step {step} -o predicted-{step}"
+        return f"relexio predict {quote(self.store.shown)} {' '.join(options)} --step {step} -o predicted-{step}"
 
     def to_json(self) -> dict[str, Any]:
         """For scripts: the verdict, every recipe, by horizon and part, and the cut-offs they were tried at."""
         test, verdict = self.test, self.verdict
         return {
-            "path": self.store.address,
+            "path": self.store.shown,
             "window": list(self.window),
             "cut_offs": [
                 {"step": int(test.steps[f.known - 1]), "held_out": [int(test.steps[i]) for i in f.held_out]}

@@ -21,6 +21,7 @@ import zarr
 from relexio.atomic import PARTIAL
 from relexio.errors import BusyError, StoreError
 from relexio.places import METADATA, Directory, Place, place
+from relexio.shown import shown
 from relexio.trajectory.chunks import decode, most_bytes
 from relexio.trajectory.schema import check_array, hashes_from_json
 from relexio.trajectory.seal import hash_of, metadata_hashes, seal, unseal
@@ -34,10 +35,13 @@ _NUMBER = np.dtype("<f8")
 _LARGE = 1e100
 _REMOVE = "remove this directory, and it is made again"
 #: A store that cannot be written, or a disk that is full, is no reason to fail: the result is kept for this run only.
-#: (ENOENT: another process that clears away has taken our directory for one that was left, before we had locked it.)
+#: (ENOENT: somebody has removed ``cache/`` meanwhile, which may be done at any time.)
 _NOT_WRITABLE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR, errno.ENOENT)
 }
+
+
+_NOT_PERMITTED = {errno.EACCES, errno.EPERM}
 
 
 class _Temporary:
@@ -55,6 +59,14 @@ class Kept:
     address: str
     owner: object = None  # a temporary directory lives as long as this
     _opened: dict[str, tuple[int, ...] | np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+
+    def __repr__(self) -> str:
+        return f"<Kept {self.shown}>"
+
+    @property
+    def shown(self) -> str:
+        """The address as it may be seen."""
+        return shown(self.address)
 
     @contextmanager
     def create(self, name: str, shape: tuple[int, ...]) -> Iterator[AnyArray | np.ndarray]:
@@ -82,10 +94,10 @@ class Kept:
 
     def check(self, tensors: int, steps: int) -> None:
         """Read all of it, kept for so many tensors and steps. Raises StoreError where it is damaged."""
-        with damage(self.address, _REMOVE):
+        with damage(self.shown, _REMOVE):
             names = sorted(self._hashes())
         for name in names:
-            with damage(f"{self.address}: {name}", _REMOVE):
+            with damage(f"{self.shown}: {name}", _REMOVE):
                 shape, chunks = self._layout(name)
                 if shape[0] != tensors or any(size > steps for size in shape[1:]):
                     raise ValueError(f"its shape {list(shape)[:4]} is not of {tensors} tensors and {steps} steps")
@@ -114,7 +126,7 @@ class Kept:
 
     def read(self, name: str, entry: int, shape: tuple[int, ...]) -> np.ndarray:
         """One tensor's entry of an array of that shape. Raises StoreError where the kept file is damaged."""
-        with damage(f"{self.address}: {name}", _REMOVE):
+        with damage(f"{self.shown}: {name}", _REMOVE):
             if name not in self._opened:
                 found, chunks = self._layout(name)
                 if found != shape:
@@ -128,34 +140,67 @@ class Kept:
 
 
 def has(store: Store, name: str) -> bool:
-    """Whether something is kept under a name."""
-    return place(store.address).below(f"cache/{name}").whole()
+    """Whether something is kept under a name, and may be read."""
+    with _closed([], name):
+        return _found(place(store.address).below(f"cache/{name}"))
+    return False
 
 
-def problems(store: Store) -> list[str]:
-    """What is damaged of all that is kept, a line each."""
-    kept, found = place(store.address).below("cache"), []
-    for name in sorted(kept.names()):
-        if name.endswith("partial") or not kept.below(name).whole():
-            continue
-        try:
-            Kept(kept.below(name).address).check(len(store.fitted()), len(store.steps))
-        except StoreError as error:
-            found.append(str(error))
-    return found
+def _found(final: Place) -> bool:
+    """Whether a result is there. Raises OSError (EACCES) for one that may not be read: it is another user's own."""
+    if not final.whole():
+        return False
+    if not final.readable():
+        raise PermissionError(errno.EACCES, "may not be read", final.shown)
+    return True
+
+
+def check(store: Store) -> tuple[list[str], list[str]]:
+    """What is damaged of all that is kept, and what of it may not be read: a line each."""
+    kept = place(store.address).below("cache")
+    damaged: list[str] = []
+    closed: list[str] = []
+    with _closed(closed, "cache"):
+        for name in sorted(kept.names()):
+            with _closed(closed, f"cache/{name}"):
+                try:
+                    if not name.endswith("partial") and _found(kept.below(name)):
+                        Kept(kept.below(name).address).check(len(store.fitted()), len(store.steps))
+                except StoreError as error:
+                    damaged.append(str(error))
+    return damaged, closed
+
+
+def left(store: Store) -> list[str]:
+    """The names of what is unfinished in ``cache/``, as far as that may be read."""
+    with _closed([], "cache"):
+        return [name for name in place(store.address).below("cache").names() if name.endswith("partial")]
+    return []
+
+
+@contextmanager
+def _closed(found: list[str], name: str) -> Iterator[None]:
+    """Add a name to those found where the permission to read what it stands for is missing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NOT_PERMITTED:
+            raise
+        found.append(name)
 
 
 def keep(store: Store, name: str, build: Callable[[Kept], None]) -> Kept:
-    """What is kept under a name, built if it is not there yet."""
+    """What is kept under a name, built if it is not there yet. What may not be read is not there."""
     kept = place(store.address).below("cache")
     final = kept.below(name)
-    if final.whole():
-        return Kept(final.address)
     try:
+        if _found(final):
+            return Kept(final.address)
         if isinstance(kept, Directory) and kept.path.is_symlink():  # to write there is not what was asked for
             raise NotADirectoryError(errno.ENOTDIR, "a link", kept.address)
         _clear_away(kept, name)
         _build(final, build)
+        _found(final)  # another process may have been faster, and keep it to itself
     except OSError as error:
         if error.errno not in _NOT_WRITABLE:
             raise
@@ -178,7 +223,8 @@ def _clear_away(kept: Place, name: str) -> None:
     """Remove what nobody will ask for again: results on fewer groups, and what a killed process left unfinished."""
     solver, groups = name.split("-")[:2]
     for other in kept.names():
-        with suppress(BusyError, FileNotFoundError):  # another process may finish it, or clear it away, meanwhile
+        # another process may finish it, or clear it away, meanwhile; another user's may not be ours to remove
+        with suppress(BusyError, FileNotFoundError, PermissionError):
             if other.endswith(PARTIAL):
                 with kept.below(other).locked():
                     kept.below(other).remove()

@@ -70,7 +70,7 @@ class Findings:
     def to_json(self) -> dict[str, Any]:
         """For scripts."""
         return {
-            "path": self.store.address,
+            "path": self.store.shown,
             "window": list(self.window),
             "rank": self.rank,
             "spectrum": self.spectrum.tolist(),
@@ -121,7 +121,7 @@ def findings(store: Store, window: tuple[int, ...], rank: int, resources: Resour
                 )
             )  # fmt: skip
     if not tensors:
-        raise RequestError(f"{store.address}: no tensor moved within the window; there is nothing to find")
+        raise RequestError(f"{store.shown}: no tensor moved within the window; there is nothing to find")
     judged = judge(store, window, resources, stages) if count > 2 else None
     spectrum /= lengths.sum()
     return Findings(store, window, rank, tensors, spectrum, thrown_away(left, lengths), alike(left), judged)

@@ -196,7 +196,7 @@ def fit(
         what = "of the chosen tensors" if choice != Choice() else "of the tensors"
         notes.append(f"none {what} changed within the window: they stay as they are")
     if not grams.lasting:
-        notes.append(f"{store.address} cannot be written: the fit is not kept for later")
+        notes.append(f"{store.shown} cannot be written: the fit is not kept for later")
     doubt = doubt_of_base(store, grams)
     return Fit(store, window, recipe, grams, choice, [*notes, *([doubt] if doubt else [])])
 
@@ -224,7 +224,7 @@ def check_carried(store: Store, window: tuple[int, ...], choice: Choice) -> list
     refused = [f"{t.name} ({t.dtype})" for t in moved if not is_buffer(t.dtype)]
     if refused:
         raise RequestError(
-            f"{store.address}: {', '.join(refused)}: changed within {describe_steps(window)}; only BF16, F16 and F32 "
+            f"{store.shown}: {', '.join(refused)}: changed within {describe_steps(window)}; only BF16, F16 and F32 "
             f"tensors can be predicted, others only where they never change (or leave them as they are with --exclude)"
         )
     return [f"{t.name} ({t.dtype}) changed; it is carried over from step {window[-1]}" for t in moved]
@@ -238,5 +238,5 @@ def choose_window(store: Store, selection: Selection | None) -> tuple[int, ...]:
     window = tuple(step for step in store.steps if step in selection)
     if missing or not window:
         what = f"step {missing[0]}" if missing else f"any step of {selection.text}"
-        raise RequestError(f"{store.address}: does not hold {what}; it holds {describe_steps(store.steps)}")
+        raise RequestError(f"{store.shown}: does not hold {what}; it holds {describe_steps(store.steps)}")
     return window

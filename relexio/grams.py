@@ -137,7 +137,7 @@ def _iterate_all(
         wanted = {}
         for name, image in images.items():
             if not np.isfinite(image).all():
-                raise StoreError(f"{store.address}: tensor {name}: its moves are no numbers; damaged")
+                raise StoreError(f"{store.shown}: tensor {name}: its moves are no numbers; damaged")
             try:
                 wanted[name] = running[name].send(image)
             except StopIteration as end:

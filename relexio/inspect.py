@@ -76,7 +76,7 @@ class Inspection:
         """For scripts."""
         tested = self.backtest
         return {
-            "path": self.store.address,
+            "path": self.store.shown,
             "steps": list(self.store.steps),
             "window": list(self.window),
             "parameters": sum(tensor.size for tensor in self.store.tensors if tensor.kind.is_float),

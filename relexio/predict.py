@@ -193,14 +193,12 @@ def _shards(store: Store, record: StoredCheckpoint, change: Callable[[bytes], by
     tied = {HEAD: next((name for name in EMBEDDINGS if name in table), "")}
     for shard in record.shards:
         if shard.name != Path(shard.name).name or shard.name in ("", ".", ".."):
-            raise StoreError(f"{store.address}: names a shard outside its directory: {shard.name!r}")
+            raise StoreError(f"{store.shown}: names a shard outside its directory: {shard.name!r}")
         header = store.file(shard.header)
-        for entry in parse_header(header, shard.size, f"{store.address}: {shard.header}"):
+        for entry in parse_header(header, shard.size, f"{store.shown}: {shard.header}"):
             # a tensor longer in the table than in its file would be written over the next one
             if (entry.dtype, entry.shape) != table.get(entry.name if entry.name in table else tied.get(entry.name, "")):
-                raise StoreError(
-                    f"{store.address}: {shard.header}: tensor {entry.name} is not as in the table; damaged"
-                )
+                raise StoreError(f"{store.shown}: {shard.header}: tensor {entry.name} is not as in the table; damaged")
         yield OutputShard(shard.name, change(header), shard.size - 8 - len(header))
 
 
@@ -212,9 +210,11 @@ def _staged(targets: list[Target], shards: list[OutputShard]) -> Iterator[list[O
         for target in targets:
             directory = atomic.staging(target.out)
             stack.enter_context(atomic.storage_errors(target.out))
-            directory.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(atomic.locked(directory))
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(atomic.locked(directory, make=True))
             stack.enter_context(_removed_after_error(directory))
+            if target.out.exists():  # another process has ended since ours looked
+                raise ExistsError(f"{target.out} has appeared meanwhile; give another -o")
             atomic.empty_tree(directory)
             outputs.append(begin(directory, shards))
             staged.append(directory)
@@ -277,7 +277,10 @@ def lacking(store: Store, record: StoredCheckpoint) -> dict[str, str]:
 
 
 def provenance(fit: Fit, step: int) -> dict[str, Any]:
-    """All that one needs to make the same prediction again, and what the backtest said of it."""
+    """All that one needs to make the same prediction again, and what the backtest said of it.
+
+    It is published with the checkpoint: no path of this machine is in it.
+    """
     store, recipe, choice = fit.store, fit.recipe, fit.choice
     group, column = store.find(fit.steps[-1])
     expected = fit.outlook(step)
@@ -288,7 +291,7 @@ def provenance(fit: Fit, step: int) -> dict[str, Any]:
         "exclude": list(choice.exclude),
         "others": choice.others,
         "window": list(fit.steps),
-        "base": {"source": store.base().source, "content": store.base_content},
+        "base": {"model": _model_name(store.base().source), "content": store.base_content},
         "last_observed": {"step": fit.steps[-1], "content": group.content[column]},
         "backtest": None if expected is None else {**asdict(expected), "words": str(expected)},
         "relexio": __version__,
@@ -296,6 +299,6 @@ def provenance(fit: Fit, step: int) -> dict[str, Any]:
 
 
 def _model_name(source: str) -> str:
-    """What a model card calls the base: its name on the Hub if it lies in the Hub's cache, else its directory's."""
+    """What is published as the name of the base: its name on the Hub if it lies in the Hub's cache, else its directory's."""
     cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots/", source)
     return f"{cached[1]}/{cached[2]}" if cached else Path(source).name

@@ -1,9 +1,12 @@
-"""What every test shares: an in-process command line, and a subprocess one."""
+"""What every test shares: an in-process command line, and a subprocess one; a directory that other users can reach."""
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +41,17 @@ def relexio(capsys: pytest.CaptureFixture[str]) -> Relexio:
         return Outcome(int(end.value.code or 0), out, err)
 
     return run
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A directory that other users can reach, as those of pytest are not."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can be another user")
+    folder = Path(tempfile.mkdtemp(prefix="relexio-test-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
 
 
 def in_process(*arguments: object, timeout: float = 120) -> Outcome:

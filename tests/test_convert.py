@@ -13,7 +13,7 @@ from relexio.convert.encode import Job
 from relexio.errors import BusyError, RequestError
 from relexio.predict import restore
 from relexio.progress import silent
-from relexio.trajectory.schema import Block
+from relexio.trajectory.schema import Block, StoredCheckpoint
 from relexio.trajectory.store import open_store
 
 
@@ -255,3 +255,31 @@ def test_a_read_only_store_can_be_used(tmp_path: Path) -> None:
     assert done.code == 0, done.err
     (tmp_path / "run.zarr" / "cache").unlink()
     assert snapshot(tmp_path / "run.zarr") == before
+
+
+@pytest.mark.parametrize("seconds", [-2_000_000_000, -1, 2**63 // 10**9 + 1, 12_000_000_000])
+def test_a_time_before_1970_or_after_2262(tmp_path: Path, relexio: Relexio, seconds: int) -> None:
+    """Data like any other: such times come from archives, wrong clocks, and tools that set them to hide when."""
+    run, store = make_run(tmp_path, steps=(1, 2, 3)), tmp_path / "run.zarr"
+    files = list(tmp_path.rglob("*.safetensors"))
+    for path in files:
+        os.utime(path, ns=(seconds * 10**9 + 7, seconds * 10**9 + 7))
+    found = {path.stat().st_mtime_ns for path in files}
+    if found != {seconds * 10**9 + 7}:
+        pytest.skip(f"this file system keeps no such time: {found}")
+    command = ["convert", run.steps_path, "--base", run.base_path, "-o", store]
+    assert relexio(*command, "--steps", "1:2").code == 0
+    assert relexio(*command).code == 0, "an append compares the base by its time"
+    assert relexio("verify", store, run.steps_path, "--base", run.base_path).code == 0
+    assert relexio("predict", store, "--step", 9, "-o", tmp_path / "out").code == 0
+    assert relexio("restore", store, "--step", 3, "-o", tmp_path / "step").code == 0
+    assert snapshot(tmp_path / "step") == snapshot(run.steps_path / "global_step_3")
+    record = open_store(store).base()
+    assert record.shards[0].mtime_ns == seconds * 10**9 + 7
+
+
+@pytest.mark.parametrize("time", [2**94, -(2**94), 10**4000, 1.5, True, "1", None])
+def test_a_time_that_no_file_has(time: object) -> None:
+    shard = {"name": "model.safetensors", "size": 1, "mtime_ns": time, "header": f"groups/0000/files/{'0' * 32}"}
+    with pytest.raises(ValueError, match="times are numbers"):
+        StoredCheckpoint.from_json({"step": 1, "source": "a", "shards": [shard], "index": None, "side": {}})

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -133,17 +132,6 @@ def test_a_disk_that_turns_read_only(run: Run, tmp_path: Path, disk: Path, relex
     subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
     assert relexio("convert", run.steps_path, "-o", out).code == 0
     whole(relexio, out, (1, 2, 3, 4))
-
-
-@pytest.fixture
-def open_folder() -> Iterator[Path]:
-    """A directory that other users can reach, as those of pytest are not."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can be another user")
-    folder = Path(tempfile.mkdtemp(prefix="relexio-test-"))
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder)
 
 
 def test_a_directory_that_is_not_ours(open_folder: Path) -> None:

@@ -60,7 +60,7 @@ def _show_run(judged: "Judged") -> None:
     test, straight = judged.test, judged.straight
     known = ", ".join(str(step) for step in sorted(set(test.known.tolist())))
     rows = [
-        ("trajectory", judged.store.address),
+        ("trajectory", judged.store.shown),
         ("window", describe_steps(judged.window)),
         ("cut-offs", f"steps {known}; {len(test.held_out)} predictions of later steps for each recipe"),
     ]

@@ -108,7 +108,7 @@ def _show_plan(conversion: "Conversion", as_json: bool) -> None:
     plan, free = conversion.executor.plan, conversion.out.free_bytes()
     if as_json:
         facts = {
-            "out": conversion.out.address,
+            "out": conversion.out.shown,
             "steps": list(conversion.steps),
             "present": list(conversion.present),
             "bytes_read": conversion.bytes_read,
@@ -142,7 +142,7 @@ def _show_result(conversion: "Conversion", done: "Converted", as_json: bool) -> 
     found = sizes(done.store)
     if as_json:
         facts = {
-            "out": conversion.out.address,
+            "out": conversion.out.shown,
             "added": list(conversion.steps),
             "steps": list(done.store.steps),
             "resumed": done.resumed,
@@ -152,7 +152,7 @@ def _show_result(conversion: "Conversion", done: "Converted", as_json: bool) -> 
         return
     table(
         [
-            ("trajectory", conversion.out.address),
+            ("trajectory", conversion.out.shown),
             (
                 "added",
                 describe_steps(conversion.steps) if conversion.steps else "nothing: every step is stored already",

@@ -62,7 +62,7 @@ def _show_directions(found: "Findings") -> None:
     shares = found.spectrum.cumsum()
     table(
         [
-            ("trajectory", found.store.address),
+            ("trajectory", found.store.shown),
             ("window", describe_steps(found.window)),
             ("tensors", f"{len(found.tensors)} that moved"),
         ]

@@ -80,7 +80,7 @@ def _show(found: "Inspection") -> None:
         )
     table(
         [
-            ("trajectory", found.store.address),
+            ("trajectory", found.store.shown),
             ("holds", describe_steps(found.store.steps)),
             ("window", describe_steps(found.window)),
             (

@@ -13,6 +13,7 @@ import click
 from relexio.cli.show import note, printable
 from relexio.errors import RelexioError, RelexioWarning
 from relexio.plan import use_one_heap
+from relexio.shown import without_secrets
 from relexio.version import __version__
 
 _COMMANDS = (
@@ -54,6 +55,7 @@ def main(arguments: list[str] | None = None) -> Any:
     except click.exceptions.Exit as end:
         sys.exit(end.exit_code)
     except click.ClickException as error:
+        error.message = without_secrets(error.message)  # type: ignore[misc]  # final, and shown as it is
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from relexio.plan import show
+from relexio.shown import without_secrets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,8 +26,8 @@ def note(text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """Text with whatever could move the cursor spelled out: names come from files."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """Text as a terminal may have it: what could move the cursor spelled out (names come from files), no secrets."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in without_secrets(text))
 
 
 def seconds(count: float) -> str:

@@ -126,9 +126,12 @@ def sweep(
 
 def _beside(trajectory: str) -> str:
     """Where results go: beside a trajectory, or here if it is on object storage."""
+    from relexio.shown import stem
+
+    if "://" in trajectory:
+        return f"{stem(trajectory)}.sweep"
     path = Path(trajectory)
-    name = path.name.removesuffix(".zarr") + ".sweep"
-    return name if "://" in trajectory else str(path.with_name(name))
+    return str(path.with_name(path.name.removesuffix(".zarr") + ".sweep"))
 
 
 @contextmanager

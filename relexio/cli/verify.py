@@ -65,6 +65,7 @@ def _counted(found: "Verified") -> str:
 def report(trajectory: str, found: "Verified", as_json: bool) -> None:
     """Print what was verified. Ends the program with 1 if anything is wrong."""
     from relexio.plan import show
+    from relexio.shown import shown
     from relexio.trajectory.store import describe_steps
 
     for text in found.notes:
@@ -82,7 +83,7 @@ def report(trajectory: str, found: "Verified", as_json: bool) -> None:
     else:
         table(
             [
-                ("trajectory", trajectory),
+                ("trajectory", shown(trajectory)),
                 ("checked", f"the base and {describe_steps(found.steps)}: {show(found.bytes_checked)} of tensors"),
                 ("compared", _compared(found)),
                 ("result", _counted(found) if found.problems else "whole: every hash is right"),

@@ -80,12 +80,12 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
     Raises a RelexioError that names file, tensor and step for whatever cannot be converted as it is.
     """
     where = place(request.out)
-    out, there = where.address, where.exists()
+    out, there = where.shown, where.exists()
     if there and where.get(METADATA) is None:
         raise ExistsError(f"{out}: exists and is not a trajectory; give another -o")
     if out.endswith(PARTIAL):
         raise RequestError(f"{out}: the name of unfinished work; give -o {out.removesuffix(PARTIAL)}")
-    store = open_store(out) if there and not begun(where) else None
+    store = open_store(where.address) if there and not begun(where) else None
     found, others = choose(request.root, request.named or {}, request.selection)
     if store is None and request.base is None:
         raise RequestError(f"{out} does not exist yet: a new trajectory needs --base, the model before RL")
@@ -172,7 +172,7 @@ def _require_same_base(store: Store, base: Source, resources: Resources, stages:
     for name, different in found.items():
         if different[0]:
             raise CheckpointError(
-                f"{base.checkpoint.label}: tensor {name} differs from the base of {store.address}; leave --base out"
+                f"{base.checkpoint.label}: tensor {name} differs from the base of {store.shown}; leave --base out"
             )
 
 

@@ -63,7 +63,7 @@ class _Found:
 def find_originals(store: Store, root: Path | None, base: Path | None) -> Originals:
     """The checkpoints below a directory that the store holds. Raises CheckpointError for a base that is none."""
     table: Table = {tensor.name: (tensor.dtype, tensor.shape) for tensor in store.tensors}
-    label = f"the base of {store.address}"
+    label = f"the base of {store.shown}"
     found, notes = choose(root, {}, None)[0] if root is not None else {}, []
     if absent := tuple(step for step in found if step not in store.steps):
         notes.append(f"not in the trajectory: {describe_steps(absent)}")
@@ -103,8 +103,9 @@ def verify(store: Store, originals: Originals, resources: Resources, stages: Sta
             problems += check()
         except StoreError as error:
             problems.append(str(error))
-    problems += cache.problems(store)
-    notes = (*originals.notes, *_leftovers(store))
+    damaged, closed = cache.check(store)
+    problems += damaged
+    notes = (*originals.notes, *_closed(closed), *_leftovers(store))
     compared, base = tuple(originals.steps), originals.base is not None
     return Verified(store.steps, compared, base, total, tuple(dict.fromkeys(problems)), notes)
 
@@ -123,13 +124,13 @@ def _check_block(store: Store, originals: Originals, nbytes: int, block: Block) 
 def _check_base(store: Store, original: Source | None, block: Block) -> Iterator[str]:
     bits = store.base_bits(block)
     if digest_of(bits) != store.digests("base", block).tobytes():
-        yield f"{store.address}: base: tensor {block.tensor.name}: not the bits that were hashed; damaged"
+        yield f"{store.shown}: base: tensor {block.tensor.name}: not the bits that were hashed; damaged"
     if original is not None:
         held = np.empty_like(bits)
         with ExitStack() as stack:
             Reader(original, block, stack).read(0, held)
         if (held != bits).any():
-            yield f"{original.checkpoint.label}: tensor {block.tensor.name}: differs from what {store.address} holds"
+            yield f"{original.checkpoint.label}: tensor {block.tensor.name}: differs from what {store.shown} holds"
 
 
 def _check_group(
@@ -155,11 +156,11 @@ def _check_group(
         digests, changed[group.name] = block_state(store, group, block, nbytes, see)
     for column in np.flatnonzero((digests != store.digests(group.path, block)).any(axis=1)):
         yield (
-            f"{store.address}: step {group.steps[column]}: tensor {block.tensor.name}: not the bits that were hashed; damaged"
+            f"{store.shown}: step {group.steps[column]}: tensor {block.tensor.name}: not the bits that were hashed; damaged"
         )
     for place_ in sorted(unlike):
         label = compared[place_].checkpoint.label
-        yield f"{label}: tensor {block.tensor.name}: differs from what {store.address} holds"
+        yield f"{label}: tensor {block.tensor.name}: differs from what {store.shown} holds"
 
 
 def _checks(store: Store, originals: Originals, changed: Changed) -> Iterator[Callable[[], list[str]]]:
@@ -180,7 +181,7 @@ def _checks(store: Store, originals: Originals, changed: Changed) -> Iterator[Ca
 
 def _check_content(store: Store, path: str, content: tuple[str, ...], steps: int) -> list[str]:
     same = tuple(content_hashes(store, path, steps)) == content
-    return [] if same else [f"{store.address}: {path}: content hashes are not those of its blocks; damaged"]
+    return [] if same else [f"{store.shown}: {path}: content hashes are not those of its blocks; damaged"]
 
 
 def _check_node(store: Store, node: str) -> list[str]:
@@ -193,7 +194,7 @@ def _check_changed(store: Store, group: Group, changed: Changed) -> list[str]:
     for row, tensor in zip(table, store.tensors, strict=True):
         known = (_UNKNOWN, tensor.name) not in changed
         if known and (row != changed.get((group.name, tensor.name), 0)).any():
-            return [f"{store.address}: {group.path}/changed: wrong for tensor {tensor.name}; damaged"]
+            return [f"{store.shown}: {group.path}/changed: wrong for tensor {tensor.name}; damaged"]
     return []
 
 
@@ -215,7 +216,7 @@ def _check_side(store: Store, record: StoredCheckpoint, original: Checkpoint) ->
     now: dict[str, bytes | Path] = {shard.path.name: shard.header for shard in original.shards}
     now |= original.side | {INDEX: original.index or b""}
     return [
-        f"{original.label}: {name}: differs from what {store.address} holds"
+        f"{original.label}: {name}: differs from what {store.shown} holds"
         for name in sorted(held.keys() | now.keys())
         if (file_digest(_bytes(now.get(name, b""))) if now.get(name) else "") != held.get(name, "").rsplit("/", 1)[-1]
     ]
@@ -225,11 +226,17 @@ def _bytes(data: bytes | Path) -> bytes:
     return data if isinstance(data, bytes) else data.read_bytes()
 
 
+def _closed(names: list[str]) -> Iterator[str]:
+    """Kept fits that may not be read are no part of the data: nothing of yours depends on them."""
+    if names:
+        yield f"no permission to read kept fits, not checked: {', '.join(names)}; they are made again where needed"
+
+
 def _leftovers(store: Store) -> Iterator[str]:
     """What an interrupted command left; nothing reads it, and the next one removes it or goes on with it."""
     known = {group.name for group in store.groups} | {METADATA}
     left = [f"groups/{name}" for name in place(store.address).below("groups").names() if name not in known]
     left += [name for name in place(store.address).names() if name.endswith(".partial")]
-    left += [f"cache/{name}" for name in place(store.address).below("cache").names() if name.endswith("partial")]
+    left += [f"cache/{name}" for name in cache.left(store)]
     if left:
         yield f"left by an interrupted command, not read: {', '.join(sorted(left))}"

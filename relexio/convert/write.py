@@ -52,7 +52,7 @@ def convert(conversion: Conversion, stages: Stages) -> Converted:
     """
     if not conversion.sources:
         if conversion.store is None:
-            raise CheckpointError(f"{conversion.out.address}: no step to convert")
+            raise CheckpointError(f"{conversion.out.shown}: no step to convert")
         return Converted(conversion.store, False, ())
     begun = _begun(conversion)
     if begun:  # an interrupted run was about some of these steps: finish that, then add the rest
@@ -126,15 +126,17 @@ def _workspace(conversion: Conversion) -> Iterator[Store]:
         with out.locked():
             store = open_store(out.address)  # another writer may have committed since
             if store.groups != conversion.store.groups:
-                raise CheckpointError(f"{out.address}: another process has added steps meanwhile; run again")
+                raise CheckpointError(f"{out.shown}: another process has added steps meanwhile; run again")
             with _clean_up(lambda: _drop_group(store)):
                 yield store
         return
     staged = out.staged
     staged.make()
-    with staged.locked():
-        if staged == out and out.exists() and not begun(out):
-            raise ExistsError(f"{out.address} has appeared meanwhile; run again to add to it")
+    with staged.locked(make=True):
+        if out.exists() and not begun(out):  # another process has ended since ours looked
+            if staged != out:
+                staged.remove()
+            raise ExistsError(f"{out.shown} has appeared meanwhile; run again to add to it")
         with _clean_up(staged.remove):
             yield _staged_store(conversion, staged)
         staged.publish(out)

@@ -11,6 +11,7 @@ from relexio.errors import RequestError
 from relexio.places.directory import Directory
 from relexio.places.protocol import METADATA, Place, attributes
 from relexio.places.remote import LOCK, Remote
+from relexio.shown import shown
 
 __all__ = ["LOCK", "METADATA", "Directory", "Place", "Remote", "attributes", "local", "place"]
 
@@ -25,9 +26,9 @@ def place(address: str | Path) -> Place:
     if text.startswith("file://"):
         return Directory(str(Path(text.removeprefix("file://"))))
     if set("*?[") & set(text):
-        raise RequestError(f"{text}: fsspec takes *, ? and [ for patterns; give the trajectory another name")
+        raise RequestError(f"{shown(text)}: fsspec takes *, ? and [ for patterns; give the trajectory another name")
     if not _URL.match(text.rstrip("/")):
-        raise RequestError(f"{text}: names no trajectory")
+        raise RequestError(f"{shown(text)}: names no trajectory")
     return Remote(text.rstrip("/"))
 
 
@@ -35,6 +36,6 @@ def local(path: str | Path) -> Path:
     """The path of a checkpoint. Raises RequestError for a URL: those are on local disk."""
     if _URL.match(str(path)):
         raise RequestError(
-            f"{path}: only trajectories can be on object storage; give a local directory for checkpoints"
+            f"{shown(str(path))}: only trajectories can be on object storage; give a local directory for checkpoints"
         )
     return Path(path)

@@ -1,10 +1,9 @@
 """A trajectory in a directory of this machine."""
 
 import os
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
@@ -14,8 +13,9 @@ from zarr.abc.store import Store as ZarrStore
 from zarr.storage import LocalStore
 
 from relexio import atomic
-from relexio.errors import StoreError
+from relexio.errors import BusyError, StoreError
 from relexio.places.protocol import METADATA, METADATA_BYTES, Place
+from relexio.shown import shown
 
 _TRIES, _WAIT = 20, 0.05  # times, seconds
 
@@ -25,6 +25,11 @@ class Directory:
     """A directory of this machine."""
 
     address: str
+
+    @property
+    def shown(self) -> str:
+        """The address as it may be seen."""
+        return shown(self.address)
 
     @property
     def path(self) -> Path:
@@ -114,9 +119,9 @@ class Directory:
             self.path.stat()
         return LocalStore(self.address, read_only=read_only)
 
-    def locked(self) -> AbstractContextManager[None]:
+    def locked(self, make: bool = False) -> AbstractContextManager[None]:
         """Hold the kernel's lock on it. Raises BusyError if another process does."""
-        return atomic.locked(self.path)
+        return atomic.locked(self.path, make)
 
     def storage_errors(self) -> AbstractContextManager[None]:
         """Turn what the operating system says of it into StorageErrors."""
@@ -143,22 +148,44 @@ class Directory:
         """Whether it is there: it got its name last."""
         return self.path.is_dir()
 
+    def readable(self) -> bool:
+        """Whether all files below may be read: by opening them, as modes are not all that decides."""
+        try:
+            for folder, _, names in os.walk(self.path, onerror=_raise):
+                for name in names:
+                    os.close(os.open(Path(folder, name), os.O_RDONLY | os.O_NONBLOCK))
+        except (PermissionError, FileNotFoundError):  # the latter: it is being removed
+            return False
+        return True
+
     @contextmanager
     def building(self) -> Iterator[Place]:
         """Build in a directory beside it that gets its name at the end, unless another was faster."""
         self.path.parent.mkdir(exist_ok=True)
-        made = tempfile.mkdtemp(prefix=f"{self.path.name}-", suffix=atomic.PARTIAL, dir=self.path.parent)
-        staged = Path(made)
-        try:
-            with atomic.locked(staged):
-                yield Directory(made)
+        with ExitStack() as lock:
+            staged = self._begun(lock)
+            try:
+                yield Directory(str(staged))
                 atomic.sync_tree(staged)
                 if not self.path.is_dir():
                     staged.rename(self.path)
-        except BaseException:
-            _remove_for_good(staged)
-            raise
+            except BaseException:
+                _remove_for_good(staged)
+                raise
         atomic.remove_tree(staged)
+
+    def _begun(self, lock: ExitStack) -> Path:
+        """A new directory beside it, of a name of its own, locked; its mode is what the umask says, as that of all else."""
+        for _ in range(_TRIES):
+            staged = self.path.with_name(f"{self.path.name}-{uuid4().hex}{atomic.PARTIAL}")
+            with suppress(BusyError):  # who clears away took it for one that was left: it was not locked yet
+                lock.enter_context(atomic.locked(staged, make=True))
+                return staged
+        raise BusyError(f"{self.path.parent}: other processes clear it away all the time; wait for them to end")
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _remove_for_good(directory: Path) -> None:

@@ -20,6 +20,10 @@ class Place(Protocol):
         """A path, or a URL without a slash at its end."""
 
     @property
+    def shown(self) -> str:
+        """The address as it may be seen: without what is secret in it."""
+
+    @property
     def staged(self) -> "Place":
         """Where a new store is built: beside this place, or in it where nothing can be renamed."""
 
@@ -56,8 +60,11 @@ class Place(Protocol):
     def zarr_store(self, read_only: bool) -> ZarrStore:
         """A Zarr store over what is below."""
 
-    def locked(self) -> AbstractContextManager[None]:
-        """Hold the one writer's lock. Raises BusyError if another process holds it."""
+    def locked(self, make: bool = False) -> AbstractContextManager[None]:
+        """Hold the one writer's lock; ``make`` makes the directory, not those above it, where it is not there.
+
+        Raises BusyError if another process holds it, FileNotFoundError for a directory that is not there.
+        """
 
     def storage_errors(self) -> AbstractContextManager[None]:
         """Turn what the operating system says into StorageErrors, where the place's own methods do not."""
@@ -73,6 +80,9 @@ class Place(Protocol):
 
     def whole(self) -> bool:
         """Whether a result that was built here was finished."""
+
+    def readable(self) -> bool:
+        """Whether all files below may be read, as far as it can be known before they are."""
 
     def building(self) -> "AbstractContextManager[Place]":
         """Build a result for this place in the place given; it is whole when the context ends without an error."""

@@ -23,6 +23,7 @@ from zarr.storage import FsspecStore
 from relexio import atomic
 from relexio.errors import BusyError, RelexioError, RequestError, StorageError
 from relexio.places.protocol import METADATA, METADATA_BYTES, Place, attributes, parse_record
+from relexio.shown import shown, without_secrets
 
 #: The object that one writer of a remote store holds.
 LOCK = ".relexio-lock"
@@ -41,6 +42,14 @@ class Remote:
     """Objects under a URL. Every method raises StorageError where the storage does not answer, or says no."""
 
     address: str
+
+    def __repr__(self) -> str:
+        return f"Remote({self.shown!r})"
+
+    @property
+    def shown(self) -> str:
+        """The address without user, password and query."""
+        return shown(self.address)
 
     @property
     def staged(self) -> "Remote":
@@ -114,7 +123,7 @@ class Remote:
         return Objects(files, read_only, path)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, make: bool = False) -> Iterator[None]:
         """Hold the object LOCK. Raises BusyError, naming the owner, if another process does."""
         mine = _owner()
         self._take(mine)
@@ -143,6 +152,10 @@ class Remote:
     def whole(self) -> bool:
         """Whether the group here was marked at the end."""
         return attributes(self).get("whole") is True
+
+    def readable(self) -> bool:
+        """True: who may read one object of a result may read them all."""
+        return True
 
     @contextmanager
     def building(self) -> Iterator[Place]:
@@ -175,8 +188,8 @@ class Remote:
                         raise
         if held is not None and held != mine:  # our own comes back where a request was sent twice
             raise BusyError(
-                f"{self.address}: {_said(held)} is writing it; wait for it to end, or if it has ended already remove the "
-                f"object {self.address}/{LOCK}"
+                f"{self.shown}: {_said(held)} is writing it; wait for it to end, or if it has ended already remove the "
+                f"object {self.shown}/{LOCK}"
             )
 
     def _held(self) -> bytes | None:
@@ -203,6 +216,11 @@ class Objects(FsspecStore):
     def root(self) -> str:
         """The address."""
         return str(self.fs.unstrip_protocol(self.path))
+
+    def __str__(self) -> str:  # it stands in what Zarr says of damage
+        return shown(self.root)
+
+    __repr__ = __str__
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """The value of a key; None if it is not there."""
@@ -234,9 +252,10 @@ def _installed(address: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise RequestError(f"{address}: {error}; for s3:// that is pip install 'relexio[s3]'") from error
+        said = without_secrets(f"{address}: {error}", address)
+        raise RequestError(f"{said}; for s3:// that is pip install 'relexio[s3]'") from error
     except ValueError as error:
-        raise RequestError(f"{address}: {error}") from error
+        raise RequestError(without_secrets(f"{address}: {error}", address)) from error
 
 
 @contextmanager
@@ -248,9 +267,8 @@ def _told(address: str) -> Iterator[None]:
         raise
     except _network() as error:
         said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        failure = StorageError(
-            f"{address}: {said}; check the address, the credentials and the network, and run it again"
-        )
+        said = without_secrets(f"{address}: {said}", address)
+        failure = StorageError(f"{said}; check the address, the credentials and the network, and run it again")
         failure.errno = EACCES if isinstance(error, PermissionError) else getattr(error, "errno", None)
         raise failure from error
 

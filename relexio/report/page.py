@@ -96,7 +96,7 @@ def page(facts: Facts, made: list[Figure], run: str, command: str, library: str)
         figures="\n".join(map(_figure, made)),
         table=_table(facts),
         caveat=escape(words.caveat()),
-        store=escape(facts.found.store.address),
+        store=escape(facts.found.store.shown),
         command=_command(command),
         data=_json(_content(facts, made)),
         library=scripts[0],

@@ -15,6 +15,7 @@ from relexio.plan import OVERHEAD, show
 from relexio.progress import Stages
 from relexio.report.data import Facts, default_target
 from relexio.resources import Resources
+from relexio.shown import stem
 from relexio.trajectory.store import Store
 
 _NAMES = ("skill", "energy", "coefficients", "changed", "spectrum", "thrown", "parts")
@@ -58,7 +59,7 @@ class Request:
         options += [f"--rank {self.rank}"] if self.rank != 1 else []
         options += [f"--step {self.target}"] if self.target is not None else []
         options += [f"--png {quote(str(self.pngs))}"] if self.pngs is not None else []
-        return f"relexio report {quote(store.address)} {' '.join(options)} -o {quote(str(self.page))}"
+        return f"relexio report {quote(store.shown)} {' '.join(options)} -o {quote(str(self.page))}"
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,7 @@ class Written:
 
 def default_page(address: str) -> Path:
     """``run.html`` for a trajectory ``.../run.zarr``, where the user is."""
-    name = address.rstrip("/").rpartition("/")[2]
-    return Path(f"{name.removesuffix('.zarr') or 'report'}.html")
+    return Path(f"{stem(address) or 'report'}.html")
 
 
 def report(store: Store, request: Request, resources: Resources, stages: Stages) -> Written:

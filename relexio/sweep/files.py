@@ -42,8 +42,9 @@ class Files:
         """Make the directory and hold its lock. Raises BusyError while another sweep does, StorageError, ExistsError."""
         with atomic.storage_errors(self.top):
             self.check()
-            (self.top / "logs").mkdir(parents=True, exist_ok=True)
-            with atomic.locked(self.top):
+            self.top.parent.mkdir(parents=True, exist_ok=True)
+            with atomic.locked(self.top, make=True):
+                (self.top / "logs").mkdir(exist_ok=True)
                 yield
 
     def check(self) -> None:

@@ -111,7 +111,7 @@ def _known(store: Store, request: Request, files: Files) -> Sweep:
     """What is known of this sweep already. Raises RequestError where the directory holds scores of another one."""
     window = tuple((step, _content(store, step)) for step in request.window)
     setting = Setting(store.base_content, window, request.rank, request.command)
-    fresh = Sweep(store.address, setting, request.metric, request.lower_is_better)
+    fresh = Sweep(store.shown, setting, request.metric, request.lower_is_better)
     found = files.load()
     if found is None:
         return fresh
@@ -119,7 +119,7 @@ def _known(store: Store, request: Request, files: Files) -> Sweep:
     if other is None:
         judged = found.judged(request.metric, request.lower_is_better)
         same = tuple(r for r in judged.results if r.content == _content_of(store, r.candidate))
-        return replace(judged, trajectory=store.address, results=same)
+        return replace(judged, trajectory=store.shown, results=same)
     if found.find(lambda result: True):
         raise RequestError(f"{files.top}: holds scores of a sweep with {other}; give another -o, or ask for that again")
     return fresh

@@ -169,7 +169,7 @@ class StoredCheckpoint:
             *([] if found.index is None else [found.index]),
         ]
         _require(all(isinstance(a, str) and _FILE.fullmatch(a) for a in arrays), "files are arrays of a group")
-        _require(all(_is_count(s.size) and _is_count(s.mtime_ns) for s in shards), "sizes and times are numbers")
+        _require(all(_is_count(s.size) and _is_time(s.mtime_ns) for s in shards), "sizes and times are numbers")
         _require(found.step is None or _is_count(found.step), "a step is a number")
         return found
 
@@ -238,6 +238,11 @@ def _is_inside(name: str) -> bool:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
+
+
+def _is_time(value: Any) -> bool:
+    """Whether it is nanoseconds that a file system can give: 64 bits of seconds, before 1970 too."""
+    return type(value) is int and abs(value) < 2**94
 
 
 def _require(right: object, rule: str) -> None:

@@ -56,7 +56,7 @@ def _tiles(store: Store, group: Group, block: Block, nbytes: int) -> Iterator[tu
         later[moves.first] = True
         if not later.all() or (moves.step >= steps).any():
             raise StoreError(
-                f"{store.address}: {group.path}: moves of tensor {block.tensor.name} are not in the order of time; damaged"
+                f"{store.shown}: {group.path}: moves of tensor {block.tensor.name} are not in the order of time; damaged"
             )
         bits = np.repeat(here[None], steps, axis=0)
         bits[:, elements] ^= expand(moves, steps)

@@ -16,6 +16,7 @@ import zarr
 from relexio.dtypes import KINDS
 from relexio.errors import MissingError, RequestError, StoreError
 from relexio.places import METADATA, Directory, Place, attributes, place
+from relexio.shown import shown
 from relexio.trajectory.chunks import decode, encode, most_bytes
 from relexio.trajectory.schema import (
     BLOCK,
@@ -51,10 +52,18 @@ class Store:
     base_metadata: dict[str, str] = field(default_factory=dict)
     _opened: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    def __repr__(self) -> str:  # it stands in what Dask logs of a task that failed
+        return f"<Store {self.shown}>"
+
     def __getstate__(self) -> dict[str, Any]:
         # absolute: where it is unpickled, the working directory may be another
         address = str((*self.files(""), self.address)[0])
         return {**self.__dict__, "address": address, "_opened": {}}
+
+    @property
+    def shown(self) -> str:
+        """The address as it may be seen: without what is secret in it."""
+        return shown(self.address)
 
     def files(self, *names: str) -> list[Path]:
         """Files of the store by their names in it, as absolute paths; none of a store on object storage."""
@@ -71,7 +80,7 @@ class Store:
         for tensor in self.tensors:
             if tensor.name == name:
                 return tensor
-        raise RequestError(f"{self.address}: no tensor named {name!r}")
+        raise RequestError(f"{self.shown}: no tensor named {name!r}")
 
     def blocks(self, tensor: Tensor) -> list[Block]:
         """The blocks of a tensor."""
@@ -86,7 +95,7 @@ class Store:
         for group in self.groups:
             if step in group.steps:
                 return group, group.steps.index(step)
-        raise RequestError(f"{self.address}: step {step} is not stored; it holds {describe_steps(self.steps)}")
+        raise RequestError(f"{self.shown}: step {step} is not stored; it holds {describe_steps(self.steps)}")
 
     def columns(self, steps: tuple[int, ...]) -> list[tuple[Group, np.ndarray, np.ndarray]]:
         """For each group that holds any of ``steps``: the group, its columns, and their places in ``steps``."""
@@ -103,11 +112,11 @@ class Store:
         key = f"{mode} {path}"
         if key not in self._opened:
             known = self.metadata(path)
-            with damage(f"{self.address}: {path}"):
+            with damage(f"{self.shown}: {path}"):
                 self._check_layout(path, known)
                 found = open_group(self.address, mode)[path]
                 if not isinstance(found, zarr.Array):
-                    raise StoreError(f"{self.address}: {path} is not an array; the store is damaged")
+                    raise StoreError(f"{self.shown}: {path} is not an array; the store is damaged")
                 # Zarr forgets this setting of the array's creation: zeros too are written, so that none is ever missing
                 self._opened[key] = found.with_config({"write_empty_chunks": True})
         return self._opened[key]
@@ -116,9 +125,9 @@ class Store:
         """The ``zarr.json`` of a group or array. Raises StoreError if it is not the one that was committed."""
         data = place(self.address).get(f"{path}/{METADATA}")
         if data is None:
-            raise StoreError(f"{self.address}: {path}/{METADATA} is missing; the store is damaged")
+            raise StoreError(f"{self.shown}: {path}/{METADATA} is missing; the store is damaged")
         known = self.sealed.get(path)
-        with damage(f"{self.address}: {path}/{METADATA}"):
+        with damage(f"{self.shown}: {path}/{METADATA}"):
             if known is not None and hash_of(data) != known:
                 raise ValueError("its checksum is wrong")
             return json.loads(data)
@@ -168,8 +177,8 @@ class Store:
         key = "/".join(map(str, (path, "c", *where)))
         data = place(self.address).get(key, most_bytes(array.dtype, prod(array.chunks)))
         if data is None:
-            raise StoreError(f"{self.address}: chunk {key} is missing; the store is damaged")
-        with damage(f"{self.address}: {key}"):
+            raise StoreError(f"{self.shown}: chunk {key} is missing; the store is damaged")
+        with damage(f"{self.shown}: {key}"):
             return decode(data, array.dtype, prod(array.chunks)).reshape(array.chunks)
 
     def write_chunk(self, path: str, values: np.ndarray, *where: int) -> None:
@@ -191,7 +200,7 @@ class Store:
         path = f"{group.path}/{block.kind.name}/count"
         found = self.chunk(path, block.index)[: block.size]
         if found.max(initial=0) > len(group.steps):
-            raise StoreError(f"{self.address}: {path}: an element moves more often than there are steps; damaged")
+            raise StoreError(f"{self.shown}: {path}: an element moves more often than there are steps; damaged")
         return found
 
     def digests(self, path: str, block: Block) -> np.ndarray:
@@ -207,7 +216,7 @@ class Store:
         """The source checkpoints of a group, by step."""
         records = self._sources(group, lambda value: list(map(StoredCheckpoint.from_json, value["steps"])))
         if tuple(record.step for record in records) != group.steps:
-            raise StoreError(f"{self.address}: sources of {group.path} do not fit its steps; the store is damaged")
+            raise StoreError(f"{self.shown}: sources of {group.path} do not fit its steps; the store is damaged")
         return {record.step: record for record in records if record.step is not None}
 
     def base(self) -> StoredCheckpoint:
@@ -218,11 +227,11 @@ class Store:
         """The bytes of a stored file (a header, an index, or a side file). Raises StoreError if they are another file's."""
         data = self.chunk(path, 0).tobytes() if self.array(path).shape[0] else b""
         if file_digest(data) != path.rsplit("/", 1)[-1]:
-            raise StoreError(f"{self.address}: {path}: not the bytes that were hashed; damaged")
+            raise StoreError(f"{self.shown}: {path}: not the bytes that were hashed; damaged")
         return data
 
     def _sources(self, group: Group, parse: Callable[[Any], T]) -> T:
-        with damage(f"{self.address}: attributes of {group.path}"):
+        with damage(f"{self.shown}: attributes of {group.path}"):
             return parse(self.metadata(group.path)["attributes"]["sources"])
 
 
@@ -257,7 +266,7 @@ def open_store(path: str | Path) -> Store:
     Raises MissingError if nothing is there, StoreError if it is no finished trajectory or of a newer format.
     """
     where = place(path)
-    address = where.address
+    address = where.shown
     if not where.exists():
         if where.staged.exists():
             raise MissingError(
@@ -266,7 +275,7 @@ def open_store(path: str | Path) -> Store:
         raise MissingError(f"{address}: no such trajectory; make one with relexio convert")
     if where.get(METADATA) is None:
         raise StoreError(f"{address}: not a relexio trajectory (it has no zarr.json)")
-    store = None if begun(where) else _open(address)
+    store = None if begun(where) else _open(where.address)
     if store is None or not store.groups:
         raise StoreError(f"{address}: an unfinished conversion; run the same relexio convert again to finish it")
     return store
@@ -290,24 +299,25 @@ def unfinished_store(where: Place) -> Store | None:
 
 
 def _open(address: str) -> Store:
-    with damage(f"{address}/{METADATA}"):
-        record = check_format(unseal(place(address).get(METADATA) or b""), address)
-    with damage(address):
+    where = place(address)
+    with damage(f"{where.shown}/{METADATA}"):
+        record = check_format(unseal(where.get(METADATA) or b""), where.shown)
+    with damage(where.shown):
         groups = tuple(map(Group.from_json, record["groups"]))
         hashes = hashes_from_json(record["metadata"])
         store = Store(address, _block_of(record), (), groups, str(record["base_content"]), hashes)
         if [group.name for group in groups] != [f"{i:04d}" for i in range(len(groups))]:
-            raise StoreError(f"{address}: its groups are not numbered one after the other; the store is damaged")
+            raise StoreError(f"{where.shown}: its groups are not numbered one after the other; the store is damaged")
         if len({*store.steps}) != len(store.steps):
-            raise StoreError(f"{address}: a step is in two groups; the store is damaged")
+            raise StoreError(f"{where.shown}: a step is in two groups; the store is damaged")
         tensors = tuple(map(Tensor.from_json, store.metadata("base")["attributes"]["tensors"]))
         entries = [(t.name, t.dtype, t.shape) for t in tensors]
         if lay_out(entries, store.block) != tensors:
-            raise StoreError(f"{address}: its tensors do not lie one after the other; the store is damaged")
+            raise StoreError(f"{where.shown}: its tensors do not lie one after the other; the store is damaged")
         if len({t.name for t in tensors}) != len(tensors):
-            raise StoreError(f"{address}: two of its tensors have one name; the store is damaged")
+            raise StoreError(f"{where.shown}: two of its tensors have one name; the store is damaged")
         if max(kinds_of(tensors, store.block).values(), default=0) > MOST_BLOCKS:
-            raise StoreError(f"{address}: has more blocks than any model; the store is damaged")
+            raise StoreError(f"{where.shown}: has more blocks than any model; the store is damaged")
         store = replace(store, tensors=tensors)
         for kind in kinds_of(tensors, store.block):  # one look here, or every block would find it out by itself
             store._check_layout(f"base/{kind}/bits", store.metadata(f"base/{kind}/bits"))

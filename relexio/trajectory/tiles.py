@@ -179,7 +179,7 @@ class Cursor:
     """The moves of one group in one block, taken element by element in order, holding one decoded chunk at a time."""
 
     def __init__(self, store: Store, group: Group, block: Block) -> None:
-        self._steps, self._what = len(group.steps), f"{store.address}: {group.path}/{block.kind.name}/step"
+        self._steps, self._what = len(group.steps), f"{store.shown}: {group.path}/{block.kind.name}/step"
         self._streams = [Stream(store, group, block, name) for name in ("step", "xor")]
 
     def take(self, count: np.ndarray) -> Moves:

@@ -118,7 +118,7 @@ def set_attribute(store: Store, path: str, name: str, value: Any) -> None:
 
 def attribute(store: Store, path: str, name: str) -> Any:
     """One attribute of a Zarr group of the store, None where it is not set."""
-    with damage(f"{store.address}: attributes of {path}"):
+    with damage(f"{store.shown}: attributes of {path}"):
         return open_group(store.address, "r")[path].attrs.get(name)
 
 

@@ -12,6 +12,7 @@ from zarr.storage import WrapperStore
 from relexio.dtypes import Kind
 from relexio.errors import StoreError
 from relexio.places import place
+from relexio.shown import shown
 from relexio.trajectory.chunks import BLOCKSIZE, CNAME, LEVEL
 from relexio.trajectory.schema import BASE_CHUNK, DIGEST, count_type, moves_chunk, moves_room
 
@@ -30,7 +31,7 @@ class StrictStore(WrapperStore[Any]):
         """The value of a key; raises StoreError for a missing chunk."""
         value = await super().get(key, prototype, byte_range)
         if value is None and not key.endswith(_OPTIONAL):
-            raise StoreError(f"{self._store.root}: chunk {key} is missing; the store is damaged")
+            raise StoreError(f"{shown(str(self._store.root))}: chunk {key} is missing; the store is damaged")
         return value
 
 
