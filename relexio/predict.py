@@ -26,6 +26,7 @@ from relexio.places import METADATA, place
 from relexio.progress import Stages
 from relexio.resources import Resources
 from relexio.trajectory.schema import Block, StoredCheckpoint
+from relexio.trajectory.state import check_content, digest_of
 from relexio.trajectory.store import Store, describe_steps
 from relexio.trajectory.tiles import observed
 from relexio.version import __version__
@@ -166,7 +167,10 @@ def _most_at_once(store: Store, steps: int, count: int, resources: Resources) ->
 
 
 def restore(store: Store, step: int | None, out: Path, resources: Resources, stages: Stages) -> None:
-    """Write an observed step (None: the base) exactly as it was: same shard names, headers, bytes, and side files."""
+    """Write an observed step (None: the base) exactly as it was: same shard names, headers, bytes, and side files.
+
+    Raises StoreError where what was put together is not what was committed; then nothing gets the name ``out``.
+    """
     targets = [Target(step or 0, out)]
     check_targets(store, targets)
     record = store.base() if step is None else store.checkpoints(store.find(step)[0])[step]
@@ -177,13 +181,15 @@ def restore(store: Store, step: int | None, out: Path, resources: Resources, sta
         write_files(Path(outputs[0].directory), _files(store, record))
         executor.require(_needed(store, outputs, shards))
         with stages("restore", sum(shard.size for shard in shards)) as advance:
-            graph.sums(store, 1, partial(_restore_block, store, step, sink), executor, advance)
+            digests = graph.each(store, 1, partial(_restore_block, store, step, sink), executor, advance)
         executor.settle([Path(outputs[0].directory)])
+        check_content(store, step, digests)  # before it gets its name
 
 
-def _restore_block(store: Store, step: int | None, sink: Sink, block: Block) -> np.ndarray:
-    sink(block, 0, store.base_bits(block) if step is None else observed(store, block, step))
-    return np.zeros(1)
+def _restore_block(store: Store, step: int | None, sink: Sink, block: Block) -> bytes:
+    bits = store.base_bits(block) if step is None else observed(store, block, step)
+    sink(block, 0, bits)
+    return digest_of(bits)
 
 
 def _shards(store: Store, record: StoredCheckpoint, change: Callable[[bytes], bytes]) -> Iterator[OutputShard]:

@@ -210,7 +210,11 @@ def _record(checkpoint: Checkpoint, files: Files) -> StoredCheckpoint:
 
 def _commit(conversion: Conversion, store: Store, group: Group) -> tuple[Store, tuple[str, ...]]:
     content = content_hashes(store, group.path, len(group.steps))
-    base = store.base_content if conversion.store else content_hashes(store, "base", 0)[0]
+    base = content_hashes(store, "base", 0)[0]
+    if conversion.store and base != store.base_content:
+        raise StoreError(
+            f"{store.address}: base: its blocks are not those that were committed; damaged; take the trajectory from a copy"
+        )
     if base in content:
         step = group.steps[content.index(base)]
         raise CheckpointError(f"step {step}: is the base itself (bit for bit); leave it out with --steps")
