@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from relexio import atomic, graph, plan
+from relexio.checkpoints.files import is_tensors
 from relexio.checkpoints.header import header_for_transformers, parse_header
 from relexio.checkpoints.read import EMBEDDINGS, HEAD
 from relexio.checkpoints.write import CARD, Output, OutputShard, begin, model_card, validate, write_files
@@ -173,7 +174,7 @@ def restore(store: Store, step: int | None, out: Path, resources: Resources, sta
     """
     targets = [Target(step or 0, out)]
     check_targets(store, targets)
-    record = store.base() if step is None else store.checkpoints(store.find(step)[0])[step]
+    record = store.record(step)
     shards = list(_shards(store, record, bytes))
     executor = resources.for_combine(store, 1, 1)
     with _staged(targets, shards) as outputs:
@@ -237,9 +238,9 @@ def _removed_after_error(directory: Path) -> Iterator[None]:
         raise
 
 
-def _files(store: Store, record: StoredCheckpoint) -> Iterator[tuple[str, bytes]]:
+def _files(store: Store, record: StoredCheckpoint) -> Iterator[tuple[str, bytes | Iterator[bytes]]]:
     for name, array in record.side.items():
-        yield name, store.file(array)
+        yield name, store.pieces(array)
     if record.index is not None:
         yield "model.safetensors.index.json", store.file(record.index)
 
@@ -250,7 +251,7 @@ def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
     last = store.checkpoints(store.find(fit.steps[-1])[0])[fit.steps[-1]]
     extra = {name: array for name, array in last.side.items() if name not in base.side and name not in _NOT_CARRIED}
     kept = {name: array for name, array in base.side.items() if name != CARD}
-    write_files(directory, _files(store, replace(base, side={**extra, **kept})))
+    write_files(directory, _files(store, replace(base, side=_carried({**extra, **kept}))))
     facts = provenance(fit, target.step)
     public = {**facts, "window": describe_steps(fit.steps), "base": store.base_content}
     method = METHODS[fit.recipe.method]
@@ -259,6 +260,11 @@ def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
     card = model_card(_model_name(base.source), public, made)
     own = [(CARD, card.encode()), (PROVENANCE, (json.dumps(facts, indent=2) + "\n").encode())]
     write_files(directory, own)
+
+
+def _carried(side: dict[str, str]) -> dict[str, str]:
+    """Side files that a prediction takes: none that hold tensors, which would be another step's."""
+    return {name: array for name, array in side.items() if not is_tensors(name)}
 
 
 def provenance(fit: Fit, step: int) -> dict[str, Any]:

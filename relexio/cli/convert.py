@@ -8,7 +8,7 @@ import click
 
 from relexio.checkpoints.layout import Selection
 from relexio.cli import options
-from relexio.cli.show import note, stages, table
+from relexio.cli.show import not_stored, note, stages, table
 from relexio.cli.verify import report
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def convert(
         originals = replace(originals, steps={**originals.steps, **conversion.by_step})
         found = verb.verify(done.store, originals, resources, stages)
     if not as_json:
-        _show_result(conversion, done, as_json)
+        _show_result(conversion, done, as_json, said=False)
     report(out, found, as_json)
 
 
@@ -134,12 +134,14 @@ def _show_plan(conversion: "Conversion", as_json: bool) -> None:
     )
 
 
-def _show_result(conversion: "Conversion", done: "Converted", as_json: bool) -> None:
+def _show_result(conversion: "Conversion", done: "Converted", as_json: bool, said: bool = True) -> None:
+    """Print what is stored now and, where ``verify`` does not say it in a moment, what is not."""
+    from relexio.convert.left import recorded
     from relexio.inspect import sizes
     from relexio.plan import show
     from relexio.trajectory.store import describe_steps
 
-    found = sizes(done.store)
+    found, left = sizes(done.store), recorded(done.store) if said else []
     if as_json:
         facts = {
             "out": conversion.out.address,
@@ -147,6 +149,7 @@ def _show_result(conversion: "Conversion", done: "Converted", as_json: bool) -> 
             "steps": list(done.store.steps),
             "resumed": done.resumed,
             "bytes": asdict(found),
+            "not_stored": [one.to_json() for one in left],
         }
         click.echo(json.dumps(facts))
         return
@@ -163,5 +166,6 @@ def _show_result(conversion: "Conversion", done: "Converted", as_json: bool) -> 
                 f"{show(found.steps)} for {show(found.checkpoints)} of checkpoints ({found.compression:.1f} times smaller), "
                 f"and {show(found.base)} for the base",
             ),
+            *not_stored(left),
         ]
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from relexio import atomic, plan, predict
+from relexio.checkpoints.files import is_tensors
 from relexio.checkpoints.write import write_files
 from relexio.errors import BudgetError, EvaluationError, RequestError, StorageError
 from relexio.extrapolate.methods import Recipe
@@ -215,7 +216,8 @@ class _Work:
         step = None if candidate.method == BASE else candidate.step
         predict.restore(self.store, step, out, self.resources, self.stages)
         side = self.store.base().side.items()
-        write_files(out, ((name, self.store.file(array)) for name, array in side if not (out / name).exists()))
+        lacking = [(name, array) for name, array in side if not (is_tensors(name) or (out / name).exists())]
+        write_files(out, ((name, self.store.pieces(array)) for name, array in lacking))
         return out
 
     def _fitted(self, candidate: Candidate) -> Fit:
