@@ -67,7 +67,8 @@ def convert(
     """Store a run's checkpoints losslessly, as a small trajectory.
 
     CHECKPOINTS is a directory of step directories (global_step_N, global_stepN_hf, checkpoint-N, step_N or step-N)
-    with safetensors weights in Hugging Face layout. Run again, it adds the steps that are new and rewrites nothing; after
+    with safetensors weights in Hugging Face layout. The model's files are stored; what is not (a trainer's state, say) is
+    named at the end. Run again, it adds the steps that are new and rewrites nothing; after
     an interruption it goes on where it was.
     """
     if checkpoints is None and not named:
