@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from relexio import atomic, graph, plan
+from relexio.checkpoints.files import is_tensors
 from relexio.checkpoints.header import header_for_transformers, parse_header
 from relexio.checkpoints.read import EMBEDDINGS, HEAD
 from relexio.checkpoints.side import TEMPLATE, TOKENIZER, template
@@ -27,6 +28,7 @@ from relexio.places import METADATA, place
 from relexio.progress import Stages
 from relexio.resources import Resources
 from relexio.trajectory.schema import Block, StoredCheckpoint
+from relexio.trajectory.state import check_content, digest_of
 from relexio.trajectory.store import Store, describe_steps
 from relexio.trajectory.tiles import observed
 from relexio.version import __version__
@@ -168,10 +170,13 @@ def _most_at_once(store: Store, steps: int, count: int, resources: Resources) ->
 
 
 def restore(store: Store, step: int | None, out: Path, resources: Resources, stages: Stages) -> None:
-    """Write an observed step (None: the base) exactly as it was: same shard names, headers, bytes, and side files."""
+    """Write an observed step (None: the base) exactly as it was: same shard names, headers, bytes, and side files.
+
+    Raises StoreError where what was put together is not what was committed; then nothing gets the name ``out``.
+    """
     targets = [Target(step or 0, out)]
     check_targets(store, targets)
-    record = store.base() if step is None else store.checkpoints(store.find(step)[0])[step]
+    record = store.record(step)
     shards = list(_shards(store, record, bytes))
     executor = resources.for_combine(store, 1, 1)
     with _staged(targets, shards) as outputs:
@@ -179,13 +184,15 @@ def restore(store: Store, step: int | None, out: Path, resources: Resources, sta
         write_files(Path(outputs[0].directory), _files(store, record))
         executor.require(_needed(store, outputs, shards))
         with stages("restore", sum(shard.size for shard in shards)) as advance:
-            graph.sums(store, 1, partial(_restore_block, store, step, sink), executor, advance)
+            digests = graph.each(store, 1, partial(_restore_block, store, step, sink), executor, advance)
         executor.settle([Path(outputs[0].directory)])
+        check_content(store, step, digests)  # before it gets its name
 
 
-def _restore_block(store: Store, step: int | None, sink: Sink, block: Block) -> np.ndarray:
-    sink(block, 0, store.base_bits(block) if step is None else observed(store, block, step))
-    return np.zeros(1)
+def _restore_block(store: Store, step: int | None, sink: Sink, block: Block) -> bytes:
+    bits = store.base_bits(block) if step is None else observed(store, block, step)
+    sink(block, 0, bits)
+    return digest_of(bits)
 
 
 def _shards(store: Store, record: StoredCheckpoint, change: Callable[[bytes], bytes]) -> Iterator[OutputShard]:
@@ -233,9 +240,9 @@ def _removed_after_error(directory: Path) -> Iterator[None]:
         raise
 
 
-def _files(store: Store, record: StoredCheckpoint) -> Iterator[tuple[str, bytes]]:
+def _files(store: Store, record: StoredCheckpoint) -> Iterator[tuple[str, bytes | Iterator[bytes]]]:
     for name, array in record.side.items():
-        yield name, store.file(array)
+        yield name, store.pieces(array)
     if record.index is not None:
         yield "model.safetensors.index.json", store.file(record.index)
 
@@ -244,7 +251,7 @@ def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
     """The last observed step's side files and what only the base has besides, a model card, and where it all came from."""
     store, base = fit.store, fit.store.base()
     last = store.checkpoints(store.find(fit.steps[-1])[0])[fit.steps[-1]]
-    side = {name: array for name, array in last.side.items() if name not in _NOT_CARRIED}
+    side = {n: array for n, array in last.side.items() if n not in _NOT_CARRIED and not is_tensors(n)}
     if _CONFIG in base.side and _tensors(store, last) != _tensors(store, base):
         side[_CONFIG] = base.side[_CONFIG]  # it says whether the head is tied, and so which tensors the files hold
     side |= {name: array for name, array in lacking(store, last).items() if name not in _NOT_CARRIED}
@@ -265,11 +272,13 @@ def _tensors(store: Store, record: StoredCheckpoint) -> set[str]:
 
 
 def lacking(store: Store, record: StoredCheckpoint) -> dict[str, str]:
-    """The arrays of those of the base's side files that a step lacks, by name.
+    """The arrays of those of the base's side files that a step lacks, by name; none that hold tensors.
 
     Where the step's tokenizer has its chat template in its configuration, a file with the base's would displace it.
     """
-    found = {name: array for name, array in store.base().side.items() if name not in record.side}
+    found = {
+        name: array for name, array in store.base().side.items() if name not in record.side and not is_tensors(name)
+    }
     own = {name: store.file(record.side[name]) for name in (TOKENIZER,) if TEMPLATE in found and name in record.side}
     if template(own) is not None:
         del found[TEMPLATE]

@@ -181,12 +181,15 @@ def test_ctrl_c_while_it_starts_or_ends(run: Run, tmp_path: Path, when: str) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    ["--every 40", "--every 0 --kills 2 --interrupts 2", "--every 0 --flips 40"],
-    ids=["killed at writes", "killed and interrupted at random", "damaged"],
+    ["--every 40", "--every 0 --kills 2 --interrupts 2", "--every 0 --flips 40", "--every 0 --mixes 20"],
+    ids=["killed at writes", "killed and interrupted at random", "damaged", "mixed"],
 )
 def test_a_short_run_of_the_tool_loses_nothing(tmp_path: Path, options: str) -> None:
     """Killed, interrupted and damaged in many places; docs/reliability.md has a long run."""
-    tool, none = Path(__file__).parents[1] / "tools" / "reliability.py", ["--kills", "--interrupts", "--flips"]
+    tool, none = (
+        Path(__file__).parents[1] / "tools" / "reliability.py",
+        ["--kills", "--interrupts", "--flips", "--mixes"],
+    )
     command = [sys.executable, tool, "--scratch", tmp_path, *(text for name in none for text in (name, "0"))]
     done = subprocess.run(list(map(str, [*command, *options.split()])), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

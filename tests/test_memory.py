@@ -69,6 +69,23 @@ def test_window_of_many_elements(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_files_larger_than_the_memory(tmp_path: Path) -> None:
+    """Files are stored and written again a chunk at a time; those of the base count too."""
+    write_dense_run(tmp_path, 1_000, 3, BF16)
+    large = np.random.default_rng(0).bytes(250_000_000)
+    (tmp_path / "base" / "tokenizer").write_bytes(large)
+    run = tmp_path / "run.zarr"
+    for command in (
+        ("convert", tmp_path / "steps", "--base", tmp_path / "base", "-o", run),
+        ("restore", run, "--step", "base", "-o", tmp_path / "back"),
+        ("predict", run, "--step", 9, "-o", tmp_path / "out"),
+        ("verify", run, "--base", tmp_path / "base"),
+    ):
+        assert peak(*command, "--memory", "200MB", "--workers", 1) <= 200_000_000, command[0]
+    assert (tmp_path / "back/tokenizer").read_bytes() == large == (tmp_path / "out/tokenizer").read_bytes()
+
+
+@pytest.mark.slow
 def test_window_of_300_steps(tmp_path: Path) -> None:
     write_dense_run(tmp_path, 1_400_000, 300, BF16)
     check(tmp_path, "320MB", dense=1_400_000 * 300 * 4)

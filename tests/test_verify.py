@@ -42,6 +42,7 @@ def test_what_is_whole_is_said_to_be(run: Run, tmp_path: Path, relexio: Relexio)
         "base_compared": True,
         "bytes_checked": 5 * 2 * (40 * 30 + 50 * 20 + 9 + 1),
         "problems": [],
+        "not_stored": [],
     }
     assert "whole: every hash is right" in relexio("verify", "run.zarr").out
 

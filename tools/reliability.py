@@ -1,11 +1,13 @@
 """Tries to lose data: relexio is killed at random and at each of its writes, and what it stored is damaged.
 
-usage: python tools/reliability.py [--kills N] [--every N] [--interrupts N] [--flips N] [--seed S] [--scratch DIR] [--json FILE]
+usage: python tools/reliability.py [--kills N] [--every N] [--interrupts N] [--flips N] [--mixes N] [--seed S]
+                                   [--scratch DIR] [--json FILE]
 
 --kills: how often each of convert, convert to append, and predict is killed at a random moment. --every: each is
 killed at every N-th call that changes the disk too (0: none), before it, and where it writes, also when half is
-written. --interrupts: how often each gets Ctrl-C. --flips: how many damages. Prints a table (docs/reliability.md
-explains it). Ends with 1 if anything was lost.
+written. --interrupts: how often each gets Ctrl-C. --flips: how many damages. --mixes: how often
+parts of a sibling's store, or of another place, are copied over a store of which then each step is restored. Prints a
+table (docs/reliability.md explains it). Ends with 1 if anything was lost.
 """
 
 import argparse
@@ -25,10 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from killing import make_run, must, scenes, snapshot
+from mixing import mix
 
 from relexio.cli.main import main as command_line
 
-OPTIONS = (("--kills", 100), ("--every", 1), ("--interrupts", 20), ("--flips", 1000), ("--seed", 0))
+OPTIONS = (("--kills", 100), ("--every", 1), ("--interrupts", 20), ("--flips", 1000), ("--mixes", 200), ("--seed", 0))
 
 
 def in_process(*arguments: object) -> tuple[int, str, str]:
@@ -158,6 +161,10 @@ def measure(root: Path, chosen: argparse.Namespace) -> dict[str, Any]:
         must(["predict", root / "two.zarr", "--step", 9, "-o", root / "ten"])
         points, wrong = flips(root / "two.zarr", chosen.flips, chosen.seed)
         rows += [[f"damage, {how}", count] for how, count in sorted(points.items())]
+        problems += wrong
+    if chosen.mixes:
+        points, wrong = mix(root / "mixes", in_process, chosen.mixes, chosen.seed)
+        rows += [[f"restore, {how}", count] for how, count in sorted(points.items())]
         problems += wrong
     return {"options": vars(chosen), "rows": rows, "problems": problems}
 

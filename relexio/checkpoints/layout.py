@@ -4,8 +4,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from relexio.checkpoints.files import is_file
 from relexio.checkpoints.header import digits
-from relexio.checkpoints.read import INDEX, is_file, weight_files
+from relexio.checkpoints.read import INDEX, weight_files
 from relexio.errors import CheckpointError, MissingError, RequestError
 
 _STEP = re.compile(r"(?:global_step_?|checkpoint-|step_|step-)(\d{1,15})(?:_hf)?")
@@ -87,6 +88,13 @@ def choose(root: Path | None, named: dict[int, Path], selection: Selection | Non
         hint = f" among the steps {selection.text}" if selection else ""
         raise RequestError(f"{root}: no checkpoint found{hint}; {_advice(root)}")
     return dict(sorted(steps.items())), others
+
+
+def step_directory(model: Path, root: Path | None) -> Path:
+    """The directory of a step, given its model's: the one in ``root`` that holds it; the model's own if none does."""
+    if root is None or root not in model.parents:
+        return model
+    return root / model.relative_to(root).parts[0]
 
 
 def _advice(root: Path | None) -> str:

@@ -1,12 +1,12 @@
 """One checkpoint directory: which files hold which tensors, and the side files that make it loadable."""
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from errno import ENAMETOOLONG
 from functools import cached_property
 from pathlib import Path
 
+from relexio.checkpoints.files import inside, is_file, left_out, side_files
 from relexio.checkpoints.header import MAX_HEADER, Entry, Shard, parse_json, read_shard
 from relexio.errors import CheckpointError, IncompleteError, MissingError
 
@@ -20,9 +20,6 @@ EMBEDDINGS = (
     "embed_tokens.weight",
     "transformer.wte.weight",
 )
-_SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".md", ".yaml", ".yml", ".vocab", ".bpe"}
-_SIDE_NAMES = {"LICENSE", "NOTICE"}
-_MAX_SIDE = 64 << 20  # bytes; tokenizers reach some 35 MB
 
 
 @dataclass(frozen=True)
@@ -35,13 +32,14 @@ class Location:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One model directory at one training step (``step`` is None for the base)."""
+    """One model directory at one training step (``step`` is None for the base); ``top`` is all that the trainer wrote."""
 
     path: Path
     step: int | None
     shards: tuple[Shard, ...]
     index: bytes | None
     side: dict[str, Path] = field(default_factory=dict)
+    top: Path | None = None
 
     @property
     def label(self) -> str:
@@ -66,16 +64,28 @@ class Checkpoint:
         """Bytes of all shards."""
         return sum(shard.size for shard in self.shards)
 
+    @cached_property
+    def side_sizes(self) -> list[int]:
+        """Bytes of each side file."""
+        return [file.stat().st_size for file in self.side.values()]
 
-def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
+    def left_out(self) -> dict[str, int]:
+        """Bytes of what is there and does not belong to the model, by path; a directory of such is one entry."""
+        stored = {*self.side, *(shard.path.name for shard in self.shards), *([] if self.index is None else [INDEX])}
+        return left_out(self.top or self.path, self.path, stored)
+
+
+def open_checkpoint(path: Path, step: int | None = None, top: Path | None = None) -> Checkpoint:
     """Read the headers and the list of side files of one checkpoint directory; no tensor is read.
+
+    ``top`` is the directory of the step, where that of the model is one in it.
 
     Raises MissingError or CheckpointError, naming the directory and file, for anything that is not whole.
     """
     if not path.is_dir():
         raise MissingError(f"{path}: {_not_a_directory(path)}")
     try:
-        return _open(path, step)
+        return replace(_open(path, step), top=top)
     except OSError as error:
         if error.errno != ENAMETOOLONG:
             raise
@@ -89,12 +99,13 @@ def _open(path: Path, step: int | None) -> Checkpoint:
     if is_file(index):
         if index.stat().st_size > MAX_HEADER:
             raise CheckpointError(f"{index}: {index.stat().st_size:,} bytes, which no index has; copy it again")
-        data = _inside(path, index).read_bytes()
+        data = inside(path, index).read_bytes()
         shards = _sharded(path, data)
     else:
         data = None
-        shards = (read_shard(_inside(path, _single(path, step))),)
-    checkpoint = Checkpoint(path, step, shards, data, dict(_side_files(path)))
+        shards = (read_shard(inside(path, _single(path, step))),)
+    taken = {*(shard.path.name for shard in shards), *([] if data is None else [INDEX])}
+    checkpoint = Checkpoint(path, step, shards, data, side_files(path, taken))
     if not checkpoint.entries:
         raise CheckpointError(f"{checkpoint.label}: its safetensors files hold no tensor")
     return checkpoint
@@ -122,16 +133,6 @@ def _single(path: Path, step: int | None) -> Path:
         raise CheckpointError(f"{path}: {problem}")
     what = "a config and no weights" if is_file(path / "config.json") else "no safetensors file"
     raise IncompleteError(f"{path}: {what}; {way_out}, or save its weights as safetensors")
-
-
-def is_file(path: Path) -> bool:
-    """Whether there is a file. A link to a name that no file can have leads nowhere, like any other dead link."""
-    try:
-        return path.is_file()
-    except OSError as error:
-        if error.errno != ENAMETOOLONG:  # a permission that is missing is told by its name
-            raise
-        return False
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -166,7 +167,7 @@ def _sharded(path: Path, data: bytes) -> tuple[Shard, ...]:
             raise CheckpointError(f"{index}: names a shard outside its directory: {name!r}")
         if name not in present:
             raise IncompleteError(f"{path / name}: the index names this shard and it is not there; copy it again")
-        shards.append(read_shard(_inside(path, path / name)))
+        shards.append(read_shard(inside(path, path / name)))
     found = {entry.name: shard.path.name for shard in shards for entry in shard.entries}
     if sum(len(shard.entries) for shard in shards) != len(found):
         raise CheckpointError(f"{path}: a tensor stands in two of its shards")
@@ -176,27 +177,6 @@ def _sharded(path: Path, data: bytes) -> tuple[Shard, ...]:
                 f"{index}: tensor {tensor}: the index says {weight_map.get(tensor)}, the shards say {found.get(tensor)}"
             )
     return tuple(shards)
-
-
-def _side_files(path: Path) -> Iterator[tuple[str, Path]]:
-    """Small text files that belong to the model, two levels deep, by their path inside the checkpoint."""
-    for file in sorted([*path.glob("*"), *path.glob("*/*")]):
-        name = file.relative_to(path).as_posix()
-        wanted = file.suffix in _SIDE_SUFFIXES or file.name in _SIDE_NAMES
-        if wanted and not name.endswith(".index.json") and is_file(file) and file.stat().st_size <= _MAX_SIDE:
-            yield name, _inside(path, file)
-
-
-def _inside(directory: Path, file: Path) -> Path:
-    """The file. Raises CheckpointError for a link out of its directory: what it leads to would be stored, and published.
-
-    The Hub's cache is made of links to ``blobs`` beside ``snapshots``; these are followed.
-    """
-    real, here = file.resolve(), directory.resolve()
-    blobs = here.parent.parent / "blobs" if here.parent.name == "snapshots" else here
-    if not real.is_relative_to(here) and not real.is_relative_to(blobs):
-        raise CheckpointError(f"{file}: a link to {real}, outside its directory; put a copy of the file in its place")
-    return file
 
 
 def read_exactly(fd: int, start: int, out: memoryview, path: Path) -> None:

@@ -74,14 +74,16 @@ def begin(directory: Path, shards: Iterable[OutputShard]) -> Output:
     return Output(str(directory.absolute()), places)
 
 
-def write_files(directory: Path, files: Iterable[tuple[str, bytes]]) -> None:
-    """Write side files at their relative paths, which may name one directory below."""
+def write_files(directory: Path, files: Iterable[tuple[str, bytes | Iterable[bytes]]]) -> None:
+    """Write side files, whole or in pieces, at their relative paths, which may name directories below."""
     for name, data in files:
         path = directory / name
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise CheckpointError(f"{name!r}: a side file outside its directory")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        with open(path, "wb") as file:
+            for piece in [data] if isinstance(data, bytes) else data:
+                file.write(piece)
 
 
 def validate(directory: Path, expected: Iterable[OutputShard]) -> None:

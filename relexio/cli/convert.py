@@ -8,7 +8,7 @@ import click
 
 from relexio.checkpoints.layout import Selection
 from relexio.cli import options
-from relexio.cli.show import note, stages, table
+from relexio.cli.show import not_stored, note, stages, table
 from relexio.cli.verify import report
 
 if TYPE_CHECKING:
@@ -67,8 +67,9 @@ def convert(
     """Store a run's checkpoints losslessly, as a small trajectory.
 
     CHECKPOINTS is a directory of step directories (global_step_N, global_stepN_hf, checkpoint-N, step_N or step-N)
-    with safetensors weights in Hugging Face layout. Run again, it adds the steps that are new and rewrites nothing, and
-    says which stored ones have been written again since; after an interruption it goes on where it was.
+    with safetensors weights in Hugging Face layout. The model's files are stored; what is not (a trainer's state, say) is
+    named at the end. Run again, it adds the steps that are new and rewrites nothing, and says which stored ones have been
+    written again since; after an interruption it goes on where it was.
     """
     if checkpoints is None and not named:
         raise click.UsageError("Give CHECKPOINTS, or --checkpoint STEP=PATH.")
@@ -97,7 +98,7 @@ def convert(
         originals = replace(originals, steps={**originals.steps, **conversion.by_step})
         found = verb.verify(done.store, originals, resources, stages)
     if not as_json:
-        _show_result(conversion, done, as_json)
+        _show_result(conversion, done, as_json, said=False)
     report(out, found, as_json)
 
 
@@ -134,12 +135,14 @@ def _show_plan(conversion: "Conversion", as_json: bool) -> None:
     )
 
 
-def _show_result(conversion: "Conversion", done: "Converted", as_json: bool) -> None:
+def _show_result(conversion: "Conversion", done: "Converted", as_json: bool, said: bool = True) -> None:
+    """Print what is stored now and, where ``verify`` does not say it in a moment, what is not."""
+    from relexio.convert.left import recorded
     from relexio.inspect import sizes
     from relexio.plan import show
     from relexio.trajectory.store import describe_steps
 
-    found = sizes(done.store)
+    found, left = sizes(done.store), recorded(done.store) if said else []
     if as_json:
         facts = {
             "out": conversion.out.shown,
@@ -147,6 +150,7 @@ def _show_result(conversion: "Conversion", done: "Converted", as_json: bool) -> 
             "steps": list(done.store.steps),
             "resumed": done.resumed,
             "bytes": asdict(found),
+            "not_stored": [one.to_json() for one in left],
         }
         click.echo(json.dumps(facts))
         return
@@ -163,5 +167,6 @@ def _show_result(conversion: "Conversion", done: "Converted", as_json: bool) -> 
                 f"{show(found.steps)} for {show(found.checkpoints)} of checkpoints ({found.compression:.1f} times smaller), "
                 f"and {show(found.base)} for the base",
             ),
+            *not_stored(left),
         ]
     )

@@ -5,7 +5,7 @@ import json
 import click
 
 from relexio.cli import options
-from relexio.cli.show import stages, table
+from relexio.cli.show import not_stored, stages, table
 
 
 class _Step(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
@@ -38,11 +38,13 @@ def restore(
     scheduler: str | None,
     as_json: bool,
 ) -> None:
-    """Write a stored checkpoint again, exactly as it was.
+    """Write a stored checkpoint again: the model's files, exactly as they were.
 
-    The same shards with the same bytes, the same index and side files (config, tokenizer), whether or not the
-    original directory is still there.
+    The same shards with the same bytes, the same index, config, tokenizer and whatever else belongs to the model,
+    whether or not the original directory is still there. Each bit is compared with what was committed before -o gets its
+    name. What training needs to go on (optimizer, scheduler, random numbers) is not stored.
     """
+    from relexio.convert.left import recorded_of
     from relexio.places import local
     from relexio.predict import restore as verb
     from relexio.resources import Resources
@@ -51,7 +53,9 @@ def restore(
     store = open_store(trajectory)
     with Resources(memory, workers, "cpu", scheduler=scheduler) as resources:
         verb(store, step, local(out), resources, stages)
+    left = recorded_of(store.record(step))
     if as_json:
-        click.echo(json.dumps({"step": step, "out": out}))
-    else:
-        table([("wrote", f"{out}: {'the base' if step is None else f'step {step}'}, as it was")])
+        click.echo(json.dumps({"step": step, "out": out, "not_stored": [one.to_json() for one in left]}))
+        return
+    what = "the base" if step is None else f"step {step}"
+    table([("wrote", f"{out}: {what}, the model's files as they were"), *not_stored(left)])

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from relexio.shown import without_secrets
 if TYPE_CHECKING:
     import numpy as np
 
+    from relexio.convert.left import Left
     from relexio.extrapolate.backtest import Backtest
 
 _PATIENCE = 1.0  # seconds before anything is said
@@ -89,6 +90,11 @@ def _lines(name: str, total: int) -> Iterator[Callable[[int], None]]:
             click.echo(f"{name}: {show(done)} of {show(total)}, {show(rate)}/s, {seconds(left)} left", err=True)
 
     yield advance
+
+
+def not_stored(left: "Iterable[Left]") -> list[tuple[str, str]]:
+    """Rows that say what is not in the store."""
+    return [("not stored", str(one)) for one in left]
 
 
 def table(rows: list[tuple[str, str]]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from relexio.cli import options
-from relexio.cli.show import note, printable, stages, table
+from relexio.cli.show import not_stored, note, printable, stages, table
 
 if TYPE_CHECKING:
     from relexio.convert.verify import Verified
@@ -35,8 +35,8 @@ def verify(
     """Check that a trajectory is whole, to the last bit.
 
     Reads all of TRAJECTORY: checksums, hashes of every tensor at every step, and structure. With CHECKPOINTS, the
-    directory that it was converted from, compares every stored step with its files bit for bit. Do that before you
-    delete them.
+    directory that it was converted from, compares every stored step with its files bit for bit, and lists what is there
+    and not in the trajectory. Do that before you delete them.
     """
     from relexio.convert.verify import find_originals
     from relexio.convert.verify import verify as check
@@ -62,6 +62,11 @@ def _counted(found: "Verified") -> str:
     return f"{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}"
 
 
+def _whole(found: "Verified") -> str:
+    compared = found.compared or found.base_compared
+    return f"whole: every hash is right{', and the files compared are the same' if compared else ''}"
+
+
 def report(trajectory: str, found: "Verified", as_json: bool) -> None:
     """Print what was verified. Ends the program with 1 if anything is wrong."""
     from relexio.plan import show
@@ -78,6 +83,7 @@ def report(trajectory: str, found: "Verified", as_json: bool) -> None:
             "base_compared": found.base_compared,
             "bytes_checked": found.bytes_checked,
             "problems": list(found.problems),
+            "not_stored": [one.to_json() for one in found.left],
         }
         click.echo(json.dumps(facts))
     else:
@@ -86,7 +92,8 @@ def report(trajectory: str, found: "Verified", as_json: bool) -> None:
                 ("trajectory", shown(trajectory)),
                 ("checked", f"the base and {describe_steps(found.steps)}: {show(found.bytes_checked)} of tensors"),
                 ("compared", _compared(found)),
-                ("result", _counted(found) if found.problems else "whole: every hash is right"),
+                ("result", _counted(found) if found.problems else _whole(found)),
+                *not_stored(found.left),
             ]
         )
     for text in found.problems[:_SHOWN]:

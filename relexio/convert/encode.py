@@ -97,7 +97,7 @@ class _Encoder:
         """The base's bits: from its files into the store for a new store, else from the store."""
         store, block, kind = self.job.store, self.block, self.block.kind
         if self.job.base is None:
-            return store.base_bits(block)
+            return _stored_base(store, block)
         path = f"base/{kind.name}"
         chunk = store.array(f"{path}/bits").chunks[0]
         whole = np.zeros(-(-block.size // chunk) * chunk, kind.bits)
@@ -179,6 +179,17 @@ class Reader:
                     f"{self.source.checkpoint.label}: its lm_head.weight differs from {self.block.tensor.name}, and the base "
                     f"has no head of its own; save the base with its lm_head.weight"
                 )
+
+
+def _stored_base(store: Store, block: Block) -> np.ndarray:
+    """The base's bits out of the store: moves from other bits than its own would be worth nothing once it is mended."""
+    bits = store.base_bits(block)
+    if digest_of(bits) != store.digests("base", block).tobytes():
+        raise StoreError(
+            f"{store.shown}: base: tensor {block.tensor.name}: not the bits that were hashed; damaged; "
+            f"take the trajectory from a copy"
+        )
+    return bits
 
 
 def _open(place: Location, stack: ExitStack) -> int:

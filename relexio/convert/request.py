@@ -9,7 +9,7 @@ import numpy as np
 
 from relexio import graph, plan
 from relexio.atomic import PARTIAL
-from relexio.checkpoints.layout import Selection, choose
+from relexio.checkpoints.layout import Selection, choose, step_directory
 from relexio.checkpoints.read import Checkpoint, open_checkpoint
 from relexio.convert.before import doubt_of_base, written_again
 from relexio.convert.check import Source, Table, fit_to_base, refuse_base_among
@@ -19,7 +19,7 @@ from relexio.executor import Executor
 from relexio.places import METADATA, Place, place
 from relexio.progress import Stages
 from relexio.resources import Resources
-from relexio.trajectory.schema import Block, StoredShard, block_elements, lay_out, moves_chunk
+from relexio.trajectory.schema import FILE_CHUNK, Block, StoredShard, block_elements, lay_out, moves_chunk
 from relexio.trajectory.state import digest_of
 from relexio.trajectory.store import Store, begun, describe_steps, open_store
 
@@ -71,7 +71,8 @@ class Conversion:
     @property
     def bytes_written_at_most(self) -> int:
         """Bytes to be written if nothing could be left out or compressed; RLVR steps take a small part of theirs."""
-        return self.bytes_read + self.bytes_read // 100 + (1 << 20)
+        side = sum(sum(source.checkpoint.side_sizes) for source in self.read)
+        return self.bytes_read + self.bytes_read // 100 + side + (1 << 20)
 
 
 def prepare(request: Request, resources: Resources, stages: Stages) -> Conversion:
@@ -110,9 +111,10 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
     notes += [again] if again else []
     if present:
         notes.append(f"already stored, not read again: {describe_steps(present)}")
-    return Conversion(
-        where, store, base_source, sources, block, _executor(entries, block, sources, resources), present, tuple(notes)
-    )
+    read = (*sources, *([base_source] if base_source else []))
+    largest = max((size for source in read for size in source.checkpoint.side_sizes), default=0)
+    executor = _executor(entries, block, len(sources), largest, resources)
+    return Conversion(where, store, base_source, sources, block, executor, present, tuple(notes))
 
 
 def _open_all(found: dict[int, Path], request: Request, stored: tuple[int, ...]) -> tuple[list[Checkpoint], list[str]]:
@@ -125,7 +127,8 @@ def _open_all(found: dict[int, Path], request: Request, stored: tuple[int, ...])
         if step in stored:
             continue
         try:
-            opened.append(open_checkpoint(path, step))
+            top = (request.named or {}).get(step) or step_directory(path, request.root)
+            opened.append(open_checkpoint(path, step, top))
         except IncompleteError as error:
             if step in (request.named or {}) or step in (request.selection.named if request.selection else []):
                 raise
@@ -144,17 +147,17 @@ def _table(store: Store | None, base: Checkpoint | None) -> Table:
 
 
 def _executor(
-    entries: list[tuple[str, str, tuple[int, ...]]], block: int, sources: tuple[Source, ...], resources: Resources
+    entries: list[tuple[str, str, tuple[int, ...]]], block: int, count: int, side: int, resources: Resources
 ) -> Executor:
-    """Where the blocks are encoded: on the CPU, within the memory. Raises BudgetError."""
+    """Where the blocks of so many steps are encoded, the largest side file ``side`` bytes: within the memory. Raises
+    BudgetError."""
     tensors = [tensor for tensor in lay_out(entries, block) if tensor.size]
     kinds = {tensor.kind for tensor in tensors}
-    steps = max(len(sources), 1)
+    steps = max(count, 1)
     itemsize = max((kind.itemsize for kind in kinds), default=1)
-    side = max((file.stat().st_size for source in sources for file in source.checkpoint.side.values()), default=0)
     need = plan.convert_need(block, itemsize, steps, moves_chunk(block, steps))
     resources = replace(resources, held=plan.resident_bytes())  # the headers of all steps are held by now
-    return resources.on_cpu(need, shared=3 * side)
+    return resources.on_cpu(need, shared=3 * min(side, FILE_CHUNK))
 
 
 def _require_same_base(store: Store, base: Source, resources: Resources, stages: Stages) -> None:

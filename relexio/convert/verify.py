@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from relexio import cache, graph, plan
-from relexio.checkpoints.layout import choose
+from relexio.checkpoints.layout import choose, step_directory
 from relexio.checkpoints.read import INDEX, Checkpoint, open_checkpoint
 from relexio.convert.check import Source, Table, fit_to_base
 from relexio.convert.encode import Reader
+from relexio.convert.left import Left, there
 from relexio.errors import CheckpointError, StoreError
 from relexio.places import METADATA, place
 from relexio.progress import Stages
@@ -31,18 +32,28 @@ Changed = dict[tuple[str, str], np.ndarray | int]
 class Originals:
     """Checkpoints to compare with: those of stored steps, and the base if it was named.
 
-    ``problems`` are those that cannot be compared, ``notes`` say what is left out.
+    ``root`` is the directory that they are in. ``problems`` are those that cannot be compared, ``notes`` say what is left
+    out.
     """
 
     steps: dict[int, Source] = field(default_factory=dict)
     base: Source | None = None
+    root: Path | None = None
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def left(self) -> list[Left]:
+        """What is there and not in the trajectory."""
+        base = self.base.checkpoint if self.base else None
+        return there((source.checkpoint for source in self.steps.values()), base, self.root)
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was looked at, and what is wrong: one line each, nothing if all is as it should be."""
+    """What was looked at, and what is wrong: one line each, nothing if all is as it should be.
+
+    ``left`` is what stands beside what was compared, and is not in the trajectory.
+    """
 
     steps: tuple[int, ...]
     compared: tuple[int, ...]
@@ -50,6 +61,7 @@ class Verified:
     bytes_checked: int
     problems: tuple[str, ...]
     notes: tuple[str, ...]
+    left: tuple[Left, ...] = ()
 
 
 @dataclass
@@ -72,11 +84,12 @@ def find_originals(store: Store, root: Path | None, base: Path | None) -> Origin
     sources, problems = {}, []
     for step in (step for step in found if step in store.steps):
         try:
-            sources[step] = fit_to_base(open_checkpoint(found[step], step), table, label)
+            checkpoint = open_checkpoint(found[step], step, step_directory(found[step], root))
+            sources[step] = fit_to_base(checkpoint, table, label)
         except CheckpointError as error:
             problems.append(str(error))
     original = fit_to_base(open_checkpoint(base), table, label) if base else None
-    return Originals(sources, original, tuple(problems), tuple(notes))
+    return Originals(sources, original, root, tuple(problems), tuple(notes))
 
 
 def verify(store: Store, originals: Originals, resources: Resources, stages: Stages) -> Verified:
@@ -107,7 +120,8 @@ def verify(store: Store, originals: Originals, resources: Resources, stages: Sta
     problems += damaged
     notes = (*originals.notes, *_closed(closed), *_leftovers(store))
     compared, base = tuple(originals.steps), originals.base is not None
-    return Verified(store.steps, compared, base, total, tuple(dict.fromkeys(problems)), notes)
+    left = tuple(originals.left())
+    return Verified(store.steps, compared, base, total, tuple(dict.fromkeys(problems)), notes, left)
 
 
 def _check_block(store: Store, originals: Originals, nbytes: int, block: Block) -> _Found:
@@ -204,7 +218,8 @@ def _check_files(store: Store, group: Group) -> list[str]:
     problems = []
     for name in sorted(names):
         try:
-            store.file(name)
+            for _ in store.pieces(name):
+                pass
         except StoreError as error:
             problems.append(str(error))
     return problems
@@ -215,15 +230,13 @@ def _check_side(store: Store, record: StoredCheckpoint, original: Checkpoint) ->
     held = {shard.name: shard.header for shard in record.shards} | record.side | {INDEX: record.index or ""}
     now: dict[str, bytes | Path] = {shard.path.name: shard.header for shard in original.shards}
     now |= original.side | {INDEX: original.index or b""}
-    return [
-        f"{original.label}: {name}: differs from what {store.shown} holds"
-        for name in sorted(held.keys() | now.keys())
-        if (file_digest(_bytes(now.get(name, b""))) if now.get(name) else "") != held.get(name, "").rsplit("/", 1)[-1]
-    ]
-
-
-def _bytes(data: bytes | Path) -> bytes:
-    return data if isinstance(data, bytes) else data.read_bytes()
+    problems = []
+    for name in sorted(held.keys() | now.keys()):
+        found = now.get(name)
+        if (file_digest(found) if found else "") != held.get(name, "").rsplit("/", 1)[-1]:
+            what = "differs from what" if held.get(name) else "is not among what"
+            problems.append(f"{original.label}: {name}: {what} {store.shown} holds")
+    return problems
 
 
 def _closed(names: list[str]) -> Iterator[str]:

@@ -20,7 +20,7 @@ from relexio.dtypes import is_buffer
 from relexio.errors import CheckpointError, ClusterError, ExistsError, RelexioError, StorageError, StoreError
 from relexio.places import METADATA, Place, place
 from relexio.progress import Stages
-from relexio.trajectory.schema import Block, Group, StoredCheckpoint, StoredShard
+from relexio.trajectory.schema import Block, Group, NotStored, StoredCheckpoint, StoredShard
 from relexio.trajectory.store import Store, begun, open_store, unfinished_store
 from relexio.trajectory.write import (
     Files,
@@ -183,7 +183,8 @@ def _begin(conversion: Conversion, store: Store, group: Group) -> bool:
     value = {"base": base_record.to_json() if base_record else None, "steps": [r.to_json() for r in records]}
     begun_group = place(store.address).below(group.path)
     if begun_group.exists():
-        if _recorded(store, group.path) == value:
+        if _as_sources(_recorded(store, group.path)) == _as_sources(value):
+            set_attribute(store, group.path, "sources", value)
             return True
         begun_group.remove()
     create_steps_group(store, group)
@@ -200,6 +201,14 @@ def _recorded(store: Store, path: str) -> Any:
         return None
 
 
+def _as_sources(value: Any) -> Any:
+    """Sources without what was not stored of them: a trainer may have removed its state meanwhile."""
+    if not value:
+        return value
+    records = [value["base"], *value["steps"]]
+    return [{k: v for k, v in (record or {}).items() if k != "not_stored"} for record in records]
+
+
 def _names(*records: StoredCheckpoint) -> list[str]:
     return [name for record in records for name in record.files]
 
@@ -208,12 +217,17 @@ def _record(checkpoint: Checkpoint, files: Files) -> StoredCheckpoint:
     shards = tuple(StoredShard(s.path.name, s.size, s.mtime_ns, files.name(s.header)) for s in checkpoint.shards)
     index = files.name(checkpoint.index) if checkpoint.index is not None else None
     side = {name: files.name(path) for name, path in checkpoint.side.items()}
-    return StoredCheckpoint(checkpoint.step, str(checkpoint.path.resolve()), shards, index, side)
+    left = NotStored.of(checkpoint.left_out())
+    return StoredCheckpoint(checkpoint.step, str(checkpoint.path.resolve()), shards, index, side, left)
 
 
 def _commit(conversion: Conversion, store: Store, group: Group) -> tuple[Store, tuple[str, ...]]:
     content = content_hashes(store, group.path, len(group.steps))
-    base = store.base_content if conversion.store else content_hashes(store, "base", 0)[0]
+    base = content_hashes(store, "base", 0)[0]
+    if conversion.store and base != store.base_content:
+        raise StoreError(
+            f"{store.shown}: base: its blocks are not those that were committed; damaged; take the trajectory from a copy"
+        )
     if base in content:
         step = group.steps[content.index(base)]
         raise CheckpointError(f"step {step}: is the base itself (bit for bit); leave it out with --steps")

@@ -216,7 +216,7 @@ class _Work:
         predict.restore(store, step, out, self.resources, self.stages)
         if step is not None:
             side = predict.lacking(store, store.checkpoints(store.find(step)[0])[step])
-            write_files(out, ((name, store.file(array)) for name, array in side.items()))
+            write_files(out, ((name, store.pieces(array)) for name, array in side.items()))
         return out
 
     def _fitted(self, candidate: Candidate) -> Fit:

@@ -24,9 +24,13 @@ DIGEST = 16
 MOVES_CHUNK = 1 << 18
 #: Blocks of one kind: 4 T elements. A store that says it has more is a lie that would only fill the memory.
 MOST_BLOCKS = 1 << 22
+#: Bytes of a stored file that are one chunk.
+FILE_CHUNK = 16 << 20
 _MOST_DIMENSIONS, _MOST_CHUNK = 64, (1 << 31) - 1  # as in safetensors; Blosc's limit
 _NODE = re.compile(r"[0-9A-Za-z_]{1,64}(/[0-9A-Za-z_]{1,64}){0,4}")
 _FILE = re.compile(r"groups/\d{4,8}/files/[0-9a-f]{32}")
+_DEEPEST, _LONGEST = 32, 1024  # directories and bytes in the name of a file
+_NAMES, _NAME = 20, 200  # names, and letters of one, of what was not stored
 _CODECS = ["bytes", "blosc", "crc32c"]
 
 Json = dict[str, Any]
@@ -134,6 +138,30 @@ class StoredShard:
 
 
 @dataclass(frozen=True)
+class NotStored:
+    """What a checkpoint's directory held besides: bytes by path, of the largest only, how many more, and all bytes."""
+
+    files: dict[str, int] = field(default_factory=dict)
+    more: int = 0
+    bytes: int = 0
+
+    @classmethod
+    def of(cls, found: dict[str, int], most: int = _NAMES) -> "NotStored":
+        """Of bytes by path."""
+        largest = sorted(found, key=lambda name: (-found[name], name))[:most]
+        files = {name[:_NAME]: found[name] for name in sorted(largest)}
+        return cls(files, len(found) - len(files), sum(found.values()))
+
+    @classmethod
+    def from_json(cls, value: Json) -> "NotStored":
+        """From Zarr attributes. Raises ValueError for what no writer writes."""
+        found = cls(dict(value["files"]), value["more"], value["bytes"])
+        _require(all(map(_is_text, found.files)), "files have names")
+        _require(all(map(_is_count, (*found.files.values(), found.more, found.bytes))), "sizes are numbers")
+        return found
+
+
+@dataclass(frozen=True)
 class StoredCheckpoint:
     """Where a checkpoint came from, and its files. ``header``, ``index`` and ``side`` name arrays of file bytes."""
 
@@ -142,6 +170,7 @@ class StoredCheckpoint:
     shards: tuple[StoredShard, ...]
     index: str | None
     side: dict[str, str]
+    not_stored: NotStored = NotStored()
 
     @property
     def files(self) -> list[str]:
@@ -149,20 +178,23 @@ class StoredCheckpoint:
         return [name for name in (*self.side.values(), *(s.header for s in self.shards), self.index) if name]
 
     def to_json(self) -> Json:
-        """As it stands in Zarr attributes."""
-        return {**asdict(self), "shards": [asdict(shard) for shard in self.shards]}
+        """As it stands in Zarr attributes; nothing is said of what was not stored where that is nothing."""
+        value = {**asdict(self), "shards": [asdict(shard) for shard in self.shards]}
+        return value if self.not_stored.files else {k: v for k, v in value.items() if k != "not_stored"}
 
     @classmethod
     def from_json(cls, value: Json) -> "StoredCheckpoint":
         """From Zarr attributes."""
         shards = tuple(StoredShard(s["name"], s["size"], s["mtime_ns"], s["header"]) for s in value["shards"])
-        found = cls(value["step"], value["source"], shards, value["index"], dict(value["side"]))
+        left = NotStored.from_json(value["not_stored"]) if "not_stored" in value else NotStored()
+        found = cls(value["step"], value["source"], shards, value["index"], dict(value["side"]), left)
         _require(_is_text(found.source), "a source is a text")
         for name in (*(shard.name for shard in shards), *found.side):
             _require(_is_text(name) and _is_inside(name), f"a file stands inside its directory, and {name!r} does not")
         _require(
             all(shard.name == PurePosixPath(shard.name).name for shard in shards), "a shard is in no directory below"
         )
+        _require(found.side.keys().isdisjoint(shard.name for shard in shards), "a side file has a name of its own")
         arrays = [
             *found.side.values(),
             *(shard.header for shard in shards),
@@ -230,10 +262,11 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a path names a file in its directory, or one directory below."""
+    """Whether a path names a file in its directory, or in directories below."""
     parts = PurePosixPath(name).parts
     plain = all(part not in ("/", "..") and "\0" not in part and len(os.fsencode(part)) < 256 for part in parts)
-    return plain and 1 <= len(parts) <= 2 and str(PurePosixPath(name)) == name
+    short = 1 <= len(parts) <= _DEEPEST and len(os.fsencode(name)) <= _LONGEST
+    return plain and short and str(PurePosixPath(name)) == name
 
 
 def _is_count(value: Any) -> bool:

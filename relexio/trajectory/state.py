@@ -1,11 +1,14 @@
 """The state of a block at every step of a group, put together again from its moves, and its digests."""
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from shlex import quote
 
 import numpy as np
 from xxhash import xxh3_128
 
 from relexio.delta import count_changed, expand
+from relexio.dtypes import KINDS
 from relexio.errors import StoreError
 from relexio.trajectory.schema import DIGEST, Block, Group
 from relexio.trajectory.store import Store
@@ -18,6 +21,26 @@ See = Callable[[int, np.ndarray], None]
 def digest_of(bits: np.ndarray) -> bytes:
     """The digest of a block's element bits: XXH3, 128 bits."""
     return xxh3_128(bits.data).digest()
+
+
+def check_content(store: Store, step: int | None, digests: Iterable[tuple[Block, bytes]]) -> None:
+    """Compare the digests of all blocks of a step (None: the base), as they were put together, with its content hash.
+
+    Raises StoreError naming the step, and a tensor whose bits are not those that were hashed.
+    """
+    order = {kind: place for place, kind in enumerate(KINDS)}
+    found = sorted(digests, key=lambda pair: (order[pair[0].kind.name], pair[0].index))
+    group, column = (None, 0) if step is None else store.find(step)
+    content = store.base_content if group is None else group.content[column]
+    if hashlib.sha256(b"".join(digest for _, digest in found)).hexdigest() == content:
+        return
+    path = "base" if group is None else group.path
+    what = f"{store.shown}: {'the base' if step is None else f'step {step}'}"
+    advice = f"damaged; relexio verify {quote(store.shown)} lists all that is, take the trajectory from a copy"
+    for block, digest in found:
+        if store.digests(path, block).reshape(-1, DIGEST)[column].tobytes() != digest:
+            raise StoreError(f"{what}: tensor {block.tensor.name}: not the bits that were hashed; {advice}")
+    raise StoreError(f"{what}: its blocks are not those that were committed; {advice}")
 
 
 def tile_width(steps: int, itemsize: int, nbytes: int = TILE) -> int:

@@ -21,6 +21,7 @@ from relexio.trajectory.chunks import decode, encode, most_bytes
 from relexio.trajectory.schema import (
     BLOCK,
     DIGEST,
+    FILE_CHUNK,
     MOST_BLOCKS,
     MOVES_CHUNK,
     Block,
@@ -38,6 +39,8 @@ from relexio.trajectory.seal import hash_of, unseal
 from relexio.trajectory.zarrs import AnyArray, open_group
 
 T = TypeVar("T")
+#: Of the SHA-256 in the name of a stored file's array.
+FILE_DIGITS = 32
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,8 @@ class Store:
         top, _, name = path.rpartition("/")
         group = next((g for g in self.groups if path.startswith(f"{g.path}/")), None)
         if top.endswith("/files"):
-            right = len(shape) == 1 and chunks == (max(shape[0], 1),) and found["data_type"] == "uint8"
+            right = len(shape) == 1 and chunks in ((max(shape[0], 1),), (min(shape[0], FILE_CHUNK),))
+            right = right and found["data_type"] == "uint8"
         elif group is not None and path == f"{group.path}/changed":
             right = shape == chunks == (len(self.tensors), len(group.steps)) and found["data_type"] == "int64"
         elif group is None and not path.startswith("base/"):
@@ -225,19 +229,34 @@ class Store:
 
     def file(self, path: str) -> bytes:
         """The bytes of a stored file (a header, an index, or a side file). Raises StoreError if they are another file's."""
-        data = self.chunk(path, 0).tobytes() if self.array(path).shape[0] else b""
-        if file_digest(data) != path.rsplit("/", 1)[-1]:
+        return b"".join(self.pieces(path))
+
+    def pieces(self, path: str) -> Iterator[bytes]:
+        """The bytes of a stored file, a chunk at a time. Raises StoreError, at their end, if they are another file's."""
+        array, hashed = self.array(path), hashlib.sha256()
+        size, chunk = array.shape[0], array.chunks[0]
+        for number, first in enumerate(range(0, size, chunk)):
+            piece = self.chunk(path, number)[: size - first].tobytes()
+            hashed.update(piece)
+            yield piece
+        if hashed.hexdigest()[:FILE_DIGITS] != path.rsplit("/", 1)[-1]:
             raise StoreError(f"{self.shown}: {path}: not the bytes that were hashed; damaged")
-        return data
+
+    def record(self, step: int | None) -> StoredCheckpoint:
+        """The source checkpoint of a step, or of the base (None). Raises RequestError for a step that is not stored."""
+        return self.base() if step is None else self.checkpoints(self.find(step)[0])[step]
 
     def _sources(self, group: Group, parse: Callable[[Any], T]) -> T:
         with damage(f"{self.shown}: attributes of {group.path}"):
             return parse(self.metadata(group.path)["attributes"]["sources"])
 
 
-def file_digest(data: bytes) -> str:
-    """What the array of a stored file is named by: the first 32 hexadecimal digits of its SHA-256."""
-    return hashlib.sha256(data).hexdigest()[:32]
+def file_digest(data: bytes | Path) -> str:
+    """What the array of a stored file is named by: the first 32 hexadecimal digits of the SHA-256 of its bytes."""
+    if isinstance(data, bytes):
+        return hashlib.sha256(data).hexdigest()[:FILE_DIGITS]
+    with open(data, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:FILE_DIGITS]
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Building a trajectory store: base, groups of steps, files, and the commit marker, in that order."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from relexio.dtypes import KINDS
+from relexio.errors import CheckpointError
 from relexio.places import METADATA, place
-from relexio.trajectory.schema import DIGEST, Group, lay_out
+from relexio.trajectory.schema import DIGEST, FILE_CHUNK, Group, lay_out
 from relexio.trajectory.seal import metadata_hashes, seal
-from relexio.trajectory.store import Store, damage, file_digest, kinds_of
+from relexio.trajectory.store import FILE_DIGITS, Store, damage, file_digest, kinds_of
 from relexio.trajectory.zarrs import AnyArray, create, create_base, create_steps, open_group
 
 
@@ -71,24 +72,34 @@ class Files:
 
     def name(self, data: bytes | Path) -> str:
         """The name of the array that holds, or after ``write`` will hold, these bytes or this file's."""
-        digest = file_digest(_content(data))
+        digest = file_digest(data)
         if digest not in self._names:
             self._names[digest] = f"{self._path}/files/{digest}"
             self._new[digest] = data
         return self._names[digest]
 
     def write(self) -> None:
-        """Store all new contents, one in memory at a time."""
+        """Store all new contents, a chunk in memory at a time. Raises CheckpointError for one that changed meanwhile."""
         group = open_group(self._store.address, "r+").require_group(f"{self._path}/files")
         for digest, data in self._new.items():
-            content = np.frombuffer(_content(data), np.uint8)
-            array = create(group, digest, content.shape, content.shape, "|u1", ("byte",))
-            if len(content):
-                array[:] = content
+            size = len(data) if isinstance(data, bytes) else data.stat().st_size
+            array = create(group, digest, (size,), (min(size, FILE_CHUNK),), "|u1", ("byte",))
+            hashed, first = hashlib.sha256(), 0
+            for piece in _pieces(data, size):
+                hashed.update(piece)
+                array[first : first + len(piece)] = np.frombuffer(piece, np.uint8)
+                first += len(piece)
+            if hashed.hexdigest()[:FILE_DIGITS] != digest:
+                raise CheckpointError(f"{data!s}: changed while it was read; run again when nothing writes it any more")
 
 
-def _content(data: bytes | Path) -> bytes:
-    return data if isinstance(data, bytes) else data.read_bytes()
+def _pieces(data: bytes | Path, size: int) -> Iterator[bytes]:
+    if isinstance(data, bytes):
+        yield from (data[first : first + FILE_CHUNK] for first in range(0, size, FILE_CHUNK))
+        return
+    with open(data, "rb") as file:
+        for first in range(0, size, FILE_CHUNK):
+            yield file.read(min(FILE_CHUNK, size - first))
 
 
 def write_changed(store: Store, group: Group, counts: dict[str, np.ndarray]) -> None:
