@@ -9,23 +9,25 @@ import dask.array as da
 import numpy as np
 from dask.delayed import delayed
 
-from relexio import graph, plan
-from relexio.backtest import Judged, judge
-from relexio.checkpoints.layout import parse_steps
 from relexio.dtypes import NUMPY, to_native
+from relexio.engine import plan
+from relexio.engine.kernels import Rows, combine_block, tiles
+from relexio.engine.resources import Resources
 from relexio.errors import RequestError
-from relexio.extrapolate.backtest import Backtest
-from relexio.extrapolate.methods import Recipe
-from relexio.extrapolate.parts import Choice
-from relexio.extrapolate.verdict import Outlook
-from relexio.fitting import Fit, TensorFit, choose_window, fit
-from relexio.places import local
-from relexio.predict import Target, predict, restore
+from relexio.fit.fit import Fit, TensorFit, choose_window, fit
+from relexio.methods.backtest import Backtest
+from relexio.methods.methods import Recipe
+from relexio.methods.roles import Choice
+from relexio.methods.verdict import Outlook
 from relexio.progress import silent
-from relexio.resources import Resources
-from relexio.trajectory.schema import Block, Tensor
-from relexio.trajectory.store import Store, open_store
-from relexio.trajectory.tiles import TILE, Rows, observed, tiles
+from relexio.store.read import TILE, observed
+from relexio.store.schema import Block, Tensor
+from relexio.store.storage import local
+from relexio.store.store import Store, open_store
+from relexio.verbs.backtest import Judged, judge
+from relexio.verbs.predict import Target, predict
+from relexio.verbs.restore import restore
+from relexio.words import parse_size, parse_steps
 
 
 def open(path: str | Path) -> "Trajectory":
@@ -221,7 +223,7 @@ def _window(store: Store, window: str | Sequence[int] | None) -> tuple[int, ...]
 
 
 def _bytes(size: int | str) -> int:
-    return plan.parse_size(size) if isinstance(size, str) else size
+    return parse_size(size) if isinstance(size, str) else size
 
 
 def _lazy(store: Store, tensor: Tensor, bits: Callable[[Block], np.ndarray]) -> da.Array:
@@ -249,7 +251,7 @@ def _observed_block(store: Store, step: int | None, block: Block) -> np.ndarray:
 
 
 def _predicted_block(store: Store, steps: tuple[int, ...], weights: np.ndarray, block: Block) -> np.ndarray:
-    return graph.combine_block(store, block, steps, weights, TILE, "cpu")[0]
+    return combine_block(store, block, steps, weights, TILE, "cpu")[0]
 
 
 def _delta_block(store: Store, block: Block) -> np.ndarray:

@@ -2,18 +2,18 @@
 
 import numpy as np
 
-from relexio.backtest import Judged
-from relexio.extrapolate.backtest import backtest
-from relexio.extrapolate.findings import alike, find, thrown_away
-from relexio.extrapolate.parts import layer_of, part_of
-from relexio.extrapolate.straight import straightness
-from relexio.extrapolate.trials import STRENGTHS, make_folds, make_trials
-from relexio.extrapolate.verdict import advise
-from relexio.findings import Findings, TensorFindings
-from relexio.inspect import Sizes
+from relexio.methods.backtest import backtest
+from relexio.methods.line_tests import straightness
+from relexio.methods.roles import layer_of, part_of
+from relexio.methods.spectrum import alike, find, thrown_away
+from relexio.methods.trials import STRENGTHS, make_folds, make_trials
+from relexio.methods.verdict import advise
 from relexio.report.data import Facts, default_target
-from relexio.trajectory.schema import lay_out
-from relexio.trajectory.store import Store
+from relexio.store.schema import lay_out
+from relexio.store.store import Store
+from relexio.verbs.backtest import Judged
+from relexio.verbs.findings import Findings, TensorFindings
+from relexio.verbs.inspect import Sizes
 
 _IN_LAYER = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",

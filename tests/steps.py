@@ -5,22 +5,22 @@ from pathlib import Path
 import pytest
 from make import Run
 
-from relexio.checkpoints.layout import parse_steps
-from relexio.convert import Request, convert, prepare
-from relexio.extrapolate.methods import Recipe
-from relexio.fitting import Fit, choose_window, fit
-from relexio.predict import Target, predict
+from relexio.engine.resources import Resources
+from relexio.fit.fit import Fit, choose_window, fit
+from relexio.methods.methods import Recipe
 from relexio.progress import silent
-from relexio.resources import Resources
-from relexio.trajectory import schema
-from relexio.trajectory.store import Store
+from relexio.store import schema
+from relexio.store.store import Store
+from relexio.verbs.convert import Request, convert, prepare
+from relexio.verbs.predict import Target, predict
+from relexio.words import parse_steps
 
 CPU = Resources(device="cpu")
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch, block: int, chunk: int = schema.MOVES_CHUNK) -> None:
     """Let new stores have blocks of at most ``block`` elements and chunks of ``chunk`` moves."""
-    monkeypatch.setattr("relexio.convert.request.block_elements", lambda largest: block)
+    monkeypatch.setattr("relexio.verbs.convert.request.block_elements", lambda largest: block)
     monkeypatch.setattr(schema, "MOVES_CHUNK", chunk)
 
 

@@ -9,7 +9,7 @@ from conftest import Relexio
 from make import Run, make_run, save_checkpoint
 from steps import store_run
 
-from relexio.convert import before
+from relexio.verbs.convert import before
 
 AGAIN = "been written again since"
 

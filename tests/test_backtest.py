@@ -10,17 +10,17 @@ from conftest import Relexio
 from make import BF16, Run, deltas, make_run
 from steps import CPU, fit_run, store_run
 
-from relexio.backtest import judge
+from relexio.engine.resources import Resources
 from relexio.errors import BudgetError, RequestError
-from relexio.extrapolate.backtest import Backtest, backtest
-from relexio.extrapolate.findings import alike, find, thrown_away
-from relexio.extrapolate.methods import METHODS, Recipe, Window
-from relexio.extrapolate.parts import part_of
-from relexio.extrapolate.straight import random_walk, signs, split_half, straightness
-from relexio.extrapolate.trials import HORIZONS, STRENGTHS, Trial, make_folds, make_trials
-from relexio.extrapolate.verdict import advise, outlook, words
+from relexio.methods.backtest import Backtest, backtest
+from relexio.methods.line_tests import random_walk, signs, split_half, straightness
+from relexio.methods.methods import METHODS, Recipe, Window
+from relexio.methods.roles import part_of
+from relexio.methods.spectrum import alike, find, thrown_away
+from relexio.methods.trials import HORIZONS, STRENGTHS, Trial, make_folds, make_trials
+from relexio.methods.verdict import advise, outlook, words
 from relexio.progress import silent
-from relexio.resources import Resources
+from relexio.verbs.backtest import judge
 
 LINE = np.arange(1, 41)
 

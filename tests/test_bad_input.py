@@ -14,10 +14,10 @@ from conftest import Outcome, Relexio, in_process, snapshot
 from make import Tensors, load_file, make_run, save_file
 
 from relexio.cli.main import main
-from relexio.convert import encode, write
-from relexio.places import place
-from relexio.trajectory.schema import Block
-from relexio.trajectory.seal import metadata_hashes, seal
+from relexio.store.schema import Block
+from relexio.store.seal import metadata_hashes, seal
+from relexio.store.storage import place
+from relexio.verbs.convert import encode, write
 
 FILE = "model.safetensors"
 EMBED, NORM, HEAD = "embed.weight", "norm.weight", "value_head.weight"

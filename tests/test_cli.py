@@ -11,7 +11,7 @@ from steps import fit_run, predict_run, store_run
 
 import relexio as package
 from relexio.errors import RequestError
-from relexio.plan import parse_size
+from relexio.words import parse_size
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_predict_tells_what_it_will_do_and_did(run: Run, tmp_path: Path, relexio
 def test_the_second_prediction_makes_no_fit(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_run(run, tmp_path / "run.zarr")
     predict_run(fit_run(store), 100, tmp_path / "one")
-    monkeypatch.setattr("relexio.graph.gram", lambda *_: pytest.fail("the fit is there already"))
+    monkeypatch.setattr("relexio.engine.graph.gram", lambda *_: pytest.fail("the fit is there already"))
     predict_run(fit_run(store, window="10:40"), 200, tmp_path / "two")
 
 

@@ -20,15 +20,15 @@ from steps import CPU, fit_run, predict_run, small_blocks, store_run
 from test_memory import write_dense_run
 
 import relexio as package
-from relexio import graph
+from relexio.engine import graph
+from relexio.engine.plan import Need, make, make_processes
+from relexio.engine.resources import Resources
 from relexio.errors import CheckpointError, ClusterError, RequestError, StoreError
-from relexio.extrapolate.methods import Recipe
-from relexio.fitting import choose_window, fit
-from relexio.inspect import inspect
-from relexio.plan import Need, make, make_processes
+from relexio.fit.fit import choose_window, fit
+from relexio.methods.methods import Recipe
 from relexio.progress import silent
-from relexio.resources import Resources
-from relexio.trajectory.schema import Block
+from relexio.store.schema import Block
+from relexio.verbs.inspect import inspect
 
 distributed = pytest.importorskip("distributed")
 
@@ -140,10 +140,10 @@ def kill_when_marked(marker: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "function", "solvers"),
     [
-        ("relexio.convert.write", "encode_block", ()),
-        ("relexio.graph", "gram_block", ("gram",)),
-        ("relexio.graph", "operator_block", ("blocks",)),
-        ("relexio.graph", "combine_block", ("gram",)),
+        ("relexio.verbs.convert.write", "encode_block", ()),
+        ("relexio.engine.graph", "gram_block", ("gram",)),
+        ("relexio.engine.graph", "operator_block", ("blocks",)),
+        ("relexio.engine.graph", "combine_block", ("gram",)),
     ],
 )
 def test_a_worker_killed_at_work(
@@ -184,7 +184,7 @@ def test_a_block_that_kills_its_workers_is_an_error(run: Run, tmp_path: Path) ->
         Resources(device="cpu", scheduler=made.scheduler_address) as there,
     ):
         made.scheduler.allowed_failures = 0
-        client.run(replace_function, "relexio.graph", "gram_block", die)
+        client.run(replace_function, "relexio.engine.graph", "gram_block", die)
         with pytest.raises(ClusterError, match=r"workers died .* memory"):
             fit_run(trajectory, resources=there)
     assert not list((tmp_path / "run.zarr" / "cache").iterdir())
@@ -202,7 +202,7 @@ def spoil(run: Run) -> None:
 
 def left_over(client: "distributed.Client") -> list[str]:
     """Keys that the scheduler still knows, and passes that a worker has not ended."""
-    from relexio.cluster import worker
+    from relexio.engine.cluster import worker
 
     def open_passes() -> list[str]:
         return [token for token, turns in worker._passes.items() if turns is not None]
@@ -269,7 +269,7 @@ def test_the_command_line(
 
 def slow_down(seconds: float) -> None:
     """Runs in a worker: from now on every block of ``convert`` takes so long at least; 0 for as fast as it goes."""
-    from relexio.convert import encode, write
+    from relexio.verbs.convert import encode, write
 
     def slowly(*arguments: Any) -> Any:
         time.sleep(seconds)
@@ -304,7 +304,7 @@ def test_ctrl_c_leaves_the_cluster_clean(
 def test_a_scheduler_that_is_not_there(
     tmp_path: Path, run: Run, relexio: Relexio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from relexio.cluster import link
+    from relexio.engine.cluster import link
 
     assert link._PATIENCE < 10
     monkeypatch.setattr(link, "_PATIENCE", 1.0)
@@ -317,7 +317,7 @@ def test_a_scheduler_that_is_not_there(
 
 
 def test_a_cluster_without_workers(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relexio.cluster.link._PATIENCE", 0.5)
+    monkeypatch.setattr("relexio.engine.cluster.link._PATIENCE", 0.5)
     with (
         distributed.LocalCluster(n_workers=0, **OPTIONS) as made,
         Resources(scheduler=made.scheduler_address) as there,
@@ -329,7 +329,7 @@ def test_a_cluster_without_workers(run: Run, tmp_path: Path, monkeypatch: pytest
 def test_workers_of_another_version_are_refused(
     run: Run, tmp_path: Path, there: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relexio.cluster.link.__version__", "0.0.1")
+    monkeypatch.setattr("relexio.engine.cluster.link.__version__", "0.0.1")
     with pytest.raises(ClusterError, match=r"worker tcp://.* relexio 0\.1.* relexio 0\.0\.1"):
         store_run(run, tmp_path / "run.zarr", resources=there)
 
@@ -337,7 +337,7 @@ def test_workers_of_another_version_are_refused(
 def test_workers_that_do_not_see_the_files_are_refused(
     run: Run, tmp_path: Path, there: Resources, client: "distributed.Client", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relexio.cluster.run._PATIENCE", 0.1)
+    monkeypatch.setattr("relexio.engine.cluster.run._PATIENCE", 0.1)
     trajectory = store_run(run, tmp_path / "run.zarr")
     blind = next(iter(client.scheduler_info()["workers"]))
     client.run(blindfold, True, workers=[blind])
@@ -350,7 +350,7 @@ def test_workers_that_do_not_see_the_files_are_refused(
 
 def blindfold(on: bool) -> None:
     """Runs in a worker: from now on it sees no file, or those that there are."""
-    from relexio.cluster import worker
+    from relexio.engine.cluster import worker
 
     if on:
         worker.seen, worker._really_seen = lambda path: None, worker.seen  # type: ignore[attr-defined]
@@ -360,7 +360,7 @@ def blindfold(on: bool) -> None:
 
 def test_without_dask_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
-    for name in [name for name in sys.modules if name.startswith("relexio.cluster")]:
+    for name in [name for name in sys.modules if name.startswith("relexio.engine.cluster")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(package, "cluster", raising=False)
     with pytest.raises(ClusterError, match=r"pip install 'relexio\[distributed\]'"):

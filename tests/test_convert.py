@@ -9,12 +9,12 @@ from conftest import Relexio, in_process, snapshot
 from make import BF16, FP8, Run, base_tensors, load_checkpoint, make_run, move, save_checkpoint
 from steps import CPU, fit_run, predict_run, small_blocks, store_run
 
-from relexio.convert.encode import Job
 from relexio.errors import BusyError, RequestError
-from relexio.predict import restore
 from relexio.progress import silent
-from relexio.trajectory.schema import Block, StoredCheckpoint
-from relexio.trajectory.store import open_store
+from relexio.store.schema import Block, StoredCheckpoint
+from relexio.store.store import open_store
+from relexio.verbs.convert.encode import Job
+from relexio.verbs.restore import restore
 
 
 def same_files(one: Path, other: Path) -> None:
@@ -110,8 +110,8 @@ def test_an_interrupted_conversion_goes_on_and_ends_the_same(tmp_path: Path, mon
     small_blocks(monkeypatch, 128)
     run = make_run(tmp_path)
     store_run(run, tmp_path / "whole.zarr")
-    import relexio.convert.write as module
-    from relexio.convert.encode import encode_block
+    import relexio.verbs.convert.write as module
+    from relexio.verbs.convert.encode import encode_block
 
     calls: list[bool] = []
 
@@ -140,7 +140,7 @@ def test_an_interrupted_conversion_goes_on_and_ends_the_same(tmp_path: Path, mon
 def test_an_interrupted_conversion_goes_on_though_training_has_written_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import relexio.convert.write as module
+    import relexio.verbs.convert.write as module
 
     run = make_run(tmp_path, steps=(1, 2, 3))
     monkeypatch.setattr(module, "_commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -158,7 +158,7 @@ def test_what_an_interrupted_run_left_damaged_is_written_again(tmp_path: Path, m
     small_blocks(monkeypatch, 128)
     run = make_run(tmp_path)
     store_run(run, tmp_path / "whole.zarr")
-    import relexio.convert.write as module
+    import relexio.verbs.convert.write as module
 
     monkeypatch.setattr(module, "_commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -172,9 +172,9 @@ def test_what_an_interrupted_run_left_damaged_is_written_again(tmp_path: Path, m
 
 
 def test_a_checkpoint_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import relexio.convert.write as module
-    from relexio.convert.encode import encode_block
+    import relexio.verbs.convert.write as module
     from relexio.errors import CheckpointError
+    from relexio.verbs.convert.encode import encode_block
 
     run = make_run(tmp_path)
     shard = run.steps_path / "global_step_3" / "model.safetensors"

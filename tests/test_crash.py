@@ -17,8 +17,8 @@ from steps import fit_run, predict_run, small_blocks, store_run
 
 from relexio import atomic
 from relexio.errors import StorageError
-from relexio.places import Directory
-from relexio.trajectory.store import open_store
+from relexio.store.storage import Directory
+from relexio.store.store import open_store
 
 SHAPES = {f"model.layers.{i}.w": (700, 300) for i in range(6)}
 

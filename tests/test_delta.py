@@ -4,11 +4,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relexio.delta import changed, count_changed, expand, find_moves, increments
 from relexio.dtypes import KINDS, to_float64
-from relexio.trajectory.chunks import decode, encode
-from relexio.trajectory.schema import Block, Tensor
-from relexio.trajectory.tiles import Part, Tile
+from relexio.engine.kernels import Part, Tile, increments
+from relexio.store.chunks import decode, encode
+from relexio.store.moves import changed, count_changed, expand, find_moves
+from relexio.store.schema import Block, Tensor
 
 
 def some_bits(steps: int, width: int, share: float, kind: str, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,14 +20,14 @@ from steps import CPU, fit_run, predict_run, small_blocks, store_run
 from test_memory import write_dense_run
 from test_oracle import DTYPES, agree
 
-from relexio import plan
-from relexio.backend import own_stream
-from relexio.convert import Request, convert, prepare
+from relexio.engine import plan
+from relexio.engine.device import own_stream
+from relexio.engine.kernels import combine_block, gram_block, operator_block
+from relexio.engine.resources import Resources
 from relexio.errors import BudgetError, DeviceError, RelexioWarning
-from relexio.graph import combine_block, gram_block, operator_block
 from relexio.progress import silent
-from relexio.resources import Resources
-from relexio.trajectory.store import Store
+from relexio.store.store import Store
+from relexio.verbs.convert import Request, convert, prepare
 
 MB = 10**6
 
@@ -137,7 +137,7 @@ def test_other_warnings_are_shown_as_python_does(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relexio: Relexio
 ) -> None:
     store = store_run(run, tmp_path / "run.zarr").address
-    monkeypatch.setattr("relexio.executor.limited", lambda *_: warnings.warn("of another kind", stacklevel=1))
+    monkeypatch.setattr("relexio.engine.executor.limited", lambda *_: warnings.warn("of another kind", stacklevel=1))
     with pytest.raises(UserWarning, match="another kind"):  # pytest makes it an error: the filters are left alone
         relexio("predict", store, "--step", 40, "-o", tmp_path / "out", "--device", "cpu")
 

@@ -20,14 +20,14 @@ from make import BF16, Run, make_run
 from steps import small_blocks
 
 from relexio import atomic
-from relexio.places import Directory, place
-from relexio.trajectory.store import open_store
+from relexio.store.storage import Directory, place
+from relexio.store.store import open_store
 
 SHAPES = {f"model.layers.{i}.w": (60, 400) for i in range(6)}
 #: The command line as a user who owns nothing. What it imports is loaded before: it may lie where only root can read.
 NOBODY = """import importlib, os, sys
 for verb in ("convert", "inspect", "predict", "verify"):
-    importlib.import_module(f"relexio.{verb}" if verb != "verify" else "relexio.convert.verify")
+    importlib.import_module(f"relexio.{verb}" if verb != "verify" else "relexio.verbs.verify")
     importlib.import_module(f"relexio.cli.{verb}")
 import difflib, dask.array, dask.threaded, relexio.api, safetensors.numpy, zarr.codecs
 from relexio.cli.main import main
@@ -116,7 +116,7 @@ def test_a_disk_that_fills_up_while_predicting(
 ) -> None:
     out = disk / "run.zarr"
     assert relexio("convert", run.steps_path, "--base", run.base_path, "-o", out).code == 0
-    monkeypatch.setattr("relexio.predict.check_targets", lambda store, targets: fill(disk, 100 << 10))
+    monkeypatch.setattr("relexio.verbs.predict.check_targets", lambda store, targets: fill(disk, 100 << 10))
     refused(relexio("predict", out, "--step", 9, "-o", disk / "out"), str(disk / "out"), "bytes are left")
     assert sorted(p.name for p in disk.iterdir()) == ["filler", "run.zarr"]
 
@@ -266,7 +266,7 @@ def test_data_is_on_the_disk_before_what_names_it(
     assert bool(disk.problems()) == bool(removed), disk.problems()
 
 
-SLOWLY = """import sys, time, relexio.convert.write as write
+SLOWLY = """import sys, time, relexio.verbs.convert.write as write
 real = write.encode_block
 write.encode_block = lambda *arguments: (time.sleep(0.4), real(*arguments))[1]
 from relexio.cli.main import main

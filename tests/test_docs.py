@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from relexio.checkpoints.layout import parse_steps
 from relexio.cli.main import relexio_command
-from relexio.convert import Request, convert, prepare
-from relexio.demo.data import TARGET, WINDOW_END, unpack
+from relexio.engine.resources import Resources
 from relexio.progress import silent
-from relexio.resources import Resources
+from relexio.verbs.convert import Request, convert, prepare
+from relexio.verbs.demo.data import TARGET, WINDOW_END, unpack
+from relexio.words import parse_steps
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))

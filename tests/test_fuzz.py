@@ -19,7 +19,7 @@ from make import Run, make_run, save_checkpoint
 from relexio.checkpoints.layout import model_directory
 from relexio.checkpoints.read import open_checkpoint
 from relexio.errors import CheckpointError, StoreError
-from relexio.places import place
+from relexio.store.storage import place
 
 ROOT = Path(__file__).parent.parent
 CORPUS = ROOT / "tests" / "corpus"

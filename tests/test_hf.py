@@ -67,8 +67,8 @@ def test_a_prediction_loads(tmp_path: Path, tied: bool, dtype: str, shard: str) 
 
 
 def test_the_demo_predicts_accuracy(tmp_path: Path) -> None:
-    from relexio.demo.run import run
     from relexio.progress import silent
+    from relexio.verbs.demo.run import run
 
     found = run(tmp_path / "demo", silent, lambda line: None)
     assert found.accuracy is not None

@@ -12,10 +12,10 @@ from steps import CPU, fit_run, predict_run, store_run
 
 from relexio.checkpoints.read import open_checkpoint
 from relexio.errors import CheckpointError, StorageError, StoreError
-from relexio.predict import restore
 from relexio.progress import silent
-from relexio.trajectory.schema import NotStored, StoredCheckpoint
-from relexio.trajectory.store import open_store
+from relexio.store.schema import NotStored, StoredCheckpoint
+from relexio.store.store import open_store
+from relexio.verbs.restore import restore
 
 STATE = {
     "optimizer.pt": 900, "scheduler.pt": 20, "rng_state.pth": 30, "rng_state_1.pth": 30, "training_args.bin": 40,
@@ -133,7 +133,7 @@ def test_large_files_are_stored_and_those_of_tensors_named(
     tmp_path: Path, run: Run, relexio: Relexio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("schema", "store", "write"):
-        monkeypatch.setattr(f"relexio.trajectory.{module}.FILE_CHUNK", 1 << 10)
+        monkeypatch.setattr(f"relexio.store.{module}.FILE_CHUNK", 1 << 10)
     monkeypatch.setattr("relexio.checkpoints.files._MOST_TENSORS", 4096)
     monkeypatch.setattr("relexio.checkpoints.files._MOST", 1 << 16)
     large = os.urandom(5 * 1024 + 17)
@@ -191,7 +191,7 @@ def test_an_interrupted_convert_goes_on_though_the_trainer_tidied_up(
         raise StorageError("full")
 
     with monkeypatch.context() as patched:
-        patched.setattr("relexio.convert.write._commit", full)
+        patched.setattr("relexio.verbs.convert.write._commit", full)
         assert relexio("convert", run.steps_path, "--base", run.base_path, "-o", "run.zarr").code == 1
     (run.steps_path / "global_step_1/optimizer.pt").unlink()
     done = relexio("convert", run.steps_path, "--base", run.base_path, "-o", "run.zarr")
@@ -204,7 +204,7 @@ def test_an_interrupted_convert_goes_on_though_the_trainer_tidied_up(
 def test_a_side_file_that_changes_meanwhile_is_an_error(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, relexio: Relexio
 ) -> None:
-    from relexio.trajectory.write import Files
+    from relexio.store.write import Files
 
     real = Files.write
 

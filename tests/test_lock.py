@@ -12,10 +12,11 @@ from conftest import Relexio, in_process, snapshot
 from make import Run, make_run
 from test_disks import refused, whole
 
-from relexio import atomic, cache
+from relexio import atomic
 from relexio.atomic import locked, staging
 from relexio.errors import BusyError
-from relexio.places import place
+from relexio.store import cache
+from relexio.store.storage import place
 from relexio.sweep.files import Files
 
 Meanwhile = Callable[[Callable[[], object]], None]
@@ -119,13 +120,13 @@ def test_another_convert_has_ended_before_ours_makes_its_directory(
     convert = ["convert", run.steps_path, "--base", run.base_path, "-o", store]
 
     def convert_later(*arguments: object) -> object:
-        monkeypatch.setattr("relexio.convert.convert", real)
+        monkeypatch.setattr("relexio.verbs.convert.convert", real)
         assert in_process(*convert, "--steps", "1:2").code == 0
         return real(*arguments)
 
-    from relexio.convert import convert as real
+    from relexio.verbs.convert import convert as real
 
-    monkeypatch.setattr("relexio.convert.convert", convert_later)
+    monkeypatch.setattr("relexio.verbs.convert.convert", convert_later)
     refused(relexio(*convert), "has appeared meanwhile; run again to add to it")
     whole(relexio, store, (1, 2))
 

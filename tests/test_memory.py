@@ -10,7 +10,7 @@ import pytest
 from conftest import in_process
 from make import BF16, save_file
 
-from relexio.plan import parse_size
+from relexio.words import parse_size
 
 #: Runs the command line, then says the highest resident size that the kernel saw.
 MEASURED = """

@@ -13,10 +13,10 @@ from make import deltas as deltas_of
 from steps import fit_run, predict_run, store_run
 
 from relexio.errors import RequestError
-from relexio.extrapolate.fit import read_off
-from relexio.extrapolate.methods import METHODS, Recipe, Window
-from relexio.extrapolate.parts import Choice, layer_of, part_of
-from relexio.trajectory.store import open_store
+from relexio.methods.curves import read_off
+from relexio.methods.methods import METHODS, Recipe, Window
+from relexio.methods.roles import Choice, layer_of, part_of
+from relexio.store.store import open_store
 
 STEPS = np.array([3, 4, 8, 15, 16, 30, 31, 40])
 TARGETS = [55, 100]

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from make import BF16, base_tensors, differing, load_checkpoint, make_run, move, oracle, save_checkpoint
 from steps import fit_run, predict_run, small_blocks, store_run
 
-from relexio.extrapolate.methods import Recipe
-from relexio.resources import Resources
+from relexio.engine.resources import Resources
+from relexio.methods.methods import Recipe
 
 DTYPES = [BF16, np.dtype("float16"), np.dtype("float32")]
 #: Save ties: two of a million elements may differ.
@@ -132,8 +132,8 @@ def test_strength_scales_the_update(tmp_path: Path) -> None:
 
 
 def test_several_targets_in_one_pass_are_what_each_is_alone(tmp_path: Path) -> None:
-    from relexio.predict import Target, predict
     from relexio.progress import silent
+    from relexio.verbs.predict import Target, predict
 
     run = make_run(tmp_path, steps=(1, 2, 5, 9))
     fitted = fit_run(store_run(run, tmp_path / "run.zarr"))

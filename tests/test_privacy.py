@@ -11,8 +11,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from make import Run, make_run
 
 import relexio as package
-from relexio.places import place
-from relexio.shown import shown, stem, without_secrets
+from relexio.store.storage import place
+from relexio.words import shown, stem, without_secrets
 
 SECRET = "pa55w0rd"
 URL = f"memory://user:{SECRET}@here/run.zarr"
@@ -143,7 +143,7 @@ def test_errors_about_an_address_with_a_password(at_url: Path, relexio: Relexio,
 def test_a_lock_at_an_address_with_a_password(
     at_url: Path, run: Run, relexio: Relexio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relexio.places.remote._gone", lambda held: False)
+    monkeypatch.setattr("relexio.store.storage.objects._gone", lambda held: False)
     files, top = place("memory://user:pa55w0rd@here/new.zarr")._files()
     a_writer(files, top)
     done = relexio("convert", run.steps_path, "--base", run.base_path, "-o", URL.replace("run", "new"))

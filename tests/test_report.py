@@ -254,7 +254,7 @@ def test_without_the_extra_it_says_what_to_install(run: Path, tmp_path: Path, mo
     from steps import CPU
 
     from relexio.progress import silent
-    from relexio.trajectory.store import open_store
+    from relexio.store.store import open_store
 
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     store = open_store(str(run))

@@ -11,9 +11,9 @@ from steps import CPU, small_blocks, store_run
 
 import relexio
 from relexio.errors import StoreError
-from relexio.predict import restore
 from relexio.progress import silent
-from relexio.trajectory.store import open_store
+from relexio.store.store import open_store
+from relexio.verbs.restore import restore
 
 Files = dict[str, bytes]
 

@@ -29,12 +29,12 @@ from steps import CPU, fit_run, predict_run, small_blocks
 from zarr.core.sync import sync
 
 import relexio as package
-from relexio.checkpoints.layout import parse_steps
-from relexio.convert import Request, convert, prepare, write
 from relexio.errors import BusyError, ExistsError, MissingError, RequestError, StorageError, StoreError
-from relexio.places import LOCK, Remote, place, remote
 from relexio.progress import silent
-from relexio.trajectory.store import Store, open_store
+from relexio.store.storage import LOCK, Remote, objects, place
+from relexio.store.store import Store, open_store
+from relexio.verbs.convert import Request, convert, prepare, write
+from relexio.words import parse_steps
 
 NOBODY = 2**22 + 1  # above any process id that Linux gives
 
@@ -99,7 +99,7 @@ def forget() -> None:
     for files in list(s3fs.S3FileSystem._cache.values()):
         if files.asynchronous and files._s3 is not None:
             sync(files._s3.close())
-    remote._asynchronous.cache_clear()
+    objects._asynchronous.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
 
 
@@ -199,8 +199,8 @@ def test_a_killed_conversion_is_taken_up(run: Run, whole: Path, bucket: Bucket, 
     """Killed in the middle, with lock and all: the next one sees that the owner is gone, and keeps what is whole."""
     script = """
 import os, signal, sys
-from relexio import convert as verb
-from relexio.convert import write
+from relexio.verbs import convert as verb
+from relexio.verbs.convert import write
 real, done = write.encode_block, []
 def dying(job, block):
     done.append(real(job, block))
@@ -363,7 +363,7 @@ def test_a_kept_fit_is_used_again(stored: Path, bucket: Bucket, monkeypatch: pyt
     bucket.put("run.zarr/cache/gram-0000/zarr.json", b"of fewer steps")
     made = fit_run(open_store(bucket.url())).weights([100])
     with monkeypatch.context() as patch:
-        patch.setattr("relexio.graph.gram", lambda *_: pytest.fail("the fit is there already"))
+        patch.setattr("relexio.engine.graph.gram", lambda *_: pytest.fail("the fit is there already"))
         found = fit_run(open_store(bucket.url())).weights([100])
     assert all((made[name] == found[name]).all() for name in made)
     assert {name.split("/")[1] for name in bucket.objects() if name.startswith("cache/")} == {"gram-0001"}

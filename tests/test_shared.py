@@ -16,7 +16,7 @@ from make import Run, make_run
 from test_disks import refused
 
 from relexio import atomic
-from relexio.places import place
+from relexio.store.storage import place
 
 #: The command line as a user who owns nothing. What it imports is loaded before: it may lie where only root can read.
 NOBODY = """import contextlib, importlib, io, json, os, pkgutil, sys
@@ -189,7 +189,7 @@ def test_a_fit_that_another_user_has_just_finished(
         return len(seen) > 1
 
     assert relexio("convert", run.steps_path, "--base", run.base_path, "-o", store).code == 0
-    monkeypatch.setattr("relexio.places.Directory.readable", readable)
+    monkeypatch.setattr("relexio.store.storage.Directory.readable", readable)
     done = relexio("predict", store, "--step", 9, "-o", open_folder / "out")
     assert done.code == 0 and "not kept" in done.err and seen == [place(store).below("cache/gram-0001")]
 

@@ -27,8 +27,9 @@ from steps import CPU, fit_run, predict_run, store_run
 from relexio import atomic
 from relexio.cli.main import relexio_command
 from relexio.errors import EvaluationError
-from relexio.extrapolate.methods import Recipe
+from relexio.methods.methods import Recipe
 from relexio.progress import silent
+from relexio.store.store import Store
 from relexio.sweep import Candidate, Request, Result, Sweep, sweep
 from relexio.sweep.candidates import filled
 from relexio.sweep.command import run as run_command
@@ -36,7 +37,6 @@ from relexio.sweep.curve import curve
 from relexio.sweep.files import Files
 from relexio.sweep.score import read_score
 from relexio.sweep.table import Setting
-from relexio.trajectory.store import Store
 
 ROOT = Path(__file__).parents[1]
 PYTHON = shlex.quote(sys.executable)

@@ -95,7 +95,7 @@ def test_convert_verifies_what_was_there_before_too(run: Run, relexio: Relexio) 
 def test_convert_can_verify_at_once(run: Run, relexio: Relexio, monkeypatch: pytest.MonkeyPatch) -> None:
     done = relexio("convert", run.steps_path, "--base", run.base_path, "-o", "run.zarr", "--verify")
     assert done.code == 0 and "whole" in done.out and "steps 1, 2, 4, 7" in done.out
-    import relexio.convert.encode as encode
+    import relexio.verbs.convert.encode as encode
 
     real = encode.find_moves
 

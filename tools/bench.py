@@ -117,7 +117,9 @@ def drop_caches(below: Path) -> str:
     """Forget file contents held in memory: all as root on Linux, the programs apart, else those of a directory. Says how."""
     if os.access(CACHES, os.W_OK):
         CACHES.write_text("3")
-        subprocess.run([sys.executable, "-c", "import safetensors, relexio.convert, relexio.predict"], check=True)
+        subprocess.run(
+            [sys.executable, "-c", "import safetensors, relexio.verbs.convert, relexio.verbs.predict"], check=True
+        )
         return "all page caches dropped, Python and its packages read back"
     if not hasattr(os, "posix_fadvise"):
         return "page caches not dropped"

@@ -16,23 +16,23 @@ import google_crc32c
 import numpy as np
 
 from relexio import atomic
-from relexio import convert as verb
 from relexio.checkpoints.header import parse_header, read_shard
-from relexio.checkpoints.layout import parse_steps
 from relexio.checkpoints.read import open_checkpoint
 from relexio.cli.main import main
-from relexio.convert.verify import find_originals, verify
+from relexio.engine.resources import Resources
 from relexio.errors import RelexioError
-from relexio.extrapolate.methods import Recipe
-from relexio.fitting import fit
-from relexio.inspect import inspect
-from relexio.plan import parse_size
-from relexio.predict import Target, predict, restore
+from relexio.fit.fit import fit
+from relexio.methods.methods import Recipe
 from relexio.progress import silent
-from relexio.resources import Resources
-from relexio.trajectory import chunks
-from relexio.trajectory.seal import hash_of
-from relexio.trajectory.store import open_store
+from relexio.store import chunks
+from relexio.store.seal import hash_of
+from relexio.store.store import open_store
+from relexio.verbs import convert as verb
+from relexio.verbs.inspect import inspect
+from relexio.verbs.predict import Target, predict
+from relexio.verbs.restore import restore
+from relexio.verbs.verify import find_originals, verify
+from relexio.words import parse_size, parse_steps
 
 BLANK = "0" * 32
 STEPS = (1, 2, 3, 5)

@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 from bench import differing
 
-from relexio import plan
-from relexio.convert import Request, convert, prepare
-from relexio.extrapolate.methods import Recipe
-from relexio.fitting import fit
-from relexio.predict import Target, predict
+from relexio.engine.process import cores, resident_bytes
+from relexio.engine.resources import Resources
+from relexio.fit.fit import fit
+from relexio.methods.methods import Recipe
 from relexio.progress import silent
-from relexio.resources import Resources
-from relexio.trajectory.store import open_store
+from relexio.store.store import open_store
+from relexio.verbs.convert import Request, convert, prepare
+from relexio.verbs.predict import Target, predict
 
 TOOLS = Path(__file__).resolve().parent
 #: What is compared: name, device, device memory.
@@ -126,11 +126,11 @@ def measure(chosen: dict[str, Any], scratch: Path) -> dict[str, Any]:
     store = convert(prepare(request, Resources(device="cpu"), silent), silent).store
     elements = sum(tensor.size for tensor in store.tensors)
     shutil.rmtree(scratch / "data")
-    before = plan.resident_bytes()
+    before = resident_bytes()
     result: dict[str, Any] = {
         "gpu": cupy.cuda.runtime.getDeviceProperties(0)["name"].decode(),
         "cupy": cupy.__version__,
-        "cores": plan.cores(),
+        "cores": cores(),
         "elements": elements,
         "steps": len(store.steps),
         "window, bytes": sum(tensor.size * tensor.kind.itemsize for tensor in store.tensors) * len(store.steps),
@@ -144,7 +144,7 @@ def measure(chosen: dict[str, Any], scratch: Path) -> dict[str, Any]:
             print(f"  {name}: fit {took['fit']:.2f} s, predict {took['predict']:.2f} s", file=sys.stderr, flush=True)
             if number:  # the first loads the kernels, and the store into the page cache
                 result["runs"].setdefault(name, []).append(took)
-    result["resident, bytes more"] = plan.resident_bytes() - before  # plan.CUDA is an estimate of it, tiles apart
+    result["resident, bytes more"] = resident_bytes() - before  # plan.CUDA is an estimate of it, tiles apart
     truth = scratch / "cpu" / "model.safetensors"
     result["unlike"] = {n: round(differing(scratch / n / truth.name, truth) * elements) for n, *_ in DEVICES}
     return result

@@ -23,8 +23,13 @@ import numpy as np
 import zarr.storage._local as zarr_local
 from safetensors.numpy import save_file
 
-from relexio import atomic, convert, inspect, predict  # noqa: F401  so that copies of this process need not
+from relexio import atomic  # noqa: F401  so that copies of this process need not
 from relexio.cli.main import main as command_line
+from relexio.verbs import (
+    convert,  # noqa: F401  so that copies of this process need not
+    inspect,  # noqa: F401  so that copies of this process need not
+    predict,  # noqa: F401  so that copies of this process need not
+)
 
 #: Calls that change the disk, besides those that write bytes.
 CALLS = ("mkdir", "rename", "replace", "link", "unlink", "rmdir", "fsync", "posix_fallocate")

@@ -11,8 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import relexio
-from relexio.demo.run import TARGET, WINDOW_END, run
 from relexio.progress import silent
+from relexio.verbs.demo.run import TARGET, WINDOW_END, run
 
 BLUE, ORANGE, GREY = "#2a6fbb", "#d9822b", "#8a8f98"
 

@@ -20,10 +20,11 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from relexio.checkpoints.header import Entry
-from relexio.checkpoints.layout import find_steps, parse_steps
+from relexio.checkpoints.layout import find_steps
 from relexio.checkpoints.read import Checkpoint, open_checkpoint, read_exactly
 from relexio.dtypes import BITS
-from relexio.plan import cores
+from relexio.engine.process import cores
+from relexio.words import parse_steps
 
 BLOCK = 1 << 17  # elements; as fast as any from 2^16 to 2^20, in less memory than 2^20
 WIDTH = {"BF16": 2, "F16": 2, "F32": 4}

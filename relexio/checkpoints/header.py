@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
@@ -158,8 +157,3 @@ def header_for_transformers(header: bytes) -> bytes:
     table["__metadata__"] = {**metadata, "format": "pt"}
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     return text + b" " * (-len(text) % 8)
-
-
-def digits(text: str) -> tuple[Any, ...]:
-    """A sort key that puts ``shard-2`` before ``shard-10``."""
-    return tuple(int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text))

@@ -1,47 +1,15 @@
 """Finding the checkpoints of a run: directory names that trainers write, and the user's choice of steps."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from relexio.checkpoints.files import is_file
-from relexio.checkpoints.header import digits
 from relexio.checkpoints.read import INDEX, weight_files
 from relexio.errors import CheckpointError, MissingError, RequestError
+from relexio.words import Selection, digits
 
 _STEP = re.compile(r"(?:global_step_?|checkpoint-|step_|step-)(\d{1,15})(?:_hf)?")
 _INSIDE = ("", "huggingface", "actor/huggingface", "actor")
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which steps the user wants: inclusive ranges, as ``1:75``, ``5:``, ``10:300:10``, ``1,2,5`` or a mix."""
-
-    text: str
-    parts: tuple[range, ...]
-
-    def __contains__(self, step: int) -> bool:
-        return any(step in part for part in self.parts)
-
-    @property
-    def named(self) -> list[int]:
-        """The steps that are named one by one, and so must exist."""
-        return [part[0] for part in self.parts if len(part) == 1]
-
-
-def parse_steps(text: str) -> Selection:
-    """Parse a step expression. Raises RequestError with the accepted forms."""
-    parts = []
-    for piece in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,15})(?::(\d{0,15})(?::(\d{1,15}))?)?\s*", piece)
-        if not match:
-            raise RequestError(f"{text!r} is not a list of steps; write 1:75, 10:300:10 or 1,2,5")
-        first, last, stride = match.groups()
-        stop = int(first) if last is None else int(last or 10**15)
-        if int(stride or 1) == 0 or stop < int(first):
-            raise RequestError(f"{piece!r} holds no step; write FIRST:LAST or FIRST:LAST:STRIDE, both ends included")
-        parts.append(range(int(first), stop + 1, int(stride or 1)))
-    return Selection(text, tuple(parts))
 
 
 def find_steps(root: Path, selection: Selection | None = None) -> tuple[dict[int, Path], list[str]]:

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from relexio.checkpoints.layout import Selection
 from relexio.cli import options
 from relexio.cli.show import by_horizon, heads, note, numbers, stages, table
+from relexio.words import Selection
 
 if TYPE_CHECKING:
-    from relexio.backtest import Judged
-    from relexio.extrapolate.verdict import Pick
+    from relexio.methods.verdict import Pick
+    from relexio.verbs.backtest import Judged
 
 
 @click.command()
@@ -36,10 +36,10 @@ def backtest(
     Every method, window, rank and strength is fitted up to several cut-offs inside the trajectory and held against the
     steps that were really trained after them. Skill above 0 beats keeping the last checkpoint; 1 is perfect.
     """
-    from relexio.backtest import judge
-    from relexio.fitting import choose_window
-    from relexio.resources import Resources
-    from relexio.trajectory.store import open_store
+    from relexio.engine.resources import Resources
+    from relexio.fit.fit import choose_window
+    from relexio.store.store import open_store
+    from relexio.verbs.backtest import judge
 
     store = open_store(trajectory)
     with Resources(memory, workers, "cpu", scheduler=scheduler) as resources:
@@ -55,7 +55,7 @@ def backtest(
 
 
 def _show_run(judged: "Judged") -> None:
-    from relexio.trajectory.store import describe_steps
+    from relexio.words import describe_steps
 
     test, straight = judged.test, judged.straight
     known = ", ".join(str(step) for step in sorted(set(test.known.tolist())))

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from relexio.checkpoints.layout import Selection
 from relexio.cli import options
 from relexio.cli.show import not_stored, note, stages, table
 from relexio.cli.verify import report
+from relexio.verbs.verify import find_originals
+from relexio.verbs.verify import verify as check
+from relexio.words import Selection
 
 if TYPE_CHECKING:
-    from relexio.convert import Conversion, Converted
+    from relexio.verbs.convert import Conversion, Converted
 
 _NAMED = "STEP=PATH"
 
@@ -73,9 +75,9 @@ def convert(
     """
     if checkpoints is None and not named:
         raise click.UsageError("Give CHECKPOINTS, or --checkpoint STEP=PATH.")
-    from relexio import convert as verb
-    from relexio.places import local
-    from relexio.resources import Resources
+    from relexio.engine.resources import Resources
+    from relexio.store.storage import local
+    from relexio.verbs import convert as verb
 
     root, model = (local(path) if path is not None else None for path in (checkpoints, base))
     request = verb.Request(out, model, root, {step: local(path) for step, path in named.items()}, steps)
@@ -94,17 +96,16 @@ def convert(
         if not verify:
             _show_result(conversion, done, as_json)
             return
-        originals = verb.find_originals(done.store, root, model)
+        originals = find_originals(done.store, root, model)
         originals = replace(originals, steps={**originals.steps, **conversion.by_step})
-        found = verb.verify(done.store, originals, resources, stages)
+        found = check(done.store, originals, resources, stages)
     if not as_json:
         _show_result(conversion, done, as_json, said=False)
     report(out, found, as_json)
 
 
 def _show_plan(conversion: "Conversion", as_json: bool) -> None:
-    from relexio.plan import show
-    from relexio.trajectory.store import describe_steps
+    from relexio.words import describe_steps, show
 
     plan, free = conversion.executor.plan, conversion.out.free_bytes()
     if as_json:
@@ -137,10 +138,9 @@ def _show_plan(conversion: "Conversion", as_json: bool) -> None:
 
 def _show_result(conversion: "Conversion", done: "Converted", as_json: bool, said: bool = True) -> None:
     """Print what is stored now and, where ``verify`` does not say it in a moment, what is not."""
-    from relexio.convert.left import recorded
-    from relexio.inspect import sizes
-    from relexio.plan import show
-    from relexio.trajectory.store import describe_steps
+    from relexio.verbs.convert.left import recorded
+    from relexio.verbs.inspect import sizes
+    from relexio.words import describe_steps, show
 
     found, left = sizes(done.store), recorded(done.store) if said else []
     if as_json:

@@ -8,7 +8,7 @@ import click
 from relexio.cli.show import stages, table
 
 if TYPE_CHECKING:
-    from relexio.demo.run import Outcome
+    from relexio.verbs.demo.run import Outcome
 
 
 @click.command()
@@ -21,7 +21,7 @@ def demo(out: Path | None) -> None:
     Writes its checkpoints, converts the first 50 steps, predicts step 200, and holds that against the checkpoint that
     training really reached there.
     """
-    from relexio.demo.run import TARGET, WINDOW_END, free_directory, run
+    from relexio.verbs.demo.run import TARGET, WINDOW_END, free_directory, run
 
     directory = out or free_directory(Path("relexio-demo"))
     found = run(directory, stages, lambda line: click.echo(f"$ {line}"))

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from relexio.checkpoints.layout import Selection
 from relexio.cli import options
 from relexio.cli.show import by_horizon, note, printable, stages, table
+from relexio.words import Selection
 
 if TYPE_CHECKING:
-    from relexio.findings import Findings
+    from relexio.verbs.findings import Findings
 
 _ROWS = 16  # steps of the denoising view
 
@@ -37,10 +37,10 @@ def findings(
     Finding 1: the energy by direction. Finding 2: the coefficients over steps, and their lines (--json has them all). The
     ablations of rank and curve, by skill. And what --rank directions throw away, step by step: is it noise?
     """
-    from relexio.findings import findings as verb
-    from relexio.fitting import choose_window
-    from relexio.resources import Resources
-    from relexio.trajectory.store import open_store
+    from relexio.engine.resources import Resources
+    from relexio.fit.fit import choose_window
+    from relexio.store.store import open_store
+    from relexio.verbs.findings import findings as verb
 
     store = open_store(trajectory)
     with Resources(memory, workers, "cpu", scheduler=scheduler) as resources:
@@ -57,7 +57,7 @@ def findings(
 
 
 def _show_directions(found: "Findings") -> None:
-    from relexio.trajectory.store import describe_steps
+    from relexio.words import describe_steps
 
     shares = found.spectrum.cumsum()
     table(

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from relexio.checkpoints.layout import Selection
 from relexio.cli import options
 from relexio.cli.show import note, printable, stages, table
+from relexio.words import Selection
 
 if TYPE_CHECKING:
-    from relexio.extrapolate.straight import Straightness
-    from relexio.inspect import Inspection
+    from relexio.methods.line_tests import Straightness
+    from relexio.verbs.inspect import Inspection
 
 
 @click.command()
@@ -36,10 +36,10 @@ def inspect(
     energy is the share of the movement that --rank directions keep, r2 how straight the first one runs. High values
     of both certify nothing: skill does, where a prediction inside the window beats keeping its last checkpoint (> 0).
     """
-    from relexio.fitting import choose_window
-    from relexio.inspect import inspect as verb
-    from relexio.resources import Resources
-    from relexio.trajectory.store import open_store
+    from relexio.engine.resources import Resources
+    from relexio.fit.fit import choose_window
+    from relexio.store.store import open_store
+    from relexio.verbs.inspect import inspect as verb
 
     store = open_store(trajectory)
     with Resources(memory, workers, scheduler=scheduler) as resources:
@@ -67,8 +67,7 @@ def _half(straight: "Straightness | None") -> str:
 
 
 def _show(found: "Inspection") -> None:
-    from relexio.plan import show
-    from relexio.trajectory.store import describe_steps
+    from relexio.words import describe_steps, show
 
     size, tested = found.sizes, found.backtest
     last, straight = found.window[-1], found.straight

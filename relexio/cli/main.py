@@ -11,10 +11,10 @@ from typing import Any
 import click
 
 from relexio.cli.show import note, printable
+from relexio.engine.process import use_one_heap
 from relexio.errors import RelexioError, RelexioWarning
-from relexio.plan import use_one_heap
-from relexio.shown import without_secrets
 from relexio.version import __version__
+from relexio.words import without_secrets
 
 _COMMANDS = (
     "convert", "inspect", "backtest", "predict", "sweep", "methods", "reconstruct", "findings", "report",

@@ -5,9 +5,8 @@ from typing import Any
 
 import click
 
-from relexio.checkpoints.layout import Selection, parse_steps
 from relexio.errors import RequestError
-from relexio.plan import parse_size
+from relexio.words import Selection, parse_size, parse_steps
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
@@ -71,7 +70,7 @@ def device(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-#: As in METHODS and CURVES of relexio.extrapolate, which take too long to import for a help text (a test compares).
+#: As in METHODS and CURVES of relexio.methods, which take too long to import for a help text (a test compares).
 METHODS = (
     "relex", "pinned", "reconstruct", "secant", "two-point", "scaled-last", "scaled-first", "mean", "ema",
 )  # fmt: skip

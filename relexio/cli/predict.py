@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from relexio.checkpoints.layout import Selection
 from relexio.cli import options
 from relexio.cli.show import note, stages, table
+from relexio.words import Selection
 
 if TYPE_CHECKING:
-    from relexio.fitting import Fit
-    from relexio.predict import Prospect, Target
+    from relexio.fit.fit import Fit
+    from relexio.verbs.predict import Prospect, Target
 
 _NO_VERDICT = "none: a backtest takes three steps, tensors that move, a rank below the steps, and the gram solver"
 
@@ -67,13 +67,13 @@ def predict(
     base's tensors, dtypes and shards, and the configuration and tokenizer of the window's last step.
     """
     options.check_out(steps, out)
-    from relexio import predict as verb
-    from relexio.extrapolate.methods import Recipe
-    from relexio.extrapolate.parts import Choice
-    from relexio.fitting import choose_window, fit
-    from relexio.places import local
-    from relexio.resources import Resources
-    from relexio.trajectory.store import open_store
+    from relexio.engine.resources import Resources
+    from relexio.fit.fit import choose_window, fit
+    from relexio.methods.methods import Recipe
+    from relexio.methods.roles import Choice
+    from relexio.store.storage import local
+    from relexio.store.store import open_store
+    from relexio.verbs import predict as verb
 
     store = open_store(trajectory)
     chosen, recipe = choose_window(store, window), Recipe(method, rank, strength, curve, refit, last)
@@ -92,8 +92,7 @@ def predict(
 
 
 def _show_plan(window: tuple[int, ...], targets: "list[Target]", prospect: "Prospect", as_json: bool) -> None:
-    from relexio.plan import show
-    from relexio.trajectory.store import describe_steps
+    from relexio.words import describe_steps, show
 
     plan = prospect.plan
     if as_json:
@@ -128,9 +127,9 @@ def _show_plan(window: tuple[int, ...], targets: "list[Target]", prospect: "Pros
 
 
 def _show_result(fitted: "Fit", targets: "list[Target]", as_json: bool) -> None:
-    from relexio.extrapolate.methods import METHODS
-    from relexio.predict import provenance
-    from relexio.trajectory.store import describe_steps
+    from relexio.methods.methods import METHODS
+    from relexio.verbs.predict import provenance
+    from relexio.words import describe_steps
 
     _warn(fitted, targets)
     if as_json:
@@ -152,7 +151,7 @@ def _show_result(fitted: "Fit", targets: "list[Target]", as_json: bool) -> None:
 
 def _warn(fitted: "Fit", targets: "list[Target]") -> None:
     """Notes on what speaks against believing these predictions."""
-    from relexio.extrapolate.methods import METHODS
+    from relexio.methods.methods import METHODS
 
     if not METHODS[fitted.recipe.method].extrapolates:
         return

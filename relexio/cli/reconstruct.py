@@ -4,9 +4,9 @@ import json
 
 import click
 
-from relexio.checkpoints.layout import Selection
 from relexio.cli import options
 from relexio.cli.show import note, stages, table
+from relexio.words import Selection
 
 
 @click.command()
@@ -43,12 +43,13 @@ def reconstruct(
     options.check_out(steps, out)
     import numpy as np
 
-    from relexio.extrapolate.methods import Recipe
-    from relexio.fitting import choose_window, fit
-    from relexio.places import local
-    from relexio.predict import Target, predict, provenance
-    from relexio.resources import Resources
-    from relexio.trajectory.store import describe_steps, open_store
+    from relexio.engine.resources import Resources
+    from relexio.fit.fit import choose_window, fit
+    from relexio.methods.methods import Recipe
+    from relexio.store.storage import local
+    from relexio.store.store import open_store
+    from relexio.verbs.predict import Target, predict, provenance
+    from relexio.words import describe_steps
 
     store = open_store(trajectory)
     chosen, recipe = choose_window(store, window), Recipe("reconstruct", rank)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import click
 
-from relexio.checkpoints.layout import Selection
 from relexio.cli import options
 from relexio.cli.show import stages, table
+from relexio.words import Selection
 
 
 @click.command()
@@ -42,13 +42,13 @@ def report(
     One HTML file that needs no network: the verdict in words, skill of the methods, energy by layer, coefficients with
     their lines, changed elements, and the spectrum. Needs pip install 'relexio[report]'.
     """
-    from relexio.fitting import choose_window
-    from relexio.places import local
-    from relexio.plan import show
+    from relexio.engine.resources import Resources
+    from relexio.fit.fit import choose_window
     from relexio.report import Request, default_page
     from relexio.report import report as verb
-    from relexio.resources import Resources
-    from relexio.trajectory.store import open_store
+    from relexio.store.storage import local
+    from relexio.store.store import open_store
+    from relexio.words import show
 
     store = open_store(trajectory)
     page: Path = local(out) if out else default_page(store.address)

@@ -44,11 +44,11 @@ def restore(
     whether or not the original directory is still there. Each bit is compared with what was committed before -o gets its
     name. What training needs to go on (optimizer, scheduler, random numbers) is not stored.
     """
-    from relexio.convert.left import recorded_of
-    from relexio.places import local
-    from relexio.predict import restore as verb
-    from relexio.resources import Resources
-    from relexio.trajectory.store import open_store
+    from relexio.engine.resources import Resources
+    from relexio.store.storage import local
+    from relexio.store.store import open_store
+    from relexio.verbs.convert.left import recorded_of
+    from relexio.verbs.restore import restore as verb
 
     store = open_store(trajectory)
     with Resources(memory, workers, "cpu", scheduler=scheduler) as resources:

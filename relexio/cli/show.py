@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from relexio.plan import show
-from relexio.shown import without_secrets
+from relexio.words import show, without_secrets
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from relexio.convert.left import Left
-    from relexio.extrapolate.backtest import Backtest
+    from relexio.methods.backtest import Backtest
+    from relexio.verbs.convert.left import Left
 
 _PATIENCE = 1.0  # seconds before anything is said
 _EVERY = 10.0  # seconds between lines where stderr is not a terminal
@@ -106,7 +105,7 @@ def table(rows: list[tuple[str, str]]) -> None:
 
 def heads(test: "Backtest") -> tuple[list[int], str]:
     """The horizons at which a backtest held anything out, and the heads of their columns."""
-    from relexio.extrapolate.trials import horizon_name
+    from relexio.methods.trials import horizon_name
 
     places = sorted(set(test.horizons.tolist()))
     return places, "".join(f"{horizon_name(place):>7}" for place in places)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from relexio.checkpoints.layout import Selection
 from relexio.cli import options
 from relexio.cli.show import note, printable, seconds, stages, table
+from relexio.words import Selection
 
 if TYPE_CHECKING:
     from relexio.sweep import Candidate, Prospect, Request, Result, Sweep
@@ -102,10 +102,10 @@ def sweep(
     if count > _MOST_STEPS:
         raise click.UsageError(f"--steps {steps.text}: more steps than anyone evaluates; give an end and a stride")
     from relexio import sweep as verb
-    from relexio.fitting import choose_window
-    from relexio.places import local
-    from relexio.resources import Resources
-    from relexio.trajectory.store import open_store
+    from relexio.engine.resources import Resources
+    from relexio.fit.fit import choose_window
+    from relexio.store.storage import local
+    from relexio.store.store import open_store
 
     store = open_store(trajectory)
     chosen = tuple(sorted({step for part in steps.parts for step in part}))
@@ -126,7 +126,7 @@ def sweep(
 
 def _beside(trajectory: str) -> str:
     """Where results go: beside a trajectory, or here if it is on object storage."""
-    from relexio.shown import stem
+    from relexio.words import stem
 
     if "://" in trajectory:
         return f"{stem(trajectory)}.sweep"
@@ -202,8 +202,7 @@ class _Said:
 
 
 def _show_plan(request: "Request", ahead: "Prospect", as_json: bool) -> None:
-    from relexio.plan import show
-    from relexio.trajectory.store import describe_steps
+    from relexio.words import describe_steps, show
 
     if as_json:
         facts = {

@@ -10,7 +10,7 @@ from relexio.cli import options
 from relexio.cli.show import not_stored, note, printable, stages, table
 
 if TYPE_CHECKING:
-    from relexio.convert.verify import Verified
+    from relexio.verbs.verify import Verified
 
 _SHOWN = 20
 
@@ -38,10 +38,10 @@ def verify(
     directory that it was converted from, compares every stored step with its files bit for bit, and lists what is there
     and not in the trajectory. Do that before you delete them.
     """
-    from relexio.convert.verify import find_originals
-    from relexio.convert.verify import verify as check
-    from relexio.resources import Resources
-    from relexio.trajectory.store import open_store
+    from relexio.engine.resources import Resources
+    from relexio.store.store import open_store
+    from relexio.verbs.verify import find_originals
+    from relexio.verbs.verify import verify as check
 
     store = open_store(trajectory)
     with Resources(memory, workers, "cpu", scheduler=scheduler) as resources:
@@ -50,7 +50,7 @@ def verify(
 
 
 def _compared(found: "Verified") -> str:
-    from relexio.trajectory.store import describe_steps
+    from relexio.words import describe_steps
 
     base = "the base" if found.base_compared else "not the base (--base names it)"
     return (
@@ -69,9 +69,7 @@ def _whole(found: "Verified") -> str:
 
 def report(trajectory: str, found: "Verified", as_json: bool) -> None:
     """Print what was verified. Ends the program with 1 if anything is wrong."""
-    from relexio.plan import show
-    from relexio.shown import shown
-    from relexio.trajectory.store import describe_steps
+    from relexio.words import describe_steps, show, shown
 
     for text in found.notes:
         note(text)

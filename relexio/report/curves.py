@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from relexio.findings import Findings, TensorFindings
 from relexio.report.data import WHOLE, Row, Table, number, numbers, thin
+from relexio.verbs.findings import Findings, TensorFindings
 
 _DRAWN, _DRAWN_OF_PART = 12, 6  # tensors whose coefficients are drawn at first, and when one part is picked
 _LEAST_LAST = 0.2  # of the largest coefficient: a tensor that came back has no last value to be measured in

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from relexio.extrapolate.findings import find, thrown_away
-from relexio.extrapolate.parts import part_of
-from relexio.extrapolate.trials import horizon_name, within
-from relexio.findings import Findings, TensorFindings
-from relexio.inspect import Sizes
+from relexio.methods.roles import part_of
+from relexio.methods.spectrum import find, thrown_away
+from relexio.methods.trials import horizon_name, within
+from relexio.verbs.findings import Findings, TensorFindings
+from relexio.verbs.inspect import Sizes
 
 Row = dict[str, Any]
 Table = list[Row]

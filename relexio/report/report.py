@@ -7,16 +7,16 @@ from shlex import quote
 from typing import Any
 
 from relexio.atomic import storage_errors, write_new
+from relexio.engine.plan import OVERHEAD
+from relexio.engine.resources import Resources
 from relexio.errors import BudgetError, ExistsError, RequestError
-from relexio.extrapolate.methods import Recipe
-from relexio.findings import Findings, findings
-from relexio.inspect import changed_counts, sizes
-from relexio.plan import OVERHEAD, show
+from relexio.methods.methods import Recipe
 from relexio.progress import Stages
 from relexio.report.data import Facts, default_target
-from relexio.resources import Resources
-from relexio.shown import stem
-from relexio.trajectory.store import Store
+from relexio.store.store import Store
+from relexio.verbs.findings import Findings, findings
+from relexio.verbs.inspect import changed_counts, sizes
+from relexio.words import show, stem
 
 _NAMES = ("skill", "energy", "coefficients", "changed", "spectrum", "thrown", "parts")
 _PNG_WIDTH, _PNG_SCALE = 760, 2

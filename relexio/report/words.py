@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from relexio.extrapolate.straight import random_walk
-from relexio.extrapolate.verdict import CAVEAT
-from relexio.plan import show
+from relexio.methods.line_tests import random_walk
+from relexio.methods.verdict import CAVEAT
 from relexio.report.data import Facts
-from relexio.trajectory.store import describe_steps
+from relexio.words import describe_steps, show
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 from relexio import atomic
 from relexio.errors import ExistsError
-from relexio.predict import PROVENANCE
 from relexio.sweep.table import Sweep, parse
+from relexio.verbs.predict import PROVENANCE
 
 
 @dataclass(frozen=True)

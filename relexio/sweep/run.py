@@ -7,19 +7,23 @@ from pathlib import Path
 
 import numpy as np
 
-from relexio import atomic, plan, predict
+from relexio import atomic
 from relexio.checkpoints.write import write_files
+from relexio.engine import plan
+from relexio.engine.resources import Resources
 from relexio.errors import BudgetError, EvaluationError, RequestError, StorageError
-from relexio.extrapolate.methods import Recipe
-from relexio.fitting import Fit, fit
+from relexio.fit.fit import Fit, fit
+from relexio.methods.methods import Recipe
 from relexio.progress import Stages
-from relexio.resources import Resources
+from relexio.store.store import Store
 from relexio.sweep.candidates import BASE, Candidate, Request, filled
 from relexio.sweep.command import Ended, run
 from relexio.sweep.files import Files
 from relexio.sweep.score import read_score
 from relexio.sweep.table import Result, Setting, Sweep
-from relexio.trajectory.store import Store
+from relexio.verbs import predict
+from relexio.verbs.restore import restore
+from relexio.words import show
 
 #: Told of each evaluation when its checkpoint is written (no result yet), and after it: its number, how many there are,
 #: and the table so far.
@@ -147,15 +151,15 @@ def _disk(store: Store, request: Request, files: Files) -> tuple[int, int]:
     needed = 2 * (max(sum(shard.size for shard in record.shards) for record in records) + around)
     if request.disk is not None and request.disk < needed:
         raise BudgetError(
-            f"--disk {plan.show(request.disk)}: the candidate and the best so far take {plan.show(needed)} at once; "
+            f"--disk {show(request.disk)}: the candidate and the best so far take {show(needed)} at once; "
             f"give --disk {needed} at least"
         )
     ours = sum(map(atomic.tree_bytes, (files.best, files.candidate("none").parent)))
     free = atomic.free_bytes(request.out) + ours
     if free < needed:
         raise StorageError(
-            f"{request.out}: {plan.show(needed)} are needed for the candidate and the best so far, and "
-            f"{plan.show(free)} are free; free space, or give another -o"
+            f"{request.out}: {show(needed)} are needed for the candidate and the best so far, and "
+            f"{show(free)} are free; free space, or give another -o"
         )
     return needed, free
 
@@ -213,7 +217,7 @@ class _Work:
             predict.predict(self._fitted(candidate), [target], self.resources, self.stages)
             return out
         store, step = self.store, None if candidate.method == BASE else candidate.step
-        predict.restore(store, step, out, self.resources, self.stages)
+        restore(store, step, out, self.resources, self.stages)
         if step is not None:
             side = predict.lacking(store, store.checkpoints(store.find(step)[0])[step])
             write_files(out, ((name, store.pieces(array)) for name, array in side.items()))

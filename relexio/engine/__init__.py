@@ -1,0 +1,1 @@
+"""Where blocks are worked on, and in how much memory."""

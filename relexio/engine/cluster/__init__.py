@@ -1,0 +1,9 @@
+"""The same graphs on a Dask cluster: one that is there, or worker processes of this machine. Imported only when asked for.
+
+Every task writes whole blocks at fixed places, so that Dask may run one again when its worker has died. A task that
+raises is not tried again: what it says is true the next time too. Nothing of Dask's own is unpickled from a file.
+"""
+
+from relexio.engine.cluster.link import Link
+
+__all__ = ["Link"]

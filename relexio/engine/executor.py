@@ -1,0 +1,133 @@
+"""Where a graph runs: threads of this process. ``cluster`` has the same on worker processes."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import zarr
+from dask import threaded
+from dask.base import compute
+from dask.callbacks import Callback
+from dask.delayed import Delayed, delayed
+from threadpoolctl import threadpool_limits
+
+from relexio.engine.device import limited, own_stream
+from relexio.engine.plan import Plan
+
+#: Told the bytes of each finished task.
+Progress = Callable[[int], None]
+#: Takes a result, and its place among those of a pass, in the process that asked for it; perhaps in one of its threads.
+Keep = Callable[[int, Any], None]
+_BLOCKS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over blocks: makes the nodes of its graph, and knows the bytes of each by its key, for the progress.
+
+    The token makes keys that no other pass on the same cluster has.
+    """
+
+    sizes: dict[str, int] = field(default_factory=dict)
+    token: str = field(default_factory=lambda: uuid4().hex)
+
+    def task(self, function: Callable[..., Any], *parts: Any, key: str) -> Delayed:
+        """One node, under a key; only ``parts`` may hold other nodes."""
+        return delayed(function, pure=False, traverse=False)(*parts, dask_key_name=f"{key}-{self.token}")
+
+    def block(self, function: Callable[..., Any], *parts: Any, key: str, size: int) -> Delayed:
+        """One node that works on a block of ``size`` bytes."""
+        self.sizes[f"{key}-{self.token}"] = size
+        return self.task(function, *parts, key=key)
+
+    def shared(self, value: Any) -> Delayed:
+        """A node that holds what many others need: on a cluster it travels once to each worker, not with every task."""
+        return self.task(partial(_same, value), key="shared")
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class Executor:
+    """Where a graph runs: threads of this process, on one device, inside a plan."""
+
+    plan: Plan
+    device: str = "cpu"
+    device_memory: int = 0
+
+    def begin(self) -> Pass:
+        """A new pass, whose tasks ``run`` takes."""
+        return Pass()
+
+    def run(self, made: Pass, tasks: Iterable[Delayed], progress: Progress, keep: Keep | None = None) -> list[Any]:
+        """Compute all tasks and return their results in order, some thousand blocks at a time: a graph has its size too.
+
+        With ``keep`` a result is handed over as soon as it is there, and not held.
+        """
+        limit_threads(self.plan.workers)
+        results: list[Any] = []
+        with (
+            threadpool_limits(1),
+            limited(self.device, self.device_memory),
+            _Reporter(made.sizes, progress),
+            _pool(self.plan.workers, self.device) as pool,
+        ):
+            for batch in batches(made, tasks):
+                if keep is not None:
+                    batch = [_kept(made, node, keep, place) for place, node in enumerate(batch, len(results))]
+                results += compute(*batch, scheduler=threaded.get, pool=pool, optimize_graph=False)
+                made.sizes.clear()
+        return results
+
+    def require(self, paths: Iterable[Path]) -> None:
+        """Raise ClusterError unless whoever does the work sees these files as this process does."""
+
+    def settle(self, directories: Iterable[Path]) -> None:
+        """Make durable what was written below directories by machines other than this one."""
+
+
+def _kept(made: Pass, node: Delayed, keep: Keep, place: int) -> Delayed:
+    return made.task(partial(keep, place), node, key=f"keep-{place}")
+
+
+def batches(made: Pass, tasks: Iterable[Delayed]) -> Iterator[list[Delayed]]:
+    """The tasks, some thousand blocks at a time; they are made when they are asked for."""
+    batch: list[Delayed] = []
+    for node in tasks:
+        batch.append(node)
+        if len(made.sizes) >= _BLOCKS_AT_ONCE:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+@contextmanager
+def _pool(workers: int, device: str) -> Iterator[ThreadPoolExecutor]:
+    """Worker threads, all of them done when it ends: after an error too nothing is written any more."""
+    pool = ThreadPoolExecutor(workers, initializer=own_stream, initargs=(device,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Reporter(Callback):
+    def __init__(self, sizes: dict[str, int], progress: Progress) -> None:
+        def done(key: str, *_: Any) -> None:
+            if key in sizes:
+                progress(sizes[key])
+
+        super().__init__(posttask=done)
+
+
+def limit_threads(workers: int) -> None:
+    """Let Zarr decode with as many threads as there are workers, so that memory and cores stay within the plan."""
+    zarr.config.set({"threading.max_workers": max(workers, 1), "async.concurrency": max(workers, 1)})

@@ -1,0 +1,130 @@
+"""Memory as a promise in bytes: how many workers, and how much each holds at a time. Pure arithmetic, before any read.
+
+Every figure is an upper bound for dense data (each element changed at each step), so that the promise does not depend
+on what RL did to the model. Peak resident size = what the process holds already + what its workers hold.
+"""
+
+from dataclasses import dataclass
+
+from relexio.engine.process import cores
+from relexio.errors import BudgetError
+from relexio.words import show
+
+DEFAULT_MEMORY = 2_000_000_000
+#: Threads, allocator slack, the scheduler, and libraries still to be loaded (measured: 20 to 35 MB).
+OVERHEAD = 64 << 20
+#: A fresh worker process of a Dask cluster with all that it imports (measured: 73 MB).
+PROCESS = 96 << 20
+#: What starting such processes adds to the one that starts them: scheduler, client, resource tracker (measured: 28 MB).
+PROCESSES = 48 << 20
+_TILES = ((2 << 20, 1 << 20, 1 << 19),)  # small enough for the caches
+#: For a device. A tile is some thirty calls under Python's lock, however small it is: below 8 MB it is these that take
+#: the time, so that fewer workers with larger tiles are the better plan.
+_DEVICE_TILES = (tuple(1 << n for n in range(26, 22, -1)), tuple(1 << n for n in range(22, 15, -1)))
+#: A tile of F, and where each of its numbers is a move: place, owner, bits, value and the value before. For a device
+#: the moves and two copies of them in pinned memory, in powers of two, which is no more.
+_PER_TILE = 8.0
+#: What a device holds in that case, one tile of F still there while the next is made: up to 7.4 (tests/test_device.py,
+#: on a stand-in), and something for what CuPy takes itself and for gaps between its blocks.
+_PER_DEVICE_TILE = 10.0
+#: Resident bytes of CuPy, the CUDA libraries and a context on the host: an estimate, not measured yet.
+CUDA = 512 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a job runs: ``workers`` at once, each with tiles of ``tile_bytes``; bytes of memory projected and allowed."""
+
+    workers: int
+    tile_bytes: int
+    projected: int
+    allowed: int
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one worker holds: ``fixed`` bytes, ``per_tile`` bytes for every byte of a tile; the same on a device."""
+
+    fixed: int
+    per_tile: float
+    device_fixed: int = 0
+    device_per_tile: float = 0.0
+
+    def bytes(self, tile: int) -> int:
+        """With tiles of that many bytes."""
+        return int(self.fixed + self.per_tile * tile)
+
+    def device_bytes(self, tile: int) -> int:
+        """On a device, with tiles of that many bytes."""
+        return int(self.device_fixed + self.device_per_tile * tile)
+
+
+def convert_need(block: int, itemsize: int, steps: int, chunk: int) -> Need:
+    """A block of ``convert``: base bits and counts; chunks of ``chunk`` moves; per tile its bits, and 36 bytes a move."""
+    return Need(block * (2 * itemsize + 4) + 2 * chunk * (itemsize + 4) + steps * 4096, 6.0 + 36.0 / itemsize)
+
+
+def fit_need(block: int, itemsize: int, counts: int, chunks: int, steps: int, whole: bool) -> Need:
+    """A block of a fit: bits, places, ``counts`` bytes an element; decoded ``chunks`` bytes; T x T if ``whole``."""
+    square = 4 * 8 * steps * steps if whole else 64 * 8 * steps  # the Krylov space: a few columns a pass
+    return Need(_block_bytes(block, itemsize, counts) + chunks + square, _PER_TILE, square, _PER_DEVICE_TILE)
+
+
+def combine_need(block: int, itemsize: int, counts: int, chunks: int, steps: int, targets: int) -> Need:
+    """A block of the combine pass: as above, and its result for every target."""
+    held = 2 * block * itemsize * targets
+    share = targets / max(steps, 1)
+    return Need(
+        _block_bytes(block, itemsize, counts) + chunks + held,
+        _PER_TILE + 4.0 * share,
+        2 * 8 * steps * targets,
+        _PER_DEVICE_TILE + 6.0 * share,
+    )
+
+
+def _block_bytes(block: int, itemsize: int, counts: int) -> int:
+    return block * (2 * itemsize + counts + 2 + 8 + 8)
+
+
+def make(
+    need: Need,
+    memory: int,
+    held: int,
+    workers: int | None,
+    shared: int = 0,
+    each: int = 0,
+    device_memory: int | None = None,
+) -> Plan:
+    """The plan with most workers, then the largest tiles, that fits ``memory`` bytes, and those of a device if given.
+
+    The program held ``held`` bytes before the job, ``shared`` bytes are held once, ``each`` by every worker beside its need.
+    Raises BudgetError, naming projected and allowed bytes, where one worker does not fit.
+    """
+    held += OVERHEAD + shared
+    sizes = _TILES if device_memory is None else _DEVICE_TILES
+    for some in sizes:
+        for count in range(workers or cores(), 0, -1):
+            for tile in some:
+                projected, there = held + count * (each + need.bytes(tile)), count * need.device_bytes(tile)
+                if projected <= memory and (device_memory is None or there <= device_memory):
+                    return Plan(count, tile, projected, memory)
+    smallest = sizes[-1][-1]
+    worker, there = each + need.bytes(smallest), need.device_bytes(smallest)
+    if device_memory is not None and there > device_memory:
+        raise BudgetError(
+            f"--device-memory {show(device_memory)} is too small: one worker needs {show(there)}; give more"
+        )
+    raise BudgetError(
+        f"--memory {show(memory)} is too small: {show(held + worker)} are needed with one worker "
+        f"({show(held)} for the program, {show(worker)} for the worker); give --memory {-(-(held + worker) // 10**6)}MB or more"
+    )
+
+
+def make_processes(
+    need: Need, memory: int, held: int, workers: int | None, shared: int = 0, device_memory: int | None = None
+) -> Plan:
+    """As ``make``, where each worker is a process of its own: ``memory`` covers them all, and the one that starts them.
+
+    What threads hold once, ``shared`` bytes, every process holds. Raises BudgetError.
+    """
+    return make(need, memory, held + PROCESSES, workers, shared, PROCESS + OVERHEAD + shared, device_memory)

@@ -1,0 +1,1 @@
+"""Gram matrices, made or kept, and the weights that follow from them."""

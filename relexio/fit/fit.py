@@ -1,0 +1,242 @@
+"""From Gram matrices to T weights for each tensor: the fit, its backtest, and what it says of every tensor."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from relexio.dtypes import is_buffer
+from relexio.engine.resources import Resources
+from relexio.errors import RequestError
+from relexio.fit.grams import SOLVERS, Grams, find_grams
+from relexio.methods.backtest import Backtest, backtest, heeding_norms
+from relexio.methods.curves import Line, fit_line
+from relexio.methods.line_tests import LEAD, base_doubt, signs
+from relexio.methods.methods import METHODS, Recipe, Window, directions
+from relexio.methods.roles import Choice
+from relexio.methods.skill import Errors, errors, terms
+from relexio.methods.trials import Trial, make_folds
+from relexio.methods.verdict import Outlook, outlook
+from relexio.progress import Stages
+from relexio.store.schema import Tensor
+from relexio.store.store import Store
+from relexio.words import Selection, describe_steps
+
+
+@dataclass(frozen=True)
+class TensorFit:
+    """How one tensor moved: share of elements changed, sigma^2 kept and in all, its first line, backtest errors.
+
+    ``line`` is None for a tensor that never changed or cannot be fitted, ``total`` where the solver does not know it.
+    """
+
+    name: str
+    size: int
+    changed: float
+    kept: float = 0.0
+    total: float | None = None
+    line: Line | None = None
+    errors: Errors = field(default_factory=Errors)
+
+    @property
+    def energy(self) -> float | None:
+        """The share of sigma^2 that the rank keeps; None for a tensor that never changed."""
+        return self.kept / self.total if self.total else None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A recipe fitted to a window, for the chosen tensors. ``notes`` are things that its user should know."""
+
+    store: Store
+    steps: tuple[int, ...]
+    recipe: Recipe
+    grams: Grams
+    choice: Choice = field(default_factory=Choice)
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def chosen(self) -> frozenset[str]:
+        """The names of the tensors that are predicted."""
+        return self.choice.of(tensor.name for tensor in self.store.tensors)
+
+    def weights(self, targets: list[int]) -> dict[str, np.ndarray]:
+        """Weights [T, S] over the window for S targets, by tensor; a tensor that stays as it was last has none."""
+        self.recipe.check(np.array(self.steps), targets)
+        found = {tensor.name: self._weights(tensor, targets) for tensor in self.store.tensors}
+        return {name: weights for name, weights in found.items() if weights is not None}
+
+    def _weights(self, tensor: Tensor, targets: list[int]) -> np.ndarray | None:
+        if tensor.name not in self.chosen and self.choice.others == "base":
+            return np.zeros((len(self.steps), len(targets)))
+        if not tensor.kind.is_float or not tensor.size or self._recipe(tensor.name, self.recipe) is None:
+            return None
+        window = Window(self.grams.of(tensor, self.steps), np.array(self.steps))
+        return self.recipe.weights(window, targets)
+
+    def _recipe(self, name: str, recipe: Recipe) -> Recipe | None:
+        return heeding_norms(name, recipe) if name in self.chosen else None
+
+    @cached_property
+    def backtest(self) -> Backtest | None:
+        """The recipe, judged inside its window: fitted up to several cut-offs, held against the steps after each.
+
+        If the window ends a longer run of stored steps, all of those up to its end are used, and it keeps its share of
+        them. None where that cannot be done: fewer than 3 steps, no tensor that moved, a method that does not extrapolate,
+        or a solver that keeps no whole Gram matrix.
+        """
+        if not self.grams.whole or not METHODS[self.recipe.method].extrapolates:
+            return None
+        seen = tuple(step for step in self.grams.steps if step <= self.steps[-1])
+        if seen[-len(self.steps) :] != self.steps:
+            seen = self.steps
+        if len(seen) < 3:
+            return None
+        trial, steps = Trial(self.recipe, len(self.steps) / len(seen)), np.array(seen)
+        folds = [fold for fold in make_folds(steps) if trial.window(fold.known) is not None]
+        fitted = [tensor for tensor in self.store.fitted() if tensor.name in self.chosen]
+        pairs = ((tensor.name, self.grams.of(tensor, seen)) for tensor in fitted)
+        if not folds or not fitted:
+            return None
+        with threadpool_limits(1):
+            found = backtest(pairs, len(fitted), steps, [trial], folds, (self.recipe.strength,), self._recipe)
+        return found if found.kept.any() else None
+
+    def outlook(self, target: int) -> Outlook | None:
+        """What the backtest says of a target; None without a backtest."""
+        return None if self.backtest is None else outlook(self.backtest, target, self.steps[-1])
+
+    def signs(self) -> list[str]:
+        """What speaks against the window being one line (repeats, a jump, a break in the slope), in words."""
+        if not self.grams.whole:
+            return []
+        total = sum(self.grams.of(tensor, self.steps) for tensor in self.store.fitted() if tensor.name in self.chosen)
+        return signs(total, np.array(self.steps)) if isinstance(total, np.ndarray) else []
+
+    def thrown_away(self, step: int) -> float | None:
+        """|theta_hat - theta_t|^2 / |theta_t - theta_0|^2 of an observed step of the window, over all tensors.
+
+        None without whole Gram matrices, or for a step at which nothing had moved.
+        """
+        if not self.grams.whole:
+            return None
+        place, apart, whole = self.steps.index(step), 0.0, 0.0
+        for tensor in self.store.fitted():
+            gram, weights = self.grams.of(tensor, self.steps), self._weights(tensor, [step])
+            gap = np.eye(len(self.steps))[place] - (np.eye(len(self.steps))[-1] if weights is None else weights[:, 0])
+            apart += max(float(gap @ gram @ gap), 0.0)
+            whole += float(gram[place, place])
+        return apart / whole if whole > 0 else None
+
+    def errors_at(self, step: int) -> Errors:
+        """Errors of the prediction at a stored step outside the window, over all tensors.
+
+        Raises RequestError where the step is not stored, or the solver has kept no Gram matrix of it.
+        """
+        self.store.find(step)
+        if step in self.steps:
+            raise RequestError(f"step {step} is in the window: the fit has seen it, and errors there tell nothing")
+        if step not in self.grams.steps or not self.grams.whole:
+            raise RequestError(f"errors at step {step} need the gram solver")
+        self.recipe.check(np.array(self.steps), [step])
+        count, total = len(self.steps), Errors()
+        for tensor in self.store.fitted():
+            gram, weights = self.grams.of(tensor, (*self.steps, step)), self._weights(tensor, [step])
+            whole = np.zeros((count, 1)) if weights is None else weights
+            found = terms(gram, count - 1, weights is None, slice(count), whole, np.array([count]))
+            predicted, kept = errors(found, 1.0)
+            total += Errors(float(predicted[0]), float(kept[0]))
+        return total
+
+    def tensors(self) -> list[TensorFit]:
+        """Every tensor's figures, in the order of the checkpoint; those that cannot be fitted have only ``changed``."""
+        shares, tested = changed_shares(self.store, self.steps), self.backtest
+        held_out = tested.tensor_errors(0, self.recipe.strength) if tested else {}
+        return [self._tensor(t, shares[t.name], held_out.get(t.name, Errors())) for t in self.store.tensors]
+
+    def _tensor(self, tensor: Tensor, share: float, errors: Errors) -> TensorFit:
+        if not tensor.kind.is_float or not share:
+            return TensorFit(tensor.name, tensor.size, share)
+        gram = self.grams.of(tensor, self.steps)
+        vectors = directions(gram, self.recipe.rank)
+        energies = np.einsum("tr,ts,sr->r", vectors, gram, vectors)
+        line = fit_line(np.array(self.steps), np.sqrt(max(energies[0], 0.0)) * vectors[:, 0])
+        total = float(np.trace(gram)) if self.grams.whole else None
+        return TensorFit(tensor.name, tensor.size, share, float(energies.sum()), total, line, errors)
+
+
+def changed_shares(store: Store, steps: tuple[int, ...]) -> dict[str, float]:
+    """The largest share of each tensor's elements that differ from the base at any one of ``steps``."""
+    counts = np.max([store.changed(group)[:, held].max(axis=1) for group, held, _ in store.columns(steps)], axis=0)
+    return {t.name: float(n) / t.size if t.size else 0.0 for t, n in zip(store.tensors, counts, strict=True)}
+
+
+def fit(
+    store: Store,
+    window: tuple[int, ...],
+    recipe: Recipe,
+    solver: str,
+    resources: Resources,
+    stages: Stages,
+    choice: Choice | None = None,
+) -> Fit:
+    """Fit a recipe to a window of observed steps, for the chosen tensors (all, without a choice).
+
+    Raises RequestError where the window is too short or a tensor cannot be predicted, BudgetError where memory is.
+    """
+    choice = choice or Choice()
+    recipe.check(np.array(window), [])
+    if solver not in SOLVERS:
+        raise RequestError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
+    notes = check_carried(store, window, choice)
+    grams = find_grams(store, window, recipe.rank, solver, resources, stages)
+    shares = changed_shares(store, window)
+    if not any(shares[name] for name in choice.of(shares)):
+        what = "of the chosen tensors" if choice != Choice() else "of the tensors"
+        notes.append(f"none {what} changed within the window: they stay as they are")
+    if not grams.lasting:
+        notes.append(f"{store.shown} cannot be written: the fit is not kept for later")
+    doubt = doubt_of_base(store, grams)
+    return Fit(store, window, recipe, grams, choice, [*notes, *([doubt] if doubt else [])])
+
+
+def doubt_of_base(store: Store, grams: Grams) -> str | None:
+    """Why the base does not look like the model that training began from, whatever the window; None without a reason.
+
+    None too where the solver keeps no whole Gram matrices.
+    """
+    first, total = grams.steps[:LEAD], np.zeros(())
+    if not grams.whole or len(first) < 2:
+        return None
+    for tensor in store.fitted():
+        total = total + grams.of(tensor, first)
+    return base_doubt(total, np.array(first)) if total.any() else None
+
+
+def check_carried(store: Store, window: tuple[int, ...], choice: Choice) -> list[str]:
+    """Notes on chosen integer and bool tensors that changed within the window: they are carried over from its last step.
+
+    Raises RequestError, by name, for tensors of another type that changed: nothing can be said of their future.
+    """
+    shares, chosen = changed_shares(store, window), choice.of(tensor.name for tensor in store.tensors)
+    moved = [t for t in store.tensors if not t.kind.is_float and shares[t.name] and t.name in chosen]
+    refused = [f"{t.name} ({t.dtype})" for t in moved if not is_buffer(t.dtype)]
+    if refused:
+        raise RequestError(
+            f"{store.shown}: {', '.join(refused)}: changed within {describe_steps(window)}; only BF16, F16 and F32 "
+            f"tensors can be predicted, others only where they never change (or leave them as they are with --exclude)"
+        )
+    return [f"{t.name} ({t.dtype}) changed; it is carried over from step {window[-1]}" for t in moved]
+
+
+def choose_window(store: Store, selection: Selection | None) -> tuple[int, ...]:
+    """The stored steps that a selection names; all of them without one. Raises RequestError."""
+    if selection is None:
+        return store.steps
+    missing = [step for step in selection.named if step not in store.steps]
+    window = tuple(step for step in store.steps if step in selection)
+    if missing or not window:
+        what = f"step {missing[0]}" if missing else f"any step of {selection.text}"
+        raise RequestError(f"{store.shown}: does not hold {what}; it holds {describe_steps(store.steps)}")
+    return window

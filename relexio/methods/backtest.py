@@ -1,0 +1,192 @@
+"""The backtest in T-space: every trial at every held-out step, over all tensors of a model.
+
+Everything is a matter of Gram matrices: a prediction fitted up to a cut-off is a vector of weights over all steps, and its
+error at a later step is a quadratic form in it.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from relexio.methods.methods import METHODS, Recipe, Window, directions
+from relexio.methods.roles import PARTS, part_of
+from relexio.methods.skill import TERMS, Errors, cosine, errors, skill, terms
+from relexio.methods.trials import HORIZONS, Fold, Trial, horizon
+
+_SMALL = 96  # steps of a window up to which all eigenvectors cost less than power iteration for the first
+#: Which recipe a tensor of that name gets in a trial; None leaves it as it is in the last known checkpoint.
+Chosen = Callable[[str, Recipe], Recipe | None]
+
+
+def heeding_norms(name: str, recipe: Recipe) -> Recipe | None:
+    """The recipe, but for norms in a method that keeps those as they are."""
+    return None if METHODS[recipe.method].keeps_norms and part_of(name) == "norm" else recipe
+
+
+def try_all(
+    gram: np.ndarray, steps: np.ndarray, trials: list[Trial], folds: list[Fold], recipes: list[Recipe | None]
+) -> np.ndarray:
+    """The terms of the errors (skill.py) of every trial at every held-out step: [trials, columns, 6] for one tensor.
+
+    ``gram`` [T, T] is over all of ``steps`` [T]. ``recipes`` are those of the trials for this tensor; None leaves it as it
+    is in the last known checkpoint. NaN where a trial's window would be too short, or begins
+    at step 0 for a method that counts from there.
+    """
+    found = np.full((len(trials), columns(folds), TERMS), np.nan)
+    most = max(trial.recipe.rank for trial in trials)
+    ranked = any("rank" in METHODS[trial.recipe.method].uses for trial in trials)
+    at = 0
+    for fold in folds:
+        windows: dict[int, Window] = {}
+        there = slice(at, at + len(fold.held_out))
+        for place, (trial, recipe) in enumerate(zip(trials, recipes, strict=True)):
+            count = trial.window(fold.known)
+            if count is not None:
+                if count not in windows:
+                    inside = slice(fold.known - count, fold.known)
+                    windows[count] = _window(gram[inside, inside], steps[inside], most if ranked else 0)
+                if METHODS[trial.recipe.method].from_zero and windows[count].steps[0] <= 0:
+                    continue  # such a method cannot count from there
+                found[place, there] = _try(gram, steps, windows[count], fold, recipe)
+        at = there.stop
+    return found
+
+
+def _window(gram: np.ndarray, steps: np.ndarray, most: int) -> Window:
+    """A window with its ``most`` first directions found once for all ranks: by LAPACK where that is quicker."""
+    rank = min(most, len(steps))
+    if rank and len(steps) <= _SMALL:
+        return Window(gram, steps, {rank: np.linalg.eigh(gram)[1][:, ::-1][:, :rank]})
+    return Window(gram, steps, {rank: directions(gram, rank)} if rank else {})
+
+
+def _try(gram: np.ndarray, steps: np.ndarray, window: Window, fold: Fold, recipe: Recipe | None) -> np.ndarray:
+    held, count = np.array(fold.held_out), len(window.steps)
+    update = np.zeros((count, len(held)))
+    if recipe is not None and window.gram.any():
+        update = METHODS[recipe.method].weights(window, steps[held], replace(recipe, strength=1.0))
+    from_last = recipe is None or METHODS[recipe.method].from_last
+    return terms(gram, fold.known - 1, from_last, slice(fold.known - count, fold.known), update, held)
+
+
+def columns(folds: list[Fold]) -> int:
+    """How many predictions of held-out steps each trial makes."""
+    return sum(len(fold.held_out) for fold in folds)
+
+
+def bytes_of(tensors: int, trials: int, folds: list[Fold], strengths: int) -> int:
+    """Bytes that a Backtest holds."""
+    sums = 8 * TERMS * (len(PARTS) + 2) * trials * columns(folds)
+    return sums + 8 * tensors * columns(folds) * (trials * strengths + 1)
+
+
+@dataclass(frozen=True)
+class Backtest:
+    """What came of every trial at every held-out step (a column), for a whole model.
+
+    ``totals`` [parts, trials, columns, 6] are the terms of the errors, summed over the tensors of a part; ``predicted``
+    [tensors, trials, columns, strengths] and ``kept`` [tensors, columns] the squared errors of each tensor.
+    """
+
+    steps: np.ndarray
+    folds: list[Fold]
+    trials: list[Trial]
+    strengths: tuple[float, ...]
+    names: list[str]
+    totals: np.ndarray
+    predicted: np.ndarray
+    kept: np.ndarray
+
+    @cached_property
+    def known(self) -> np.ndarray:
+        """The last known step of every column."""
+        return np.array([self.steps[fold.known - 1] for fold in self.folds for _ in fold.held_out])
+
+    @cached_property
+    def held_out(self) -> np.ndarray:
+        """The held-out step of every column."""
+        return np.array([self.steps[index] for fold in self.folds for index in fold.held_out])
+
+    @cached_property
+    def times(self) -> np.ndarray:
+        """The held-out step of every column, in times the last known one."""
+        return self.held_out / np.maximum(self.known, 1)
+
+    @cached_property
+    def horizons(self) -> np.ndarray:
+        """Which of HORIZONS every column is within."""
+        return np.array([horizon(self.steps, fold.known, i) for fold in self.folds for i in fold.held_out])
+
+    def pooled(self, trial: int, part: str | None = None) -> np.ndarray:
+        """Terms [columns, 6] of a trial, summed over all tensors or those of a part."""
+        return self.totals[:, trial].sum(axis=0) if part is None else self.totals[PARTS.index(part), trial]
+
+    def errors(self, trial: int, strength: float, part: str | None = None, among: np.ndarray | None = None) -> Errors:
+        """Errors summed over the columns (a mask ``among`` them) and over all tensors, or those of a part."""
+        predicted, kept = errors(self.pooled(trial, part), strength)
+        chosen = slice(None) if among is None else among
+        return Errors(float(predicted[chosen].sum()), float(kept[chosen].sum()))
+
+    def by_horizon(
+        self, trial: int, strength: float, among: np.ndarray | None = None, part: str | None = None
+    ) -> np.ndarray:
+        """Skill within each of HORIZONS, errors pooled over its columns and all tensors; NaN where nothing was held out."""
+        predicted, kept = errors(self.pooled(trial, part), strength)
+        inside = self.horizons[:, None] == np.arange(len(HORIZONS))
+        inside = inside if among is None else inside & among[:, None]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = 1.0 - (predicted @ inside) / (kept @ inside)
+        return np.where(kept @ inside > 0, found, np.nan)
+
+    def medians(self, trial: int, strength: float) -> np.ndarray:
+        """The median skill over the tensors that moved, for every column: [columns]."""
+        place = self.strengths.index(strength)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = 1.0 - self.predicted[:, trial, :, place] / self.kept
+        found = np.where(self.kept > 0, found, np.nan)
+        some = ~np.isnan(found).all(axis=0)
+        result = np.full(found.shape[1], np.nan)
+        result[some] = np.nanmedian(found[:, some], axis=0)
+        return result
+
+    def tensor_errors(self, trial: int, strength: float) -> dict[str, Errors]:
+        """Errors of each tensor, summed over the columns."""
+        predicted = self.predicted[:, trial, :, self.strengths.index(strength)].sum(axis=1)
+        kept = self.kept.sum(axis=1)
+        return {n: Errors(float(p), float(k)) for n, p, k in zip(self.names, predicted, kept, strict=True)}
+
+    def skills(self, trial: int, strength: float) -> np.ndarray:
+        """Skill of every column, over all tensors: [columns]."""
+        return skill(self.pooled(trial), strength)
+
+    def cosines(self, trial: int, strength: float) -> np.ndarray:
+        """Cosine of the predicted and the real update of the whole model, for every column: [columns]."""
+        return cosine(self.pooled(trial), strength)
+
+
+def backtest(
+    grams: Iterable[tuple[str, np.ndarray]],
+    count: int,
+    steps: np.ndarray,
+    trials: list[Trial],
+    folds: list[Fold],
+    strengths: tuple[float, ...],
+    chosen: Chosen = heeding_norms,
+) -> Backtest:
+    """Try everything on the Gram matrices [T, T] of ``count`` tensors, one at a time, by name."""
+    totals = np.zeros((len(PARTS), len(trials), columns(folds), TERMS))
+    predicted = np.zeros((count, len(trials), columns(folds), len(strengths)))
+    kept = np.zeros((count, columns(folds)))
+    names = []
+    for place, (name, gram) in enumerate(grams):
+        names.append(name)
+        if not gram.any():
+            continue
+        found = try_all(gram, steps, trials, folds, [chosen(name, trial.recipe) for trial in trials])
+        totals[PARTS.index(part_of(name))] += found
+        for i, strength in enumerate(strengths):
+            predicted[place, :, :, i], _ = errors(found, strength)
+        kept[place] = np.fmax.reduce(found[..., -1], axis=0)  # the same for every trial that has a window
+    return Backtest(steps, folds, trials, strengths, names, totals, predicted, kept)

@@ -1,0 +1,92 @@
+"""What a backtest tries: cut-offs inside a trajectory with the steps held out after each, and recipes with their windows."""
+
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+
+from relexio.errors import RequestError
+from relexio.methods.curves import CURVES
+from relexio.methods.methods import METHODS, Recipe
+
+#: Horizons are told in times the last known step: 1.5 is step 75 seen from step 50.
+#: A horizon is from the one before it (from 1 at first) to this; the last one is open.
+HORIZONS = (1.1, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0)
+STRENGTHS = (0.1, 0.25, 0.5, 0.75, 1.0)
+_CUT_OFFS = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
+_EACH = 3  # steps held out for each cut-off and horizon
+_SHORTEST = 3  # steps of a window that is only a part of what is known
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One cut-off: how many steps are known, and the indices of the steps to be predicted from them."""
+
+    known: int
+    held_out: tuple[int, ...]
+
+
+def horizon(steps: np.ndarray, known: int, index: int) -> int:
+    """Which of HORIZONS the step with an index is within, seen from the last of the known steps."""
+    return within(steps[index] / max(steps[known - 1], 1))
+
+
+def within(times: float) -> int:
+    """The first of HORIZONS that is not below so many times the last known step; the last one for all beyond."""
+    return min(int(np.searchsorted(HORIZONS, times - 1e-9)), len(HORIZONS) - 1)
+
+
+def horizon_name(place: int) -> str:
+    """What a horizon is called: its end, or for the last one its start."""
+    return f"{HORIZONS[place]:g}x" if place < len(HORIZONS) - 1 else f">{HORIZONS[place - 1]:g}x"
+
+
+def make_folds(steps: np.ndarray) -> list[Fold]:
+    """The cut-offs inside a trajectory of ascending steps [T]. Raises RequestError for fewer than three steps."""
+    count = len(steps)
+    if count < 3:
+        raise RequestError(
+            f"a backtest takes at least 3 observed steps, two to fit and one held out; there are {count}"
+        )
+    least = min(5, count - 1)
+    found = []
+    for known in sorted({max(round(count * share), least) for share in _CUT_OFFS}):
+        if known >= count:
+            continue
+        groups: dict[int, list[int]] = {}
+        for index in range(known, count):
+            groups.setdefault(horizon(steps, known, index), []).append(index)
+        picked = {group[round(i)] for group in groups.values() for i in np.linspace(len(group) - 1, 0, _EACH)}
+        found.append(Fold(known, tuple(sorted(picked))))
+    return found
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A recipe at strength 1, and the share of the known steps that its window is."""
+
+    recipe: Recipe
+    share: float = 1.0
+
+    def window(self, known: int) -> int | None:
+        """How many of the known steps its window has, never too few to be fitted; None where all are too few."""
+        method = METHODS[self.recipe.method]
+        least = max(
+            method.least_steps,
+            self.recipe.rank,
+            CURVES[self.recipe.fit] if "fit" in method.uses else 1,
+            self.recipe.last or 1,
+        )
+        count = max(ceil(self.share * known - 1e-9), least, min(_SHORTEST, known))
+        return count if count <= known else None
+
+
+def make_trials(steps: int) -> list[Trial]:
+    """Every method, rank, curve and window that a backtest of a trajectory of ``steps`` steps tries."""
+    wide = [Recipe(method, rank) for method in ("relex", "pinned") for rank in (1, 2, 3)]
+    wide += [Recipe("secant"), Recipe("two-point")]
+    curves = [Recipe(method, fit=fit) for method in ("relex", "pinned") for fit in ("poly2", "sinusoid")]
+    refits = [Recipe(method, refit=1) for method in ("relex", "pinned")]
+    means = [Recipe(method, last=min(5, max(steps // 4, 2))) for method in ("mean", "ema")]
+    single = [*curves, *refits, Recipe("scaled-last"), Recipe("scaled-first"), *means]
+    return [*(Trial(r, share) for r in wide for share in (1.0, 1 / 2, 1 / 3)), *map(Trial, single)]

@@ -1,0 +1,198 @@
+"""A trajectory in a directory of this machine."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from stat import S_ISREG
+from uuid import uuid4
+
+from zarr.abc.store import Store as ZarrStore
+from zarr.storage import LocalStore
+
+from relexio import atomic
+from relexio.errors import BusyError, StoreError
+from relexio.store.storage.protocol import METADATA, METADATA_BYTES, Place
+from relexio.words import shown
+
+_TRIES, _WAIT = 20, 0.05  # times, seconds
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A directory of this machine."""
+
+    address: str
+
+    @property
+    def shown(self) -> str:
+        """The address as it may be seen."""
+        return shown(self.address)
+
+    @property
+    def path(self) -> Path:
+        """The address as a path."""
+        return Path(self.address)
+
+    @property
+    def staged(self) -> "Directory":
+        """The directory beside it with PARTIAL behind its name."""
+        return Directory(str(atomic.staging(self.path)))
+
+    def below(self, key: str) -> "Directory":
+        """A directory below."""
+        return Directory(str(self.path / key))
+
+    def exists(self) -> bool:
+        """Whether there is a file or directory."""
+        return self.path.exists()
+
+    def names(self) -> list[str]:
+        """The names in it; none if it is not there."""
+        return [path.name for path in self.path.iterdir()] if self.path.exists() else []
+
+    def nbytes(self) -> int:
+        """Bytes of all files below."""
+        return atomic.tree_bytes(self.path)
+
+    def free_bytes(self) -> int:
+        """Bytes free on its file system."""
+        return atomic.free_bytes(self.path)
+
+    def get(self, key: str, most: int = METADATA_BYTES) -> bytes | None:
+        """The bytes of a file below; None if it is not there. Raises StoreError where it has more than ``most``."""
+        try:
+            with open(os.open(self.path / key, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # no waiting for a pipe
+                stat = os.fstat(file.fileno())
+                if not S_ISREG(stat.st_mode):
+                    return None
+                if stat.st_size > most:
+                    raise StoreError(
+                        f"{self.path / key}: {stat.st_size:,} bytes, which is too many; the store is damaged"
+                    )
+                return file.read(most)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return None
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write a file below, beside its name first."""
+        self._put(self.path / key, data, durable=False)
+
+    def _put(self, final: Path, data: bytes, durable: bool) -> None:
+        partial = final.with_name(f"{final.name}.{uuid4().hex}.partial")
+        try:
+            try:
+                partial.write_bytes(data)
+            except FileNotFoundError:
+                self._make_below(final.parent)
+                partial.write_bytes(data)
+            if durable:
+                atomic.sync(partial)
+            partial.replace(final)
+        except OSError:
+            with suppress(OSError):  # what went wrong first is what matters
+                partial.unlink(missing_ok=True)
+            raise
+
+    def _make_below(self, folder: Path) -> None:
+        """Make a directory below; not this one itself: where it is gone meanwhile, nothing takes its name."""
+        self.path.stat()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def make(self) -> None:
+        """Make it, and the directories above it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def empty(self) -> None:
+        """Remove what is in it."""
+        atomic.empty_tree(self.path)
+
+    def remove(self) -> None:
+        """Remove it."""
+        atomic.remove_tree(self.path)
+
+    def zarr_store(self, read_only: bool) -> ZarrStore:
+        """Zarr's own store of files; of a directory that is there, since Zarr would make one that has gone."""
+        if not read_only:
+            self.path.stat()
+        return LocalStore(self.address, read_only=read_only)
+
+    def locked(self, make: bool = False) -> AbstractContextManager[None]:
+        """Hold the kernel's lock on it. Raises BusyError if another process does."""
+        return atomic.locked(self.path, make)
+
+    def storage_errors(self) -> AbstractContextManager[None]:
+        """Turn what the operating system says of it into StorageErrors."""
+        return atomic.storage_errors(self.path)
+
+    def settle(self) -> None:
+        """Remove what a killed writer left (Zarr writes beside, then renames), and sync the rest."""
+        for leftover in self.path.rglob("*.partial"):
+            leftover.unlink()
+        atomic.sync_tree(self.path)
+
+    def commit(self, marker: bytes) -> None:
+        """Sync the new marker before it takes the old one's name: a power loss in between could leave an empty file."""
+        for leftover in self.path.glob("*.partial"):
+            leftover.unlink()
+        self._put(self.path / METADATA, marker, durable=True)
+        atomic.sync(self.path)
+
+    def publish(self, final: Place) -> None:
+        """Sync it and rename it. Raises ExistsError if the name is taken."""
+        atomic.publish(self.path, Path(final.address))
+
+    def whole(self) -> bool:
+        """Whether it is there: it got its name last."""
+        return self.path.is_dir()
+
+    def readable(self) -> bool:
+        """Whether all files below may be read: by opening them, as modes are not all that decides."""
+        try:
+            for folder, _, names in os.walk(self.path, onerror=_raise):
+                for name in names:
+                    os.close(os.open(Path(folder, name), os.O_RDONLY | os.O_NONBLOCK))
+        except (PermissionError, FileNotFoundError):  # the latter: it is being removed
+            return False
+        return True
+
+    @contextmanager
+    def building(self) -> Iterator[Place]:
+        """Build in a directory beside it that gets its name at the end, unless another was faster."""
+        self.path.parent.mkdir(exist_ok=True)
+        with ExitStack() as lock:
+            staged = self._begun(lock)
+            try:
+                yield Directory(str(staged))
+                atomic.sync_tree(staged)
+                if not self.path.is_dir():
+                    staged.rename(self.path)
+            except BaseException:
+                _remove_for_good(staged)
+                raise
+        atomic.remove_tree(staged)
+
+    def _begun(self, lock: ExitStack) -> Path:
+        """A new directory beside it, of a name of its own, locked; its mode is what the umask says, as that of all else."""
+        for _ in range(_TRIES):
+            staged = self.path.with_name(f"{self.path.name}-{uuid4().hex}{atomic.PARTIAL}")
+            with suppress(BusyError):  # who clears away took it for one that was left: it was not locked yet
+                lock.enter_context(atomic.locked(staged, make=True))
+                return staged
+        raise BusyError(f"{self.path.parent}: other processes clear it away all the time; wait for them to end")
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _remove_for_good(directory: Path) -> None:
+    """Remove what an error cut off. Zarr may still have a write under way then, which makes the directory once more."""
+    for _ in range(_TRIES):
+        with suppress(OSError):  # a file that comes while others go
+            atomic.remove_tree(directory)
+        time.sleep(_WAIT)
+        if not directory.exists():
+            return

@@ -1,0 +1,313 @@
+"""A trajectory as objects under a URL that fsspec knows."""
+
+import getpass
+import json
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from errno import EACCES
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from zarr.abc.store import ByteRequest, OffsetByteRequest
+from zarr.abc.store import Store as ZarrStore
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import FsspecStore
+
+from relexio import atomic
+from relexio.errors import BusyError, RelexioError, RequestError, StorageError
+from relexio.store.storage.protocol import METADATA, METADATA_BYTES, Place, attributes, parse_record
+from relexio.words import shown, without_secrets
+
+#: The object that one writer of a remote store holds.
+LOCK = ".relexio-lock"
+#: What the network may raise besides OSError, by the module that has it; where that is not loaded, none can come.
+_NETWORK = {
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+    "aiohttp": ("ClientError",),
+    "gcsfs.retry": ("HttpError",),
+    "google.auth.exceptions": ("GoogleAuthError",),
+    "azure.core.exceptions": ("AzureError",),
+}
+
+
+@dataclass(frozen=True)
+class Remote:
+    """Objects under a URL. Every method raises StorageError where the storage does not answer, or says no."""
+
+    address: str
+
+    def __repr__(self) -> str:
+        return f"Remote({self.shown!r})"
+
+    @property
+    def shown(self) -> str:
+        """The address without user, password and query."""
+        return shown(self.address)
+
+    @property
+    def staged(self) -> "Remote":
+        """Itself: objects cannot be renamed."""
+        return self
+
+    def below(self, key: str) -> "Remote":
+        """A prefix below."""
+        return Remote(f"{self.address}/{key}")
+
+    def exists(self) -> bool:
+        """Whether there is an object below, the lock apart."""
+        return any(name != LOCK for name in self.names())
+
+    def names(self) -> list[str]:
+        """The names right below."""
+        files, path = self._files()
+        with _told(self.address), suppress(FileNotFoundError):
+            files.invalidate_cache()  # another process may have written since
+            found = [entry.rstrip("/") for entry in files.ls(path, detail=False)]
+            return [entry.rsplit("/", 1)[-1] for entry in found if entry != path]
+        return []
+
+    def nbytes(self) -> int:
+        """Bytes of all objects below."""
+        files, path = self._files()
+        with _told(self.address), suppress(FileNotFoundError):
+            files.invalidate_cache()
+            return sum(entry["size"] for entry in files.find(path, detail=True).values())
+        return 0
+
+    def free_bytes(self) -> None:
+        """Nobody knows."""
+        return
+
+    def get(self, key: str, most: int = METADATA_BYTES) -> bytes | None:
+        """The bytes of an object; None if it is not there. (``most`` is not asked for: that would be one more request.)"""
+        files, path = self._files(key)
+        with _told(self.address), suppress(FileNotFoundError):
+            return bytes(files.cat_file(path, start=0))  # s3fs asks for the size first where it is not told a range
+        return None
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object; storage keeps it whole or not at all."""
+        files, path = self._files(key)
+        with _told(self.address):
+            files.pipe_file(path, data)
+
+    def make(self) -> None:
+        """Nothing: there are no directories."""
+
+    def empty(self) -> None:
+        """Remove all objects but the lock."""
+        files, path = self._files()
+        with _told(self.address), suppress(FileNotFoundError):
+            files.invalidate_cache()
+            found, last = files.find(path), f"{path}/{METADATA}"
+            first = [e for e in found if e.startswith(f"{path}/") and e not in (last, f"{path}/{LOCK}")]
+            if first:
+                files.rm(first)
+            if last in found:  # it says what the rest is: should this be cut short, the next run can tell
+                files.rm_file(last)
+
+    def remove(self) -> None:
+        """Remove all objects but the lock, which goes when it is given back."""
+        self.empty()
+
+    def zarr_store(self, read_only: bool) -> ZarrStore:
+        """Zarr's store of objects."""
+        files, path = _asynchronous(self.address)
+        return Objects(files, read_only, path)
+
+    @contextmanager
+    def locked(self, make: bool = False) -> Iterator[None]:
+        """Hold the object LOCK. Raises BusyError, naming the owner, if another process does."""
+        mine = _owner()
+        self._take(mine)
+        try:
+            yield
+        except BaseException:
+            with suppress(StorageError):  # what went wrong first is what matters
+                self._give_back(mine)
+            raise
+        self._give_back(mine)
+
+    def storage_errors(self) -> AbstractContextManager[None]:
+        """Nothing more to do: every method tells its own."""
+        return nullcontext()
+
+    def settle(self) -> None:
+        """Nothing: an object that was written is durable."""
+
+    def commit(self, marker: bytes) -> None:
+        """Replace one object, whole."""
+        self.put(METADATA, marker)
+
+    def publish(self, final: Place) -> None:
+        """Nothing: the commit marker is what makes it exist."""
+
+    def whole(self) -> bool:
+        """Whether the group here was marked at the end."""
+        return attributes(self).get("whole") is True
+
+    def readable(self) -> bool:
+        """True: who may read one object of a result may read them all."""
+        return True
+
+    @contextmanager
+    def building(self) -> Iterator[Place]:
+        """Build in place; the group's metadata with the mark must be written last.
+
+        Nothing is removed first: another process may be building the same from the same data, and what each writes is
+        as good as the other's.
+        """
+        yield self
+
+    def _files(self, key: str = "") -> tuple[Any, str]:
+        """The file system that fsspec has for the address, and the path of a key below."""
+        with _installed(self.address):
+            from fsspec.core import url_to_fs
+
+            files, path = url_to_fs(self.address)
+        return files, f"{path}/{key}" if key else path
+
+    def _take(self, mine: bytes) -> None:
+        """Create the lock, or raise BusyError."""
+        files, path = self._files(LOCK)
+        held = self._held()
+        if held is None:
+            with _told(self.address):
+                try:
+                    files.pipe_file(path, mine, mode="create")
+                except OSError:  # servers say in different words that it is there already
+                    held = self.get(LOCK)
+                    if held is None:
+                        raise
+        if held is not None and held != mine:  # our own comes back where a request was sent twice
+            raise BusyError(
+                f"{self.shown}: {_said(held)} is writing it; wait for it to end, or if it has ended already remove the "
+                f"object {self.shown}/{LOCK}"
+            )
+
+    def _held(self) -> bytes | None:
+        """The lock's owner, if there is one that may still be running; a lock left by one that is not is removed."""
+        held = self.get(LOCK)
+        if held is None or not _gone(held):
+            return held
+        with atomic.locked(Path(tempfile.gettempdir())):  # of all on this host that find it stale, one at a time
+            self._give_back(held)
+        return self.get(LOCK)
+
+    def _give_back(self, owner: bytes) -> None:
+        """Remove the lock, if it is that owner's."""
+        files, path = self._files(LOCK)
+        if self.get(LOCK) == owner:
+            with _told(self.address), suppress(FileNotFoundError):
+                files.rm_file(path)
+
+
+class Objects(FsspecStore):
+    """Zarr's store over fsspec, with errors of the network told as StorageErrors."""
+
+    @property
+    def root(self) -> str:
+        """The address."""
+        return str(self.fs.unstrip_protocol(self.path))
+
+    def __str__(self) -> str:  # it stands in what Zarr says of damage
+        return shown(self.root)
+
+    __repr__ = __str__
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """The value of a key; None if it is not there."""
+        with _told(self.root):
+            return await super().get(key, prototype, byte_range or OffsetByteRequest(0))  # as in Remote.get
+
+    async def set(self, key: str, value: Buffer, byte_range: tuple[int, int] | None = None) -> None:
+        """Write a value."""
+        with _told(self.root):
+            await super().set(key, value, byte_range)
+
+    async def exists(self, key: str) -> bool:
+        """Whether there is such a key."""
+        with _told(self.root):
+            return await super().exists(key)
+
+
+@lru_cache(maxsize=64)
+def _asynchronous(address: str) -> tuple[Any, str]:
+    """The asynchronous file system of an address, and its path there: one for all threads, as fsspec keeps one for each."""
+    with _installed(address):
+        store = FsspecStore.from_url(address)
+    return store.fs, store.path
+
+
+@contextmanager
+def _installed(address: str) -> Iterator[None]:
+    """Tell, in one RequestError, that the package for an address is not installed, or that nobody knows such addresses."""
+    try:
+        yield
+    except ImportError as error:
+        said = without_secrets(f"{address}: {error}", address)
+        raise RequestError(f"{said}; for s3:// that is pip install 'relexio[s3]'") from error
+    except ValueError as error:
+        raise RequestError(without_secrets(f"{address}: {error}", address)) from error
+
+
+@contextmanager
+def _told(address: str) -> Iterator[None]:
+    """Turn what the network and the storage say into one StorageError. A missing object is for the caller to judge."""
+    try:
+        yield
+    except RelexioError:
+        raise
+    except _network() as error:
+        said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        said = without_secrets(f"{address}: {said}", address)
+        failure = StorageError(f"{said}; check the address, the credentials and the network, and run it again")
+        failure.errno = EACCES if isinstance(error, PermissionError) else getattr(error, "errno", None)
+        raise failure from error
+
+
+def _network() -> tuple[type[Exception], ...]:
+    loaded = {sys.modules[module]: names for module, names in _NETWORK.items() if module in sys.modules}
+    return (OSError, *(getattr(module, name) for module, names in loaded.items() for name in names))
+
+
+def _owner() -> bytes:
+    """Who holds a lock: this process."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a user without a name, as containers have them
+        user = str(os.getuid())
+    now = datetime.now(UTC).isoformat(timespec="microseconds")
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "user": user, "time": now}).encode()
+
+
+def _gone(held: bytes) -> bool:
+    """Whether a lock's owner was a process of this host that has ended."""
+    owner = parse_record(held)
+    pid = owner.get("pid")
+    if owner.get("host") != socket.gethostname() or type(pid) is not int or pid < 1:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
+
+
+def _said(held: bytes) -> str:
+    owner = parse_record(held)
+    if not owner:
+        return "another process"
+    return "process {pid} of {user} on {host}, since {time},".format_map({k: owner.get(k, "?") for k in _FIELDS})
+
+
+_FIELDS = ("pid", "user", "host", "time")

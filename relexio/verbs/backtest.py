@@ -1,0 +1,178 @@
+"""``backtest``: every method, window, rank and strength, held against steps that were really trained; and a verdict."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from shlex import quote
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from relexio.engine import plan
+from relexio.engine.resources import Resources
+from relexio.errors import BudgetError
+from relexio.fit.fit import doubt_of_base
+from relexio.fit.grams import find_grams
+from relexio.methods.backtest import Backtest, backtest, bytes_of
+from relexio.methods.line_tests import Straightness, straightness
+from relexio.methods.methods import METHODS
+from relexio.methods.roles import PARTS
+from relexio.methods.trials import HORIZONS, STRENGTHS, horizon_name, make_folds, make_trials
+from relexio.methods.verdict import CAVEAT, Pick, Verdict, advise, rank_all, window_words, words
+from relexio.progress import Stages
+from relexio.store.store import Store
+from relexio.words import show
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A trajectory, judged: the backtest, its verdict (None where no recipe fits), and how straight the run is.
+
+    ``doubt`` says why the base does not look like the model that training began from.
+    """
+
+    store: Store
+    window: tuple[int, ...]
+    test: Backtest
+    verdict: Verdict | None
+    straight: Straightness | None
+    doubt: str | None = None
+
+    def words(self) -> list[str]:
+        """The verdict in sentences: what to use, how far, how sure, and what it does not mean."""
+        doubt = []
+        if self.doubt is not None:
+            free = [m.name for m in METHODS.values() if not m.needs_base and not m.stays]
+            doubt = [
+                f"{self.doubt[0].upper()}{self.doubt[1:]}.",
+                f"Until that is answered, only methods that do not use the base are weighed: {', '.join(free)}; low at best.",
+            ]
+        if self.verdict is None:
+            return [*doubt, "No recipe could be tried at every cut-off: there are too few steps."]
+        return [*doubt, *words(self.test, self.verdict)]
+
+    def ranked(self) -> list[Pick]:
+        """Every recipe at every strength, best first."""
+        return rank_all(self.test)
+
+    def best_of_each_method(self) -> list[Pick]:
+        """The best recipe of each method, best first; of the recommended one's method that one, though another ties."""
+        advised = [self.verdict.pick] if self.verdict else []
+        found: dict[str, Pick] = {}
+        for pick in (*advised, *self.ranked()):
+            found.setdefault(self.test.trials[pick.trial].recipe.method, pick)
+        return sorted(found.values(), key=lambda pick: -pick.score)
+
+    def row(self, pick: Pick) -> dict[str, Any]:
+        """All figures of one recipe, for scripts: by horizon the pooled skill, the median over tensors, and the cosine."""
+        trial, recipe = self.test.trials[pick.trial], self.test.trials[pick.trial].recipe
+        skills = self.test.by_horizon(pick.trial, pick.strength)
+        medians, cosines = self.test.medians(pick.trial, pick.strength), self.test.cosines(pick.trial, pick.strength)
+        return {
+            "method": recipe.method,
+            "rank": recipe.rank,
+            "fit": recipe.fit,
+            "refit": recipe.refit,
+            "last": recipe.last,
+            "strength": pick.strength,
+            "share": trial.share,
+            "window": window_words(trial, self.test.steps)[1],
+            "score": pick.score,
+            "skill": by_horizon(skills),
+            "median": by_horizon(self._means(medians)),
+            "cosine": by_horizon(self._means(cosines)),
+        }
+
+    def _means(self, values: np.ndarray) -> np.ndarray:
+        """The mean within each horizon of a figure of columns, NaN where nothing is."""
+        inside = [values[(self.test.horizons == place) & ~np.isnan(values)] for place in range(len(HORIZONS))]
+        return np.array([found.mean() if len(found) else np.nan for found in inside])
+
+    def parts(self, pick: Pick) -> dict[str, np.ndarray]:
+        """Skill by horizon of one recipe for each part of the model that moved."""
+        found = {}
+        for part in PARTS:
+            predicted = self.test.pooled(pick.trial, part)
+            if predicted[:, -1].any():
+                found[part] = self.test.by_horizon(pick.trial, pick.strength, part=part)
+        return found
+
+    def command(self) -> str | None:
+        """The ``relexio predict`` command that does what the verdict advises; None where it advises against."""
+        if self.verdict is None or self.verdict.sure == "none":
+            return None
+        pick, step = self.verdict.pick, self.verdict.farthest
+        trial, recipe = self.test.trials[pick.trial], self.test.trials[pick.trial].recipe
+        options = [f"--method {recipe.method}"]
+        options += [f"--rank {recipe.rank}"] if recipe.rank > 1 else []
+        options += [f"--fit {recipe.fit}"] if recipe.fit != "line" else []
+        options += [f"--refit {recipe.refit}"] if recipe.refit else []
+        options += [f"--last {recipe.last}"] if recipe.last else []
+        options += [f"--strength {pick.strength:g}"] if pick.strength != 1 else []
+        options += [f"--window {window_words(trial, self.test.steps)[1]}"]
+        return f"relexio predict {quote(self.store.shown)} {' '.join(options)} --step {step} -o predicted-{step}"
+
+    def to_json(self) -> dict[str, Any]:
+        """For scripts: the verdict, every recipe, by horizon and part, and the cut-offs they were tried at."""
+        test, verdict = self.test, self.verdict
+        return {
+            "path": self.store.shown,
+            "window": list(self.window),
+            "cut_offs": [
+                {"step": int(test.steps[f.known - 1]), "held_out": [int(test.steps[i]) for i in f.held_out]}
+                for f in test.folds
+            ],
+            "horizons": [horizon_name(place) for place in range(len(HORIZONS))],
+            "verdict": None if verdict is None else self._verdict(verdict),
+            "caveat": CAVEAT,
+            "doubt": self.doubt,
+            "straightness": asdict(self.straight) if self.straight else None,
+            "parts": {p: by_horizon(s) for p, s in self.parts(verdict.pick).items()} if verdict else {},
+            "recipes": [self.row(pick) for pick in self.ranked()],
+        }
+
+    def _verdict(self, verdict: Verdict) -> dict[str, Any]:
+        return {
+            **self.row(verdict.pick),
+            "sure": verdict.sure,
+            "reach": verdict.reach,
+            "tested": verdict.tested,
+            "farthest": verdict.farthest,
+            "followed": [
+                {"step": f.step, "recipe": self.row(f.pick)["method"], "skill": f.skill} for f in verdict.followed
+            ],
+            "words": self.words(),
+        }
+
+
+def by_horizon(values: np.ndarray) -> dict[str, float]:
+    """Figures by horizon, for scripts: those that are not NaN, by the names of their horizons."""
+    return {horizon_name(place): float(value) for place, value in enumerate(values) if not np.isnan(value)}
+
+
+def judge(store: Store, window: tuple[int, ...], resources: Resources, stages: Stages) -> Judged:
+    """Backtest a trajectory over a window of stored steps; Gram matrices are made and kept if they are not there yet.
+
+    Raises RequestError for fewer than 3 steps, BudgetError where memory is too small.
+    """
+    steps = np.array(window)
+    trials, folds = make_trials(len(steps)), make_folds(steps)
+    grams = find_grams(store, store.steps, 1, "gram", resources, stages)
+    fitted = store.fitted()
+    needed = bytes_of(len(fitted), len(trials), folds, len(STRENGTHS)) + 64 * len(steps) ** 2
+    if resources.held + plan.OVERHEAD + needed > resources.memory:
+        raise BudgetError(
+            f"--memory {show(resources.memory)} is too small: a backtest of {len(fitted)} tensors needs "
+            f"{show(resources.held + plan.OVERHEAD + needed)}; give more, or a shorter --window"
+        )
+    with threadpool_limits(1), stages("backtest", 2 * len(fitted) * 8 * len(steps) ** 2) as advance:
+
+        def told() -> Iterator[tuple[str, np.ndarray]]:
+            for tensor in fitted:
+                yield tensor.name, grams.of(tensor, window)
+                advance(8 * len(steps) ** 2)
+
+        test = backtest(told(), len(fitted), steps, trials, folds, STRENGTHS)
+        straight = straightness((gram for _, gram in told()), steps)
+    doubt = doubt_of_base(store, grams)
+    return Judged(store, window, test, advise(test, doubt is not None), straight, doubt)

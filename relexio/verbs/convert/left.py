@@ -1,0 +1,90 @@
+"""What the directories of checkpoints hold and a trajectory does not: said wherever someone may go on to delete them."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from relexio.checkpoints.files import is_state, left_out
+from relexio.checkpoints.read import Checkpoint
+from relexio.store.schema import NotStored, StoredCheckpoint
+from relexio.store.store import Store
+from relexio.words import show
+
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Left:
+    """What was not stored of the checkpoints that ``of`` names, and of how many that was."""
+
+    of: str
+    count: int
+    what: NotStored
+
+    def __str__(self) -> str:
+        names = _alike(self.what.files)
+        more = max(len(names) - _SHOWN, 0) + self.what.more
+        said = ", ".join(names[:_SHOWN]) + (f" and {more} more" if more else "")
+        each = f"{show(self.what.bytes / self.count)}{' a step' if self.count > 1 else ''}"
+        state = any(map(is_state, names))
+        return f"{self._where}{said} ({each}){': training cannot be resumed without them' if state else ''}"
+
+    @property
+    def _where(self) -> str:
+        return "" if self.of.startswith("step") else f"{self.of}: "
+
+    def to_json(self) -> dict[str, Any]:
+        """For scripts."""
+        return {"of": self.of, "checkpoints": self.count, **asdict(self.what)}
+
+
+def _alike(names: Iterable[str]) -> list[str]:
+    """The names, those that differ in nothing but numbers as one with stars."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    return [some[0] if len(some) == 1 else pattern for pattern, some in found.items()]
+
+
+def recorded(store: Store) -> list[Left]:
+    """As ``convert`` found it, of steps and base."""
+    records = [record for group in store.groups for record in store.checkpoints(group).values()]
+    return [*_merged("steps", [r.not_stored for r in records]), *_merged("base", [store.base().not_stored])]
+
+
+def recorded_of(record: StoredCheckpoint) -> list[Left]:
+    """As ``convert`` found it, of one checkpoint."""
+    return _merged("base" if record.step is None else f"step {record.step}", [record.not_stored])
+
+
+def there(steps: Iterable[Checkpoint], base: Checkpoint | None, root: Path | None) -> list[Left]:
+    """As it is there now: of steps, of a base, and of the directory that the steps are in, besides them."""
+    found = {
+        checkpoint.top or checkpoint.path: NotStored.of(checkpoint.left_out(), most=1 << 20) for checkpoint in steps
+    }
+    left = _merged("steps", list(found.values()))
+    if base is not None:
+        left += _merged("base", [NotStored.of(base.left_out())])
+    if root is not None:
+        known = {path.relative_to(root).parts[0] for path in found if root in path.parents}
+        if base is not None and root.resolve() == base.path.resolve().parent:
+            known.add(base.path.resolve().name)
+        beside = {name: n for name, n in left_out(root, root, ()).items() if name.split("/")[0] not in known}
+        left += _merged("beside the steps", [NotStored.of(beside)])
+    return left
+
+
+def _merged(of: str, found: list[NotStored]) -> list[Left]:
+    """Of several checkpoints together: the bytes of all, under each name; nothing where nothing was left out."""
+    some = [what for what in found if what.files]
+    if not some:
+        return []
+    files: dict[str, int] = {}
+    for what in some:
+        for name, size in what.files.items():
+            files[name] = files.get(name, 0) + size
+    whole = NotStored.of(files)
+    more, size = whole.more + max(what.more for what in some), sum(what.bytes for what in some)
+    return [Left(of, len(some), NotStored(whole.files, more, size))]

@@ -1,0 +1,273 @@
+"""The order of work of ``convert``: describe what is coming, write the blocks, make them durable, commit."""
+
+import errno
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from relexio.checkpoints.read import Checkpoint, assert_unchanged
+from relexio.checkpoints.side import COMPARED, differences
+from relexio.dtypes import is_buffer
+from relexio.engine import graph
+from relexio.errors import CheckpointError, ClusterError, ExistsError, RelexioError, StorageError, StoreError
+from relexio.progress import Stages
+from relexio.store.schema import Block, Group, NotStored, StoredCheckpoint, StoredShard
+from relexio.store.storage import METADATA, Place, place
+from relexio.store.store import Store, begun, open_store, unfinished_store
+from relexio.store.write import (
+    Files,
+    attribute,
+    commit,
+    content_hashes,
+    create_steps_group,
+    create_store,
+    set_attribute,
+    write_changed,
+)
+from relexio.verbs.convert.encode import Job, encode_block
+from relexio.verbs.convert.request import Conversion
+from relexio.words import show
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A committed conversion: the store as it is now, whether an interrupted run was taken up, and notes."""
+
+    store: Store
+    resumed: bool
+    notes: tuple[str, ...]
+
+
+def convert(conversion: Conversion, stages: Stages) -> Converted:
+    """Write the new steps and commit them. The store is as it was, or not there, until the very end.
+
+    After an interruption the same call takes up what is whole. After an error nothing is left behind, save where the
+    disk or the cluster failed: what was written so far then waits for the same call.
+    Raises a RelexioError naming file, tensor, step.
+    """
+    if not conversion.sources:
+        if conversion.store is None:
+            raise CheckpointError(f"{conversion.out.shown}: no step to convert")
+        return Converted(conversion.store, False, ())
+    begun = _begun(conversion)
+    if begun:  # an interrupted run was about some of these steps: finish that, then add the rest
+        parts = [[s for s in conversion.sources if (s.checkpoint.step in begun) == first] for first in (True, False)]
+        done = _convert(replace(conversion, sources=tuple(parts[0])), stages)
+        rest = _convert(replace(conversion, store=done.store, sources=tuple(parts[1])), stages)
+        return Converted(rest.store, True, (*done.notes, *rest.notes))
+    return _convert(conversion, stages)
+
+
+def _begun(conversion: Conversion) -> set[int]:
+    """The steps that an interrupted run was about, if they are some but not all of those wanted now."""
+    where = conversion.out if conversion.store else conversion.out.staged
+    store = conversion.store or unfinished_store(where)
+    name = f"groups/{len(store.groups) if store else 0:04d}"
+    if store is None or where.below(name).get(METADATA) is None:
+        return set()
+    sources = _recorded(replace(store, address=where.address), name) or {"steps": []}
+    steps = {record["step"] for record in sources["steps"]}
+    return steps if steps < set(conversion.steps) else set()
+
+
+def _convert(conversion: Conversion, stages: Stages) -> Converted:
+    """Write and commit the steps of a conversion as one group."""
+    with _needed_said(conversion), conversion.out.storage_errors(), _workspace(conversion) as store:
+        group = Group(f"{len(store.groups):04d}", conversion.steps)
+        resumed = _begin(conversion, store, group)
+        base = conversion.base if conversion.store is None else None
+        job = Job(store, group, conversion.sources, base, conversion.executor.plan.tile_bytes, resumed)
+        executor = conversion.executor
+        executor.require([*store.files(f"{group.path}/{METADATA}"), *_shards(conversion)])
+        encode = partial(_encode, job, 2 * len(job.sources) * executor.plan.workers + 64)
+        with stages("convert", conversion.bytes_read) as advance:
+            counts = graph.sums(store, len(conversion.read), encode, executor, advance)
+        executor.settle(store.files(""))
+        for source in conversion.read:
+            assert_unchanged(source.checkpoint)
+        write_changed(store, group, counts)
+        done, notes = _commit(conversion, store, group)
+    return Converted(replace(done, address=conversion.out.address, _opened={}), resumed, notes)
+
+
+@contextmanager
+def _needed_said(conversion: Conversion) -> Iterator[None]:
+    """Where the disk is full, say how much it takes at the very most."""
+    try:
+        yield
+    except StorageError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        most = show(conversion.bytes_written_at_most)
+        failure = StorageError(f"{error} (at the very most {most} in all; mostly a small part of that)")
+        failure.errno = error.errno
+        raise failure from error
+
+
+def _shards(conversion: Conversion) -> list[Path]:
+    return [shard.path for source in conversion.read for shard in source.checkpoint.shards]
+
+
+def _encode(job: Job, files: int, block: Block) -> np.ndarray:
+    _allow_files(files)  # here, since this may be another process than the one that made the plan
+    return encode_block(job, block)
+
+
+@contextmanager
+def _workspace(conversion: Conversion) -> Iterator[Store]:
+    """The store to write to, locked: the existing one, or a new one where it is staged, published at the end."""
+    out = conversion.out
+    if conversion.store is not None:
+        with out.locked():
+            store = open_store(out.address)  # another writer may have committed since
+            if store.groups != conversion.store.groups:
+                raise CheckpointError(f"{out.shown}: another process has added steps meanwhile; run again")
+            with _clean_up(lambda: _drop_group(store)):
+                yield store
+        return
+    staged = out.staged
+    staged.make()
+    with staged.locked(make=True):
+        if out.exists() and not begun(out):  # another process has ended since ours looked
+            if staged != out:
+                staged.remove()
+            raise ExistsError(f"{out.shown} has appeared meanwhile; run again to add to it")
+        with _clean_up(staged.remove):
+            yield _staged_store(conversion, staged)
+        staged.publish(out)
+
+
+@contextmanager
+def _clean_up(remove: Callable[[], None]) -> Iterator[None]:
+    try:
+        yield
+    except RelexioError as error:
+        if not isinstance(error, StorageError | ClusterError):
+            remove()
+        raise
+
+
+def _drop_group(store: Store) -> None:
+    """Remove the group that was not committed."""
+    place(store.address).below(f"groups/{len(store.groups):04d}").remove()
+
+
+def _staged_store(conversion: Conversion, staged: Place) -> Store:
+    """The store that is being built: as an interrupted run left it if that was this same conversion, else new."""
+    entries = (
+        [(e.name, e.dtype, e.shape) for e in conversion.base.checkpoint.entries.values()] if conversion.base else []
+    )
+    found = unfinished_store(staged)
+    if (
+        found is not None
+        and found.block == conversion.block
+        and [(t.name, t.dtype, t.shape) for t in found.tensors] == entries
+    ):
+        return found
+    staged.empty()
+    return create_store(staged.address, conversion.block, entries)
+
+
+def _begin(conversion: Conversion, store: Store, group: Group) -> bool:
+    """Create the group, its files, and the record of its sources; True if an interrupted run did so already."""
+    known = [name for old in store.groups for name in _names(*store.checkpoints(old).values())]
+    base = store.base() if conversion.store is not None else None
+    files = Files(store, group.path, [*known, *(_names(base) if base else [])])
+    records = [_record(source.checkpoint, files) for source in conversion.sources]
+    base_record = _record(conversion.base.checkpoint, files) if base is None and conversion.base else base
+    value = {"base": base_record.to_json() if base_record else None, "steps": [r.to_json() for r in records]}
+    begun_group = place(store.address).below(group.path)
+    if begun_group.exists():
+        if _as_sources(_recorded(store, group.path)) == _as_sources(value):
+            set_attribute(store, group.path, "sources", value)
+            return True
+        begun_group.remove()
+    create_steps_group(store, group)
+    files.write()
+    set_attribute(store, group.path, "sources", value)
+    return False
+
+
+def _recorded(store: Store, path: str) -> Any:
+    """The sources that a group was begun for; None if it was left too early, or damaged, to say."""
+    try:
+        return attribute(store, path, "sources")
+    except StoreError:
+        return None
+
+
+def _as_sources(value: Any) -> Any:
+    """Sources without what was not stored of them: a trainer may have removed its state meanwhile."""
+    if not value:
+        return value
+    records = [value["base"], *value["steps"]]
+    return [{k: v for k, v in (record or {}).items() if k != "not_stored"} for record in records]
+
+
+def _names(*records: StoredCheckpoint) -> list[str]:
+    return [name for record in records for name in record.files]
+
+
+def _record(checkpoint: Checkpoint, files: Files) -> StoredCheckpoint:
+    shards = tuple(StoredShard(s.path.name, s.size, s.mtime_ns, files.name(s.header)) for s in checkpoint.shards)
+    index = files.name(checkpoint.index) if checkpoint.index is not None else None
+    side = {name: files.name(path) for name, path in checkpoint.side.items()}
+    left = NotStored.of(checkpoint.left_out())
+    return StoredCheckpoint(checkpoint.step, str(checkpoint.path.resolve()), shards, index, side, left)
+
+
+def _commit(conversion: Conversion, store: Store, group: Group) -> tuple[Store, tuple[str, ...]]:
+    content = content_hashes(store, group.path, len(group.steps))
+    base = content_hashes(store, "base", 0)[0]
+    if conversion.store and base != store.base_content:
+        raise StoreError(
+            f"{store.shown}: base: its blocks are not those that were committed; damaged; take the trajectory from a copy"
+        )
+    if base in content:
+        step = group.steps[content.index(base)]
+        raise CheckpointError(f"step {step}: is the base itself (bit for bit); leave it out with --steps")
+    where = place(store.address)
+    for written in ("base", "groups"):
+        where.below(written).settle()
+    records = _recorded(store, group.path)
+    files = _names(*map(StoredCheckpoint.from_json, [records["base"], *records["steps"]]))
+    done = commit(store, replace(group, content=tuple(content)), files, base)
+    return done, tuple(_notes(done))
+
+
+def _notes(store: Store) -> Iterator[str]:
+    """What the user should know of the steps just added."""
+    group = store.groups[-1]
+    base, last = (
+        {name: store.file(record.side[name]) for name in COMPARED if name in record.side}
+        for record in (store.base(), store.checkpoints(group)[group.steps[-1]])
+    )
+    differing = differences(base, last)
+    if differing:
+        yield (
+            f"step {group.steps[-1]} differs from the base in {', '.join(differing)}: predictions have what the last step "
+            f"of their window has"
+        )
+    seen: dict[str, int] = {h: s for old in store.groups[:-1] for s, h in zip(old.steps, old.content, strict=True)}
+    for step, content in zip(group.steps, group.content, strict=True):
+        if content in seen:
+            yield f"step {step} is bit for bit the same as step {seen[content]}"
+        seen.setdefault(content, step)
+    for tensor, counts in zip(store.tensors, store.changed(group), strict=True):
+        if counts.any() and not tensor.kind.is_float:
+            fate = "predictions carry over its last state" if is_buffer(tensor.dtype) else "it cannot be predicted"
+            yield f"{tensor.name} ({tensor.dtype}) changes; it is stored, and {fate}"
+
+
+def _allow_files(count: int) -> None:
+    """Raise the soft limit of open files to what the plan needs, as far as the hard limit allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        limit = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -1,0 +1,40 @@
+"""``restore``: an observed checkpoint, or the base, written again."""
+
+from functools import partial
+from pathlib import Path
+
+from relexio.checkpoints.write import write_files
+from relexio.engine import graph
+from relexio.engine.resources import Resources
+from relexio.progress import Stages
+from relexio.store.read import observed
+from relexio.store.schema import Block
+from relexio.store.state import check_content, digest_of
+from relexio.store.store import Store
+from relexio.verbs.predict import Sink, Target, _files, _needed, _shards, _staged, check_targets
+
+
+def restore(store: Store, step: int | None, out: Path, resources: Resources, stages: Stages) -> None:
+    """Write an observed step (None: the base) exactly as it was: same shard names, headers, bytes, and side files.
+
+    Raises StoreError where what was put together is not what was committed; then nothing gets the name ``out``.
+    """
+    targets = [Target(step or 0, out)]
+    check_targets(store, targets)
+    record = store.record(step)
+    shards = list(_shards(store, record, bytes))
+    executor = resources.for_combine(store, 1, 1)
+    with _staged(targets, shards) as outputs:
+        sink = Sink((outputs[0].tied({tensor.name for tensor in store.tensors}),))
+        write_files(Path(outputs[0].directory), _files(store, record))
+        executor.require(_needed(store, outputs, shards))
+        with stages("restore", sum(shard.size for shard in shards)) as advance:
+            digests = graph.each(store, 1, partial(_restore_block, store, step, sink), executor, advance)
+        executor.settle([Path(outputs[0].directory)])
+        check_content(store, step, digests)  # before it gets its name
+
+
+def _restore_block(store: Store, step: int | None, sink: Sink, block: Block) -> bytes:
+    bits = store.base_bits(block) if step is None else observed(store, block, step)
+    sink(block, 0, bits)
+    return digest_of(bits)

@@ -1,0 +1,257 @@
+"""``verify``: whether a trajectory is what was written, and what the checkpoints hold that it was made from."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from relexio.checkpoints.layout import choose, step_directory
+from relexio.checkpoints.read import INDEX, Checkpoint, open_checkpoint
+from relexio.engine import graph, plan
+from relexio.engine.resources import Resources
+from relexio.errors import CheckpointError, StoreError
+from relexio.progress import Stages
+from relexio.store import cache
+from relexio.store.schema import Block, Group, StoredCheckpoint, moves_chunk
+from relexio.store.state import block_state, digest_of
+from relexio.store.storage import METADATA, place
+from relexio.store.store import Store, file_digest
+from relexio.store.write import content_hashes
+from relexio.verbs.convert.check import Source, Table, fit_to_base
+from relexio.verbs.convert.encode import Reader
+from relexio.verbs.convert.left import Left, there
+from relexio.words import describe_steps
+
+_UNKNOWN = ""  # in place of a group: of that tensor a block could not be read
+#: How many elements differ from the base at each step, int64 [K], by the names of group and tensor.
+Changed = dict[tuple[str, str], np.ndarray | int]
+
+
+@dataclass(frozen=True)
+class Originals:
+    """Checkpoints to compare with: those of stored steps, and the base if it was named.
+
+    ``root`` is the directory that they are in. ``problems`` are those that cannot be compared, ``notes`` say what is left
+    out.
+    """
+
+    steps: dict[int, Source] = field(default_factory=dict)
+    base: Source | None = None
+    root: Path | None = None
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def left(self) -> list[Left]:
+        """What is there and not in the trajectory."""
+        base = self.base.checkpoint if self.base else None
+        return there((source.checkpoint for source in self.steps.values()), base, self.root)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was looked at, and what is wrong: one line each, nothing if all is as it should be.
+
+    ``left`` is what stands beside what was compared, and is not in the trajectory.
+    """
+
+    steps: tuple[int, ...]
+    compared: tuple[int, ...]
+    base_compared: bool
+    bytes_checked: int
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    left: tuple[Left, ...] = ()
+
+
+@dataclass
+class _Found:
+    """What one block gave: problems, and by group how many elements differ from the base at each step."""
+
+    problems: list[str] = field(default_factory=list)
+    changed: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def find_originals(store: Store, root: Path | None, base: Path | None) -> Originals:
+    """The checkpoints below a directory that the store holds. Raises CheckpointError for a base that is none."""
+    table: Table = {tensor.name: (tensor.dtype, tensor.shape) for tensor in store.tensors}
+    label = f"the base of {store.shown}"
+    found, notes = choose(root, {}, None)[0] if root is not None else {}, []
+    if absent := tuple(step for step in found if step not in store.steps):
+        notes.append(f"not in the trajectory: {describe_steps(absent)}")
+    if root is not None and (alone := tuple(step for step in store.steps if step not in found)):
+        notes.append(f"not compared, no such directory: {describe_steps(alone)}")
+    sources, problems = {}, []
+    for step in (step for step in found if step in store.steps):
+        try:
+            checkpoint = open_checkpoint(found[step], step, step_directory(found[step], root))
+            sources[step] = fit_to_base(checkpoint, table, label)
+        except CheckpointError as error:
+            problems.append(str(error))
+    original = fit_to_base(open_checkpoint(base), table, label) if base else None
+    return Originals(sources, original, root, tuple(problems), tuple(notes))
+
+
+def verify(store: Store, originals: Originals, resources: Resources, stages: Stages) -> Verified:
+    """Read all of a store: checksums, hashes, structure; and compare it bit for bit with the checkpoints given."""
+    most = max(len(group.steps) for group in store.groups)
+    need = plan.convert_need(store.block, 4, most, moves_chunk(store.block, most))
+    executor = resources.on_cpu(need)
+    executor.require(store.files(METADATA))
+    total = sum(tensor.nbytes for tensor in store.tensors) * (1 + len(store.steps))
+    kernel = partial(_check_block, store, originals, executor.plan.tile_bytes)
+    with stages("verify", total) as advance:
+        blocks = graph.each(store, 1 + len(store.steps), kernel, executor, advance)
+    changed: Changed = {}
+    problems = list(originals.problems)
+    for block, found in blocks:
+        problems += found.problems
+        if found.problems:
+            changed[_UNKNOWN, block.tensor.name] = 1
+        for group, counts in found.changed.items():
+            key = group, block.tensor.name
+            changed[key] = changed.get(key, 0) + counts
+    for check in _checks(store, originals, changed):
+        try:
+            problems += check()
+        except StoreError as error:
+            problems.append(str(error))
+    damaged, closed = cache.check(store)
+    problems += damaged
+    notes = (*originals.notes, *_closed(closed), *_leftovers(store))
+    compared, base = tuple(originals.steps), originals.base is not None
+    left = tuple(originals.left())
+    return Verified(store.steps, compared, base, total, tuple(dict.fromkeys(problems)), notes, left)
+
+
+def _check_block(store: Store, originals: Originals, nbytes: int, block: Block) -> _Found:
+    found = _Found()
+    try:
+        found.problems += _check_base(store, originals.base, block)
+        for group in store.groups:
+            found.problems += _check_group(store, originals.steps, nbytes, group, block, found.changed)
+    except (StoreError, CheckpointError) as error:
+        found.problems.append(str(error))
+    return found
+
+
+def _check_base(store: Store, original: Source | None, block: Block) -> Iterator[str]:
+    bits = store.base_bits(block)
+    if digest_of(bits) != store.digests("base", block).tobytes():
+        yield f"{store.shown}: base: tensor {block.tensor.name}: not the bits that were hashed; damaged"
+    if original is not None:
+        held = np.empty_like(bits)
+        with ExitStack() as stack:
+            Reader(original, block, stack).read(0, held)
+        if (held != bits).any():
+            yield f"{original.checkpoint.label}: tensor {block.tensor.name}: differs from what {store.shown} holds"
+
+
+def _check_group(
+    store: Store,
+    originals: dict[int, Source],
+    nbytes: int,
+    group: Group,
+    block: Block,
+    changed: dict[str, np.ndarray],
+) -> Iterator[str]:
+    compared = {column: originals[step] for column, step in enumerate(group.steps) if step in originals}
+    unlike: set[int] = set()
+    with ExitStack() as stack:
+        readers = {column: Reader(source, block, stack) for column, source in compared.items()}
+
+        def see(first: int, bits: np.ndarray) -> None:
+            row = np.empty(bits.shape[1], bits.dtype)
+            for column, reader in readers.items():
+                reader.read(first, row)
+                if (row != bits[column]).any():
+                    unlike.add(column)
+
+        digests, changed[group.name] = block_state(store, group, block, nbytes, see)
+    for column in np.flatnonzero((digests != store.digests(group.path, block)).any(axis=1)):
+        yield (
+            f"{store.shown}: step {group.steps[column]}: tensor {block.tensor.name}: not the bits that were hashed; damaged"
+        )
+    for place_ in sorted(unlike):
+        label = compared[place_].checkpoint.label
+        yield f"{label}: tensor {block.tensor.name}: differs from what {store.shown} holds"
+
+
+def _checks(store: Store, originals: Originals, changed: Changed) -> Iterator[Callable[[], list[str]]]:
+    """What is checked besides blocks: each check by itself, so that one that fails does not hide another."""
+    yield partial(_check_content, store, "base", (store.base_content,), 0)
+    for node in store.sealed:
+        yield partial(_check_node, store, node)
+    for group in store.groups:
+        yield partial(_check_content, store, group.path, group.content, len(group.steps))
+        yield partial(_check_changed, store, group, changed)
+        yield partial(_check_files, store, group)
+        for step, record in store.checkpoints(group).items():
+            if step in originals.steps:
+                yield partial(_check_side, store, record, originals.steps[step].checkpoint)
+    if originals.base is not None:
+        yield partial(_check_side, store, store.base(), originals.base.checkpoint)
+
+
+def _check_content(store: Store, path: str, content: tuple[str, ...], steps: int) -> list[str]:
+    same = tuple(content_hashes(store, path, steps)) == content
+    return [] if same else [f"{store.shown}: {path}: content hashes are not those of its blocks; damaged"]
+
+
+def _check_node(store: Store, node: str) -> list[str]:
+    store.metadata(node)
+    return []
+
+
+def _check_changed(store: Store, group: Group, changed: Changed) -> list[str]:
+    table = store.changed(group)
+    for row, tensor in zip(table, store.tensors, strict=True):
+        known = (_UNKNOWN, tensor.name) not in changed
+        if known and (row != changed.get((group.name, tensor.name), 0)).any():
+            return [f"{store.shown}: {group.path}/changed: wrong for tensor {tensor.name}; damaged"]
+    return []
+
+
+def _check_files(store: Store, group: Group) -> list[str]:
+    records = [store.base(), *store.checkpoints(group).values()]
+    names = {name for record in records for name in record.files}
+    problems = []
+    for name in sorted(names):
+        try:
+            for _ in store.pieces(name):
+                pass
+        except StoreError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _check_side(store: Store, record: StoredCheckpoint, original: Checkpoint) -> list[str]:
+    """What differs of a checkpoint besides its tensors: headers, the index, config, tokenizer."""
+    held = {shard.name: shard.header for shard in record.shards} | record.side | {INDEX: record.index or ""}
+    now: dict[str, bytes | Path] = {shard.path.name: shard.header for shard in original.shards}
+    now |= original.side | {INDEX: original.index or b""}
+    problems = []
+    for name in sorted(held.keys() | now.keys()):
+        found = now.get(name)
+        if (file_digest(found) if found else "") != held.get(name, "").rsplit("/", 1)[-1]:
+            what = "differs from what" if held.get(name) else "is not among what"
+            problems.append(f"{original.label}: {name}: {what} {store.shown} holds")
+    return problems
+
+
+def _closed(names: list[str]) -> Iterator[str]:
+    """Kept fits that may not be read are no part of the data: nothing of yours depends on them."""
+    if names:
+        yield f"no permission to read kept fits, not checked: {', '.join(names)}; they are made again where needed"
+
+
+def _leftovers(store: Store) -> Iterator[str]:
+    """What an interrupted command left; nothing reads it, and the next one removes it or goes on with it."""
+    known = {group.name for group in store.groups} | {METADATA}
+    left = [f"groups/{name}" for name in place(store.address).below("groups").names() if name not in known]
+    left += [name for name in place(store.address).names() if name.endswith(".partial")]
+    left += [f"cache/{name}" for name in cache.left(store)]
+    if left:
+        yield f"left by an interrupted command, not read: {', '.join(sorted(left))}"
