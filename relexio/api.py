@@ -15,8 +15,8 @@ from relexio.engine.kernels import Rows, combine_block, tiles
 from relexio.engine.resources import Resources
 from relexio.errors import RequestError
 from relexio.fit.fit import Fit, TensorFit, choose_window, fit
+from relexio.methods import Recipe
 from relexio.methods.backtest import Backtest
-from relexio.methods.methods import Recipe
 from relexio.methods.roles import Choice
 from relexio.methods.verdict import Outlook
 from relexio.progress import silent

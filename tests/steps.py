@@ -7,7 +7,7 @@ from make import Run
 
 from relexio.engine.resources import Resources
 from relexio.fit.fit import Fit, choose_window, fit
-from relexio.methods.methods import Recipe
+from relexio.methods import Recipe
 from relexio.progress import silent
 from relexio.store import schema
 from relexio.store.store import Store

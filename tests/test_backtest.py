@@ -12,9 +12,9 @@ from steps import CPU, fit_run, store_run
 
 from relexio.engine.resources import Resources
 from relexio.errors import BudgetError, RequestError
+from relexio.methods import METHODS, Recipe, Window
 from relexio.methods.backtest import Backtest, backtest
 from relexio.methods.line_tests import random_walk, signs, split_half, straightness
-from relexio.methods.methods import METHODS, Recipe, Window
 from relexio.methods.roles import part_of
 from relexio.methods.spectrum import alike, find, thrown_away
 from relexio.methods.trials import HORIZONS, STRENGTHS, Trial, make_folds, make_trials
@@ -62,7 +62,7 @@ def test_every_figure_is_that_of_weight_space() -> None:
                     inside = m[known - (count or 0) : known]
                     window = Window(inside @ inside.T, steps[known - (count or 0) : known])
                     recipe = replace(trial.recipe, strength=strength)
-                    kept_norm = METHODS[recipe.method].keeps_norms and part_of(name) == "norm"
+                    kept_norm = recipe.way.keeps_norms and part_of(name) == "norm"
                     ahead = m[known - 1] if kept_norm else recipe.weights(window, [int(steps[index])])[:, 0] @ inside
                     real, went = m[index] - m[known - 1], ahead - m[known - 1]
                     want["error"][column, row] = ((ahead - m[index]) ** 2).sum()
@@ -104,7 +104,7 @@ def test_a_run_that_is_stored_from_step_0_on() -> None:
     verdict = advise(test)
     assert verdict is not None and verdict.sure == "high"
     for place, trial in enumerate(test.trials):
-        counts = METHODS[trial.recipe.method].from_zero
+        counts = trial.recipe.way.from_zero
         assert np.isnan(test.pooled(place)).all() if counts else not np.isnan(test.pooled(place)).any(), trial
 
 

@@ -25,7 +25,7 @@ from relexio.engine.plan import Need, make, make_processes
 from relexio.engine.resources import Resources
 from relexio.errors import CheckpointError, ClusterError, RequestError, StoreError
 from relexio.fit.fit import choose_window, fit
-from relexio.methods.methods import Recipe
+from relexio.methods import Recipe
 from relexio.progress import silent
 from relexio.store.schema import Block
 from relexio.verbs.inspect import inspect

@@ -13,8 +13,8 @@ from make import deltas as deltas_of
 from steps import fit_run, predict_run, store_run
 
 from relexio.errors import RequestError
+from relexio.methods import METHODS, Recipe, Window
 from relexio.methods.curves import read_off
-from relexio.methods.methods import METHODS, Recipe, Window
 from relexio.methods.roles import Choice, layer_of, part_of
 from relexio.store.store import open_store
 
@@ -115,11 +115,11 @@ def test_targets_do_not_depend_on_each_other(deltas: np.ndarray) -> None:
     [
         (Recipe("nothing"), "known are relex"),
         (Recipe("secant", rank=2), "--rank means nothing to --method secant; it is for relex, pinned, reconstruct"),
-        (Recipe("mean", fit="poly2"), "--fit means nothing to --method mean"),
+        (Recipe("mean", curve="poly2"), "--fit means nothing to --method mean"),
         (Recipe("relex", last=2), "--last means nothing"),
         (Recipe("relex", 9), "give 1 to 8"),
         (Recipe("mean", last=9), "give 1 to 8"),
-        (Recipe("relex", fit="spline"), "known are line"),
+        (Recipe("relex", curve="spline"), "known are line"),
         (Recipe("relex", refit=0), "give 1 to 8"),
         (Recipe("relex", refit=9), "give 1 to 8"),
         (Recipe("relex", strength=float("nan")), "reasonable size"),
@@ -132,9 +132,9 @@ def test_what_cannot_be_is_refused(recipe: Recipe, said: str) -> None:
 
 @pytest.mark.parametrize(("fit", "least"), [("poly2", 3), ("poly3", 4), ("sinusoid", 5)])
 def test_a_window_too_short_for_a_curve_names_the_limit(fit: str, least: int) -> None:
-    Recipe(fit=fit).check(STEPS[:least], [])
+    Recipe(curve=fit).check(STEPS[:least], [])
     with pytest.raises(RequestError, match=f"at least {least} steps"):
-        Recipe(fit=fit).check(STEPS[: least - 1], [])
+        Recipe(curve=fit).check(STEPS[: least - 1], [])
 
 
 def test_refits_without_end_are_refused() -> None:
@@ -166,7 +166,7 @@ def truth(run: Run, recipe: Recipe, target: int) -> dict[str, np.ndarray]:
     for name, base in run.base.items():
         m = deltas_of(base, [run.steps[s][name] for s in times])
         u, sigma, v = np.linalg.svd(m, full_matrices=False)
-        degree = {"line": 1, "poly2": 2}[recipe.fit]
+        degree = {"line": 1, "poly2": 2}[recipe.curve]
         line = np.polyfit(times, sigma[0] * u[:, 0], degree)
         chord = (target - times[-1]) / (times[-1] - times[0]) * (m[-1] - m[0])
         kept = (1 - 2 / (recipe.last + 1)) ** np.arange(len(m))[::-1] if recipe.last else np.ones(len(m))
@@ -189,8 +189,8 @@ def truth(run: Run, recipe: Recipe, target: int) -> dict[str, np.ndarray]:
     "recipe",
     [
         *(Recipe(name) for name in METHODS if METHODS[name].extrapolates and name not in ("mean", "ema")),
-        *(Recipe("mean", last=2), Recipe("mean"), Recipe("ema", last=3), Recipe("relex", fit="poly2")),
-        Recipe("pinned", fit="poly2"),
+        *(Recipe("mean", last=2), Recipe("mean"), Recipe("ema", last=3), Recipe("relex", curve="poly2")),
+        Recipe("pinned", curve="poly2"),
     ],
     ids=str,
 )

@@ -11,7 +11,7 @@ from make import BF16, base_tensors, differing, load_checkpoint, make_run, move,
 from steps import fit_run, predict_run, small_blocks, store_run
 
 from relexio.engine.resources import Resources
-from relexio.methods.methods import Recipe
+from relexio.methods import Recipe
 
 DTYPES = [BF16, np.dtype("float16"), np.dtype("float32")]
 #: Save ties: two of a million elements may differ.

@@ -27,7 +27,7 @@ from steps import CPU, fit_run, predict_run, store_run
 from relexio import atomic
 from relexio.cli.main import relexio_command
 from relexio.errors import EvaluationError
-from relexio.methods.methods import Recipe
+from relexio.methods import Recipe
 from relexio.progress import silent
 from relexio.store.store import Store
 from relexio.sweep import Candidate, Request, Result, Sweep, sweep

@@ -22,7 +22,7 @@ from relexio.cli.main import main
 from relexio.engine.resources import Resources
 from relexio.errors import RelexioError
 from relexio.fit.fit import fit
-from relexio.methods.methods import Recipe
+from relexio.methods import Recipe
 from relexio.progress import silent
 from relexio.store import chunks
 from relexio.store.seal import hash_of

@@ -28,7 +28,7 @@ from bench import differing
 from relexio.engine.process import cores, resident_bytes
 from relexio.engine.resources import Resources
 from relexio.fit.fit import fit
-from relexio.methods.methods import Recipe
+from relexio.methods import Recipe
 from relexio.progress import silent
 from relexio.store.store import open_store
 from relexio.verbs.convert import Request, convert, prepare

@@ -13,7 +13,7 @@ def methods(as_json: bool) -> None:
     """List the methods that predict knows, with their sources.
 
     With each: what it does, where it is from, and which of the options --rank, --fit, --refit and --last it heeds."""
-    from relexio.methods.methods import METHODS
+    from relexio.methods import METHODS
 
     if as_json:
         facts = [

@@ -69,7 +69,7 @@ def predict(
     options.check_out(steps, out)
     from relexio.engine.resources import Resources
     from relexio.fit.fit import choose_window, fit
-    from relexio.methods.methods import Recipe
+    from relexio.methods import Recipe
     from relexio.methods.roles import Choice
     from relexio.store.storage import local
     from relexio.store.store import open_store
@@ -127,7 +127,6 @@ def _show_plan(window: tuple[int, ...], targets: "list[Target]", prospect: "Pros
 
 
 def _show_result(fitted: "Fit", targets: "list[Target]", as_json: bool) -> None:
-    from relexio.methods.methods import METHODS
     from relexio.verbs.predict import provenance
     from relexio.words import describe_steps
 
@@ -144,16 +143,15 @@ def _show_result(fitted: "Fit", targets: "list[Target]", as_json: bool) -> None:
     for target in targets:
         expected = fitted.outlook(target.step)
         rows.append(("wrote", f"{target.out}: step {target.step}"))
-        if METHODS[recipe.method].extrapolates:
+        if recipe.way.extrapolates:
             rows.append(("verdict", str(expected) if expected else _NO_VERDICT))
     table(rows)
 
 
 def _warn(fitted: "Fit", targets: "list[Target]") -> None:
     """Notes on what speaks against believing these predictions."""
-    from relexio.methods.methods import METHODS
 
-    if not METHODS[fitted.recipe.method].extrapolates:
+    if not fitted.recipe.way.extrapolates:
         return
     for text in fitted.signs():
         note(f"not one line: {text}")

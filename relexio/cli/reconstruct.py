@@ -45,7 +45,7 @@ def reconstruct(
 
     from relexio.engine.resources import Resources
     from relexio.fit.fit import choose_window, fit
-    from relexio.methods.methods import Recipe
+    from relexio.methods import Recipe
     from relexio.store.storage import local
     from relexio.store.store import open_store
     from relexio.verbs.predict import Target, predict, provenance

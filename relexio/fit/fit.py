@@ -10,10 +10,10 @@ from relexio.dtypes import is_buffer
 from relexio.engine.resources import Resources
 from relexio.errors import RequestError
 from relexio.fit.grams import SOLVERS, Grams, find_grams
+from relexio.methods import Recipe, Window, directions
 from relexio.methods.backtest import Backtest, backtest, heeding_norms
 from relexio.methods.curves import Line, fit_line
 from relexio.methods.line_tests import LEAD, base_doubt, signs
-from relexio.methods.methods import METHODS, Recipe, Window, directions
 from relexio.methods.roles import Choice
 from relexio.methods.skill import Errors, errors, terms
 from relexio.methods.trials import Trial, make_folds
@@ -86,7 +86,7 @@ class Fit:
         them. None where that cannot be done: fewer than 3 steps, no tensor that moved, a method that does not extrapolate,
         or a solver that keeps no whole Gram matrix.
         """
-        if not self.grams.whole or not METHODS[self.recipe.method].extrapolates:
+        if not self.grams.whole or not self.recipe.way.extrapolates:
             return None
         seen = tuple(step for step in self.grams.steps if step <= self.steps[-1])
         if seen[-len(self.steps) :] != self.steps:

@@ -1,1 +1,10 @@
-"""T-space: methods, fits, and skill. Everything here is a pure function of T x T numbers; no tensor is seen."""
+"""T-space: methods that see Gram matrices and step numbers, never a tensor; and what a backtest of them says.
+
+Importing this package fills the table of methods.
+"""
+
+from relexio.methods import formulas as _formulas  # noqa: F401  its decorators fill the table
+from relexio.methods.recipe import OPTIONS, Recipe
+from relexio.methods.registry import METHODS, Method, Window, directions
+
+__all__ = ["METHODS", "OPTIONS", "Method", "Recipe", "Window", "directions"]

@@ -10,7 +10,8 @@ from functools import cached_property
 
 import numpy as np
 
-from relexio.methods.methods import METHODS, Recipe, Window, directions
+from relexio.methods.recipe import Recipe
+from relexio.methods.registry import Window, directions
 from relexio.methods.roles import PARTS, part_of
 from relexio.methods.skill import TERMS, Errors, cosine, errors, skill, terms
 from relexio.methods.trials import HORIZONS, Fold, Trial, horizon
@@ -22,7 +23,7 @@ Chosen = Callable[[str, Recipe], Recipe | None]
 
 def heeding_norms(name: str, recipe: Recipe) -> Recipe | None:
     """The recipe, but for norms in a method that keeps those as they are."""
-    return None if METHODS[recipe.method].keeps_norms and part_of(name) == "norm" else recipe
+    return None if recipe.way.keeps_norms and part_of(name) == "norm" else recipe
 
 
 def try_all(
@@ -36,7 +37,7 @@ def try_all(
     """
     found = np.full((len(trials), columns(folds), TERMS), np.nan)
     most = max(trial.recipe.rank for trial in trials)
-    ranked = any("rank" in METHODS[trial.recipe.method].uses for trial in trials)
+    ranked = any("rank" in trial.recipe.way.uses for trial in trials)
     at = 0
     for fold in folds:
         windows: dict[int, Window] = {}
@@ -47,7 +48,7 @@ def try_all(
                 if count not in windows:
                     inside = slice(fold.known - count, fold.known)
                     windows[count] = _window(gram[inside, inside], steps[inside], most if ranked else 0)
-                if METHODS[trial.recipe.method].from_zero and windows[count].steps[0] <= 0:
+                if trial.recipe.way.from_zero and windows[count].steps[0] <= 0:
                     continue  # such a method cannot count from there
                 found[place, there] = _try(gram, steps, windows[count], fold, recipe)
         at = there.stop
@@ -66,8 +67,8 @@ def _try(gram: np.ndarray, steps: np.ndarray, window: Window, fold: Fold, recipe
     held, count = np.array(fold.held_out), len(window.steps)
     update = np.zeros((count, len(held)))
     if recipe is not None and window.gram.any():
-        update = METHODS[recipe.method].weights(window, steps[held], replace(recipe, strength=1.0))
-    from_last = recipe is None or METHODS[recipe.method].from_last
+        update = recipe.way.weights(window, steps[held], replace(recipe, strength=1.0))
+    from_last = recipe is None or recipe.way.from_last
     return terms(gram, fold.known - 1, from_last, slice(fold.known - count, fold.known), update, held)
 
 

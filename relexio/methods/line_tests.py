@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from relexio.methods.curves import fit_line
-from relexio.methods.methods import directions
+from relexio.methods.registry import directions
 
 _UNDONE = -0.2  # cosine of the directions of two halves
 _JUMP = 5.0  # times the usual increment

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from relexio.methods.curves import Line, fit_line
-from relexio.methods.methods import directions
+from relexio.methods.registry import directions
 
 SPECTRUM = 10  # singular values that are told
 

@@ -7,7 +7,8 @@ import numpy as np
 
 from relexio.errors import RequestError
 from relexio.methods.curves import CURVES
-from relexio.methods.methods import METHODS, Recipe
+from relexio.methods.recipe import Recipe
+from relexio.methods.registry import METHODS
 
 #: Horizons are told in times the last known step: 1.5 is step 75 seen from step 50.
 #: A horizon is from the one before it (from 1 at first) to this; the last one is open.
@@ -16,6 +17,7 @@ STRENGTHS = (0.1, 0.25, 0.5, 0.75, 1.0)
 _CUT_OFFS = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
 _EACH = 3  # steps held out for each cut-off and horizon
 _SHORTEST = 3  # steps of a window that is only a part of what is known
+_RANKS, _CURVES, _SHARES = (1, 2, 3), ("poly2", "sinusoid"), (1.0, 1 / 2, 1 / 3)
 
 
 @dataclass(frozen=True)
@@ -70,23 +72,24 @@ class Trial:
 
     def window(self, known: int) -> int | None:
         """How many of the known steps its window has, never too few to be fitted; None where all are too few."""
-        method = METHODS[self.recipe.method]
-        least = max(
-            method.least_steps,
-            self.recipe.rank,
-            CURVES[self.recipe.fit] if "fit" in method.uses else 1,
-            self.recipe.last or 1,
-        )
+        recipe = self.recipe
+        curve = CURVES[recipe.curve] if "fit" in recipe.way.uses else 1
+        least = max(recipe.way.least_steps, recipe.rank, curve, recipe.last or 1)
         count = max(ceil(self.share * known - 1e-9), least, min(_SHORTEST, known))
         return count if count <= known else None
 
 
 def make_trials(steps: int) -> list[Trial]:
-    """Every method, rank, curve and window that a backtest of a trajectory of ``steps`` steps tries."""
-    wide = [Recipe(method, rank) for method in ("relex", "pinned") for rank in (1, 2, 3)]
-    wide += [Recipe("secant"), Recipe("two-point")]
-    curves = [Recipe(method, fit=fit) for method in ("relex", "pinned") for fit in ("poly2", "sinusoid")]
-    refits = [Recipe(method, refit=1) for method in ("relex", "pinned")]
-    means = [Recipe(method, last=min(5, max(steps // 4, 2))) for method in ("mean", "ema")]
-    single = [*curves, *refits, Recipe("scaled-last"), Recipe("scaled-first"), *means]
-    return [*(Trial(r, share) for r in wide for share in (1.0, 1 / 2, 1 / 3)), *map(Trial, single)]
+    """Every method, rank, curve and window that a backtest of a trajectory of ``steps`` steps tries.
+
+    Of recipes that do equally well the first one is advised: plain ones come first. Methods that count from step 0 or
+    average what was seen have no window of their own.
+    """
+    tried = [method for method in METHODS.values() if method.extrapolates]
+    wide = [method for method in tried if not (method.from_zero or method.stays)]
+    plain = [Recipe(m.name, rank) for m in wide for rank in (_RANKS if "rank" in m.uses else (1,))]
+    curved = [Recipe(m.name, curve=curve) for m in wide if "fit" in m.uses for curve in _CURVES]
+    refitted = [Recipe(m.name, refit=1) for m in wide if "refit" in m.uses]
+    last = min(5, max(steps // 4, 2))
+    single = [Recipe(m.name, last=last if "last" in m.uses else None) for m in tried if m not in wide]
+    return [*(Trial(r, share) for r in plain for share in _SHARES), *map(Trial, [*curved, *refitted, *single])]

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from relexio.methods.backtest import Backtest
-from relexio.methods.methods import METHODS
 from relexio.methods.trials import Trial, within
 
 #: What skill in weights says nothing of; told with every piece of advice.
@@ -76,7 +75,7 @@ def rank_all(test: Backtest, among: np.ndarray | None = None, doubted: bool = Fa
     found = [
         Pick(trial, strength, score(test, trial, strength, among))
         for trial in range(len(test.trials))
-        if not (doubted and METHODS[test.trials[trial].recipe.method].needs_base)
+        if not (doubted and test.trials[trial].recipe.way.needs_base)
         for strength in reversed(test.strengths)
     ]
     return sorted((pick for pick in found if not np.isnan(pick.score)), key=lambda pick: -pick.score)
@@ -111,7 +110,7 @@ def advise(test: Backtest, doubted: bool = False) -> Verdict | None:
     pick = best(ranked)
     if pick is None:
         return None
-    still = next((one for one in ranked if METHODS[test.trials[one.trial].recipe.method].stays), None)
+    still = next((one for one in ranked if test.trials[one.trial].recipe.way.stays), None)
     if still is None or still.score < pick.score - _TIE or still.score <= 0:
         still = None
     skills, followed = test.by_horizon(pick.trial, pick.strength), follow(test, doubted)

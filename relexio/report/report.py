@@ -10,7 +10,7 @@ from relexio.atomic import storage_errors, write_new
 from relexio.engine.plan import OVERHEAD
 from relexio.engine.resources import Resources
 from relexio.errors import BudgetError, ExistsError, RequestError
-from relexio.methods.methods import Recipe
+from relexio.methods import Recipe
 from relexio.progress import Stages
 from relexio.report.data import Facts, default_target
 from relexio.store.store import Store

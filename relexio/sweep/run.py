@@ -13,7 +13,7 @@ from relexio.engine import plan
 from relexio.engine.resources import Resources
 from relexio.errors import BudgetError, EvaluationError, RequestError, StorageError
 from relexio.fit.fit import Fit, fit
-from relexio.methods.methods import Recipe
+from relexio.methods import Recipe
 from relexio.progress import Stages
 from relexio.store.store import Store
 from relexio.sweep.candidates import BASE, Candidate, Request, filled

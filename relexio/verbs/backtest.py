@@ -1,7 +1,7 @@
 """``backtest``: every method, window, rank and strength, held against steps that were really trained; and a verdict."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from shlex import quote
 from typing import Any
 
@@ -13,9 +13,9 @@ from relexio.engine.resources import Resources
 from relexio.errors import BudgetError
 from relexio.fit.fit import doubt_of_base
 from relexio.fit.grams import find_grams
+from relexio.methods import METHODS
 from relexio.methods.backtest import Backtest, backtest, bytes_of
 from relexio.methods.line_tests import Straightness, straightness
-from relexio.methods.methods import METHODS
 from relexio.methods.roles import PARTS
 from relexio.methods.trials import HORIZONS, STRENGTHS, horizon_name, make_folds, make_trials
 from relexio.methods.verdict import CAVEAT, Pick, Verdict, advise, rank_all, window_words, words
@@ -65,16 +65,11 @@ class Judged:
 
     def row(self, pick: Pick) -> dict[str, Any]:
         """All figures of one recipe, for scripts: by horizon the pooled skill, the median over tensors, and the cosine."""
-        trial, recipe = self.test.trials[pick.trial], self.test.trials[pick.trial].recipe
+        trial = self.test.trials[pick.trial]
         skills = self.test.by_horizon(pick.trial, pick.strength)
         medians, cosines = self.test.medians(pick.trial, pick.strength), self.test.cosines(pick.trial, pick.strength)
         return {
-            "method": recipe.method,
-            "rank": recipe.rank,
-            "fit": recipe.fit,
-            "refit": recipe.refit,
-            "last": recipe.last,
-            "strength": pick.strength,
+            **replace(trial.recipe, strength=pick.strength).to_json(),
             "share": trial.share,
             "window": window_words(trial, self.test.steps)[1],
             "score": pick.score,
@@ -102,13 +97,8 @@ class Judged:
         if self.verdict is None or self.verdict.sure == "none":
             return None
         pick, step = self.verdict.pick, self.verdict.farthest
-        trial, recipe = self.test.trials[pick.trial], self.test.trials[pick.trial].recipe
-        options = [f"--method {recipe.method}"]
-        options += [f"--rank {recipe.rank}"] if recipe.rank > 1 else []
-        options += [f"--fit {recipe.fit}"] if recipe.fit != "line" else []
-        options += [f"--refit {recipe.refit}"] if recipe.refit else []
-        options += [f"--last {recipe.last}"] if recipe.last else []
-        options += [f"--strength {pick.strength:g}"] if pick.strength != 1 else []
+        trial = self.test.trials[pick.trial]
+        options = replace(trial.recipe, strength=pick.strength).arguments()
         options += [f"--window {window_words(trial, self.test.steps)[1]}"]
         return f"relexio predict {quote(self.store.shown)} {' '.join(options)} --step {step} -o predicted-{step}"
 

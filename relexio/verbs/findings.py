@@ -11,8 +11,8 @@ from relexio.engine.resources import Resources
 from relexio.errors import RequestError
 from relexio.fit.fit import changed_shares
 from relexio.fit.grams import Grams, find_grams
+from relexio.methods import Recipe
 from relexio.methods.curves import Line
-from relexio.methods.methods import Recipe
 from relexio.methods.roles import layer_of, part_of
 from relexio.methods.spectrum import SPECTRUM, alike, find, thrown_away
 from relexio.progress import Stages
@@ -64,7 +64,7 @@ class Findings:
         for place, trial in enumerate(test.trials):
             recipe = trial.recipe
             if trial.share == 1 and recipe.refit is None and recipe.method in ("relex", "pinned"):
-                found[str(Recipe(recipe.method, recipe.rank, fit=recipe.fit))] = test.by_horizon(place, 1.0)
+                found[str(Recipe(recipe.method, recipe.rank, curve=recipe.curve))] = test.by_horizon(place, 1.0)
         return found
 
     def to_json(self) -> dict[str, Any]:

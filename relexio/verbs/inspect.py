@@ -8,9 +8,9 @@ import numpy as np
 
 from relexio.engine.resources import Resources
 from relexio.fit.fit import TensorFit, changed_shares, doubt_of_base, fit
+from relexio.methods import Recipe
 from relexio.methods.backtest import Backtest
 from relexio.methods.line_tests import Straightness, straightness
-from relexio.methods.methods import Recipe
 from relexio.methods.skill import Errors
 from relexio.progress import Stages
 from relexio.store.storage import place

@@ -23,7 +23,7 @@ from relexio.engine.resources import Resources
 from relexio.errors import BudgetError, ExistsError, RequestError, StorageError, StoreError
 from relexio.fit.fit import Fit, check_carried
 from relexio.fit.grams import choose_solver, is_kept
-from relexio.methods.methods import METHODS, Recipe
+from relexio.methods import Recipe
 from relexio.methods.roles import Choice
 from relexio.progress import Stages
 from relexio.store.schema import Block, StoredCheckpoint
@@ -231,7 +231,7 @@ def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
     write_files(directory, _files(store, replace(base, side=side)))
     facts = provenance(fit, target.step)
     public = {**facts, "window": describe_steps(fit.steps), "base": store.base_content}
-    method = METHODS[fit.recipe.method]
+    method = fit.recipe.way
     did = "extrapolated" if method.extrapolates else "reconstructed"
     made = f"relexio {__version__} {did} them from observed checkpoints of a training run ({method.name}: {method.source})."
     card = model_card(_model_name(base.source), public, made)
@@ -268,7 +268,7 @@ def provenance(fit: Fit, step: int) -> dict[str, Any]:
     expected = fit.outlook(step)
     return {
         "step": step,
-        **asdict(recipe),
+        **recipe.to_json(),
         "include": list(choice.include),
         "exclude": list(choice.exclude),
         "others": choice.others,

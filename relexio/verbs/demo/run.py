@@ -8,7 +8,7 @@ from pathlib import Path
 from relexio.engine.resources import Resources
 from relexio.errors import ExistsError
 from relexio.fit.fit import fit
-from relexio.methods.methods import Recipe
+from relexio.methods import Recipe
 from relexio.methods.verdict import Outlook
 from relexio.progress import Stages
 from relexio.verbs.convert import Request, convert, prepare

@@ -1,0 +1,140 @@
+"""The methods: pure functions (window of one tensor, target steps, recipe) -> T weights for each target.
+
+A predicted tensor is theta_start + lambda M^T b, where row t of M is the delta at step s_t; it starts from the base, or
+from the last checkpoint of the window. Below, P = U U^T projects on the top-r eigenvectors of the Gram matrix M M^T, and
+l(s) are the weights by which a curve through T values is read off at s. The paper writes the same as v = M^T u / sigma,
+c = sigma u, a line through c, theta_0 + c_hat v: since c_hat = l . (sigma u), M^T b with b = u u^T l is c_hat v.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from relexio.methods.registry import Matrix, Vector, Window, method
+
+if TYPE_CHECKING:
+    from relexio.methods.recipe import Recipe
+
+_CURVE = ("rank", "fit", "refit")
+
+
+@method(
+    "relex",
+    "A curve through the coefficients of the top directions, rebuilt from the base.",
+    "RELEX (Wei et al. 2026, arXiv 2605.21468), section 4",
+    uses=_CURVE,
+    least_steps=2,
+)
+def relex(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
+    """b = P l(s): a curve through the coefficients of the top directions."""
+    u = window.directions(recipe.rank)
+    return u @ recipe.read_off(window.steps, u, targets).T
+
+
+@method(
+    "pinned",
+    "The increment of that curve, added to the last checkpoint.",
+    "RELEX, pinned to the latest checkpoint as the verl fork by shamanez does",
+    uses=_CURVE,
+    least_steps=2,
+    from_last=True,
+)
+def pinned(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
+    """b = P (l(s) - l(s_T)): the curve's increment alone."""
+    weights = relex(window, np.append(targets, window.steps[-1]), recipe)
+    return weights[:, :-1] - weights[:, -1:]
+
+
+@method(
+    "reconstruct",
+    "What the top directions keep of an observed step; nothing is extrapolated.",
+    "RELEX, Finding 1",
+    uses=("rank",),
+    extrapolates=False,
+)
+def reconstruct(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
+    """b = P e_t: what rank r keeps of an observed step t."""
+    u = window.directions(recipe.rank)
+    return u @ u[np.searchsorted(window.steps, targets)].T
+
+
+@method(
+    "two-point",
+    "The same chord; norms stay as they are in the last checkpoint.",
+    "RLVR-Linearity (Wang et al. 2026, arXiv 2601.04537), weight extrapolation",
+    least_steps=2,
+    from_last=True,
+    keeps_norms=True,
+    needs_base=False,
+)
+@method(
+    "secant",
+    "On from the last checkpoint along the chord from the window's first to its last.",
+    "the secant line of numerical analysis; no direction, no rank",
+    least_steps=2,
+    from_last=True,
+    needs_base=False,
+)
+def secant(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
+    """b = f (e_T - e_1) with f = (s - s_T) / (s_T - s_1): on along the chord from the first to the last checkpoint."""
+    first, last = window.steps[0], window.steps[-1]
+    factor = (targets - last) / (last - first)
+    return np.outer(_unit(window, -1) - _unit(window, 0), factor)
+
+
+@method(
+    "scaled-last",
+    "The last delta times s / s_T, from the base.",
+    "ExPO (Zheng et al., ACL 2025, arXiv 2404.16792), with alpha from the step numbers",
+    from_zero=True,
+)
+def scaled_last(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
+    """b = (s / s_T) e_T: the last delta, as if all steps since step 0 went on like this."""
+    return np.outer(_unit(window, -1), targets / window.steps[-1])
+
+
+@method(
+    "scaled-first",
+    "The first delta times s / s_1, from the base.",
+    "alpha of basetenlabs/relex-replication, from the step numbers",
+    from_zero=True,
+)
+def scaled_first(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
+    """b = (s / s_1) e_1: the first delta, as if all steps were like it."""
+    return np.outer(_unit(window, 0), targets / window.steps[0])
+
+
+@method(
+    "mean",
+    "The mean of the window's last k checkpoints; goes nowhere new.",
+    "LAWA (Kaddour 2022, arXiv 2209.14981)",
+    uses=("last",),
+    stays=True,
+    needs_base=False,
+)
+def mean(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
+    """b = (e_{T-k+1} + ... + e_T) / k: the mean of the last k checkpoints, whatever the target."""
+    count = recipe.last or len(window.steps)
+    weights = np.where(np.arange(len(window.steps)) >= len(window.steps) - count, 1.0 / count, 0.0)
+    return np.tile(weights[:, None], len(targets))
+
+
+@method(
+    "ema",
+    "An exponential mean over the window that reaches back about k checkpoints.",
+    "iterate averaging (Polyak and Juditsky 1992), with decay 1 - 2 / (k + 1)",
+    uses=("last",),
+    stays=True,
+    needs_base=False,
+)
+def ema(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
+    """b_i ~ (1 - 2 / (k + 1))^(T - i), adding up to 1: an exponential mean, whatever the target."""
+    count = recipe.last or len(window.steps)
+    weights = (1.0 - 2.0 / (count + 1)) ** np.arange(len(window.steps))[::-1]
+    return np.tile((weights / weights.sum())[:, None], len(targets))
+
+
+def _unit(window: Window, index: int) -> Vector:
+    unit = np.zeros(len(window.steps))
+    unit[index] = 1.0
+    return unit

@@ -1,0 +1,155 @@
+"""A recipe: a method, and the options that it heeds.
+
+One table of options: the command line, refusals, names, JSON and suggested commands all follow from it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from relexio.errors import RequestError
+from relexio.methods.curves import CURVES, check_refits, read_off, read_off_refitting
+from relexio.methods.registry import METHODS, Matrix, Method, Vector, Window
+
+_MOST_STRENGTH = 1e100  # its square is still a float64
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a recipe: its name on the command line and in JSON, the field of Recipe, its type, and its help.
+
+    ``choices``: the words that it may be. ``title``: how a recipe's name says it; what has none is left out there.
+    """
+
+    flag: str
+    field: str
+    type: type
+    help: str
+    choices: tuple[str, ...] = ()
+    title: str = ""
+
+    def of(self, recipe: "Recipe") -> Any:
+        """Its value in a recipe."""
+        return getattr(recipe, self.field)
+
+    @property
+    def default(self) -> Any:
+        """Its value where nothing is said."""
+        return getattr(Recipe, self.field)
+
+    @property
+    def users(self) -> list[str]:
+        """The methods that heed it."""
+        return [method.name for method in METHODS.values() if self.flag in method.uses]
+
+
+OPTIONS = (
+    Option("rank", "rank", int, "Directions over time for each tensor.", title="rank {}"),
+    Option("strength", "strength", float, "Factor on the update."),
+    Option("fit", "curve", str, "Curve through the coefficients.", tuple(CURVES), "{}"),
+    Option("refit", "refit", int, "Steps to read off before the window moves on, fitted again.", title="refit {}"),
+    Option("last", "last", int, "Checkpoints in a mean or ema.  [default: the window]", title="last {}"),
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to predict: a method, its rank, curve and refits, the k of a mean, and strength lambda (1 is as published).
+
+    ``refit``: steps read off before the window moves on and is fitted again; None fits once. ``last``: the k of ``mean``
+    and ``ema``; None is the whole window.
+    """
+
+    method: str = "relex"
+    rank: int = 1
+    strength: float = 1.0
+    curve: str = "line"
+    refit: int | None = None
+    last: int | None = None
+
+    @property
+    def way(self) -> Method:
+        """The method's entry in the table."""
+        return METHODS[self.method]
+
+    def read_off(self, steps: Vector, values: Matrix, at: Vector) -> Matrix:
+        """This recipe's curve through values [T, r] over steps [T], read off at [S]: [S, r]."""
+        if self.refit is None:
+            return read_off(self.curve, steps, values, at)
+        return read_off_refitting(self.curve, steps, values, at, self.refit)
+
+    def weights(self, window: Window, targets: list[int]) -> Matrix:
+        """The weights [T, S] of this recipe for one tensor; zeros for a tensor that never changed."""
+        if not window.gram.any():
+            return np.zeros((len(window.steps), len(targets)))
+        weights = self.strength * self.way.weights(window, np.array(targets), self)
+        if self.way.from_last:
+            weights[-1] += 1.0
+        return weights
+
+    def __str__(self) -> str:
+        """For people: ``pinned, rank 2, poly2``; what the method does not use, and strength, are left out."""
+        heeded = [o for o in OPTIONS if o.title and o.flag in self.way.uses]
+        told = [o for o in heeded if o.flag == "rank" or o.of(self) != o.default]
+        return ", ".join([self.method, *(o.title.format(o.of(self)) for o in told)])
+
+    def to_json(self) -> dict[str, Any]:
+        """For scripts: the method and every option by its flag."""
+        return {"method": self.method, **{option.flag: option.of(self) for option in OPTIONS}}
+
+    def arguments(self) -> list[str]:
+        """The command line that asks for this recipe: ``["--method pinned", "--strength 0.5"]``."""
+        values = {o.flag: o.of(self) for o in OPTIONS if o.of(self) != o.default}
+        told = [
+            f"--{flag} {value:g}" if isinstance(value, float) else f"--{flag} {value}" for flag, value in values.items()
+        ]
+        return [f"--method {self.method}", *told]
+
+    def check(self, steps: Vector, targets: list[int]) -> None:
+        """Raise RequestError, naming the limit, where this recipe cannot be used on a window for these targets."""
+        if self.method not in METHODS:
+            raise RequestError(f"unknown method {self.method!r}; known are {', '.join(METHODS)}")
+        if len(steps) < self.way.least_steps:
+            raise RequestError(
+                f"a window of {len(steps)} step cannot be fitted: --method {self.method} needs at least "
+                f"{self.way.least_steps} observed steps"
+            )
+        if self.way.from_zero and steps[0] <= 0:
+            raise RequestError(f"--method {self.method} counts from step 0; the window begins at step {steps[0]}")
+        self._check_options(len(steps))
+        for target in targets:
+            self._check_target(steps, target)
+
+    def _check_options(self, count: int) -> None:
+        for option in OPTIONS:
+            value = option.of(self)
+            unset = value is None and option.default is None
+            if option.type is int and not unset and (type(value) is not int or not 1 <= value <= count):
+                raise RequestError(f"--{option.flag} {value} does not fit a window of {count} steps; give 1 to {count}")
+            if option.choices and value not in option.choices:
+                raise RequestError(f"unknown --{option.flag} {value!r}; known are {', '.join(option.choices)}")
+            heeded = option.type is float or option.flag in self.way.uses
+            if not heeded and value != option.default:  # nothing that was asked for is left out without a word
+                raise RequestError(
+                    f"--{option.flag} means nothing to --method {self.method}; it is for {', '.join(option.users)}"
+                )
+        if not abs(self.strength) <= _MOST_STRENGTH:
+            raise RequestError(f"--strength {self.strength} is not a number of reasonable size")
+        if self.curve != "line" and count < CURVES[self.curve]:
+            raise RequestError(f"--fit {self.curve} needs at least {CURVES[self.curve]} steps; the window has {count}")
+
+    def _check_target(self, steps: Vector, target: int) -> None:
+        if type(target) is not int or target < 0 or target > 10**15:
+            raise RequestError(f"--step {target} is not a training step")
+        if self.way.extrapolates and target <= steps[-1]:
+            raise RequestError(
+                f"--step {target} is not beyond the window, which ends at step {steps[-1]}; give a later step, "
+                f"a window that ends earlier, or --method reconstruct"
+            )
+        if self.refit is not None:
+            check_refits(steps, target, self.refit)
+        if not self.way.extrapolates and target not in steps:
+            raise RequestError(
+                f"--step {target}: --method {self.method} needs a step of the window {steps[0]}..{steps[-1]}"
+            )

@@ -1,0 +1,80 @@
+"""What a method is, and the table of all methods. Each is entered by the decorator beside its function (formulas.py)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from relexio.methods.eigen import power_iteration, solve
+
+if TYPE_CHECKING:
+    from relexio.methods.recipe import Recipe
+
+Vector = np.ndarray
+Matrix = np.ndarray
+
+
+def directions(gram: Matrix, rank: int) -> Matrix:
+    """The top-r eigenvectors U [T, r] of the Gram matrix [T, T], by power iteration."""
+    return solve(power_iteration(len(gram), rank), lambda x: gram @ x).vectors
+
+
+@dataclass(frozen=True)
+class Window:
+    """All that a method sees of a tensor: the Gram matrix [T, T] of its deltas, and their real step numbers [T]."""
+
+    gram: Matrix
+    steps: Vector
+    _known: dict[int, Matrix] = field(default_factory=dict, compare=False, repr=False)
+
+    def directions(self, rank: int) -> Matrix:
+        """The top-r eigenvectors U [T, r]; the first ones of more, if more were asked for before."""
+        known = next((vectors for vectors in self._known.values() if vectors.shape[1] >= rank), None)
+        if known is None:
+            known = self._known[rank] = directions(self.gram, rank)
+        return known[:, :rank]
+
+
+#: (window of one tensor, target steps [S], recipe) -> updates b [T, S].
+Weights = Callable[[Window, Vector, "Recipe"], Matrix]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method: its name, what it does in a line, its source, its weights, and what it needs.
+
+    ``uses``: the options of a recipe that it heeds. ``from_last``: it starts from the last checkpoint, not from the base.
+    ``from_zero``: it counts steps from 0, where the base was. ``stays``: it averages what was seen and goes nowhere new.
+    ``keeps_norms``: norms stay as they are in the last checkpoint. ``needs_base``: it predicts something else where the base
+    is another model.
+    """
+
+    name: str
+    what: str
+    source: str
+    weights: Weights
+    uses: frozenset[str] = frozenset()
+    least_steps: int = 1
+    from_last: bool = False
+    from_zero: bool = False
+    extrapolates: bool = True
+    keeps_norms: bool = False
+    stays: bool = False
+    needs_base: bool = True
+
+
+#: All methods by name. The order is that of help texts, of colours, and of the trials of a backtest.
+METHODS: dict[str, Method] = {}
+
+
+def method(
+    name: str, what: str, source: str, *, uses: tuple[str, ...] = (), least_steps: int = 1, **traits: bool
+) -> Callable[[Weights], Weights]:
+    """Enter a function into the table of methods, under a name and with what it needs (see Method)."""
+
+    def enter(weights: Weights) -> Weights:
+        METHODS[name] = Method(name, what, source, weights, frozenset(uses), least_steps, **traits)
+        return weights
+
+    return enter
