@@ -3,31 +3,17 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from relexio.cli.main import main
+from tests.support.command import Outcome, Relexio
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Relexio = Callable[..., Outcome]
 
 
 @pytest.fixture
@@ -52,15 +38,3 @@ def open_folder() -> Iterator[Path]:
     folder.chmod(0o755)
     yield folder
     shutil.rmtree(folder)
-
-
-def in_process(*arguments: object, timeout: float = 120) -> Outcome:
-    """The command line, in a fresh process."""
-    command = [sys.executable, "-m", "relexio", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    return Outcome(done.returncode, done.stdout, done.stderr)
-
-
-def snapshot(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory, by relative path."""
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}

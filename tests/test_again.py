@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Relexio
-from make import Run, make_run, save_checkpoint
-from steps import store_run
 
 from relexio.verbs.convert import before
+from tests.support.command import Relexio
+from tests.support.make import Run, make_run, save_checkpoint
+from tests.support.steps import store_run
 
 AGAIN = "been written again since"
 

@@ -6,9 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Relexio
-from make import BF16, Run, deltas, make_run
-from steps import CPU, fit_run, store_run
 
 from relexio.engine.resources import Resources
 from relexio.errors import BudgetError, RequestError
@@ -21,6 +18,9 @@ from relexio.methods.trials import HORIZONS, STRENGTHS, Trial, make_folds, make_
 from relexio.methods.verdict import advise, outlook, words
 from relexio.progress import silent
 from relexio.verbs.backtest import judge
+from tests.support.command import Relexio
+from tests.support.make import BF16, Run, deltas, make_run
+from tests.support.steps import CPU, fit_run, store_run
 
 LINE = np.arange(1, 41)
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Outcome, Relexio, in_process, snapshot
-from make import Tensors, load_file, make_run, save_file
 
 from relexio.cli.main import main
 from relexio.store.schema import Block
 from relexio.store.seal import metadata_hashes, seal
 from relexio.store.storage import place
 from relexio.verbs.convert import encode, write
+from tests.support.command import Outcome, Relexio, in_process, snapshot
+from tests.support.make import Tensors, load_file, make_run, save_file
 
 FILE = "model.safetensors"
 EMBED, NORM, HEAD = "embed.weight", "norm.weight", "value_head.weight"

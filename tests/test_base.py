@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Relexio
-from make import BF16, Run, Tensors, base_tensors, make_run, move, save_checkpoint
-from steps import fit_run, store_run
 
 from relexio.methods import METHODS, Recipe, Window
 from relexio.methods.line_tests import base_doubt
+from tests.support.command import Relexio
+from tests.support.make import BF16, Run, Tensors, base_tensors, make_run, move, save_checkpoint
+from tests.support.steps import fit_run, store_run
 
 STEPS = (1, 2, 3, 5, 8, 13, 21, 34)
 ASKED = "is this the model that training began from? If not, convert with that one as --base"

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Relexio, in_process, snapshot
-from make import BF16, Run, deltas, load_checkpoint, make_run
-from steps import fit_run, predict_run, store_run
 
 import relexio as package
 from relexio.errors import RequestError
 from relexio.words import parse_size
+from tests.support.command import Relexio, in_process, snapshot
+from tests.support.make import BF16, Run, deltas, load_checkpoint, make_run
+from tests.support.steps import fit_run, predict_run, store_run
 
 
 @pytest.fixture

@@ -14,10 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Relexio, in_process, snapshot
-from make import BF16, Run, make_run, save_checkpoint
-from steps import CPU, fit_run, predict_run, small_blocks, store_run
-from test_memory import write_dense_run
 
 import relexio as package
 from relexio.engine import graph
@@ -29,6 +25,9 @@ from relexio.methods import Recipe
 from relexio.progress import silent
 from relexio.store.schema import Block
 from relexio.verbs.inspect import inspect
+from tests.support.command import Relexio, in_process, snapshot
+from tests.support.make import BF16, Run, make_run, save_checkpoint, write_dense_run
+from tests.support.steps import CPU, fit_run, predict_run, small_blocks, store_run
 
 distributed = pytest.importorskip("distributed")
 

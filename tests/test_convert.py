@@ -5,9 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Relexio, in_process, snapshot
-from make import BF16, FP8, Run, base_tensors, load_checkpoint, make_run, move, save_checkpoint
-from steps import CPU, fit_run, predict_run, small_blocks, store_run
 
 from relexio.errors import BusyError, RequestError
 from relexio.progress import silent
@@ -15,6 +12,9 @@ from relexio.store.schema import Block, StoredCheckpoint
 from relexio.store.store import open_store
 from relexio.verbs.convert.encode import Job
 from relexio.verbs.restore import restore
+from tests.support.command import Relexio, in_process, snapshot
+from tests.support.make import BF16, FP8, Run, base_tensors, load_checkpoint, make_run, move, save_checkpoint
+from tests.support.steps import CPU, fit_run, predict_run, small_blocks, store_run
 
 
 def same_files(one: Path, other: Path) -> None:

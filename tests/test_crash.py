@@ -11,14 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Relexio, in_process, snapshot
-from make import BF16, Run, make_run
-from steps import fit_run, predict_run, small_blocks, store_run
 
 from relexio import atomic
 from relexio.errors import StorageError
 from relexio.store.storage import Directory
 from relexio.store.store import open_store
+from tests.support.command import Relexio, in_process, snapshot
+from tests.support.make import BF16, Run, make_run
+from tests.support.steps import fit_run, predict_run, small_blocks, store_run
 
 SHAPES = {f"model.layers.{i}.w": (700, 300) for i in range(6)}
 
@@ -187,7 +187,7 @@ def test_ctrl_c_while_it_starts_or_ends(run: Run, tmp_path: Path, when: str) -> 
 def test_a_short_run_of_the_tool_loses_nothing(tmp_path: Path, options: str) -> None:
     """Killed, interrupted and damaged in many places; docs/reliability.md has a long run."""
     tool, none = (
-        Path(__file__).parents[1] / "tools" / "reliability.py",
+        Path(__file__).parents[1] / "tools" / "attack" / "reliability.py",
         ["--kills", "--interrupts", "--flips", "--mixes"],
     )
     command = [sys.executable, tool, "--scratch", tmp_path, *(text for name in none for text in (name, "0"))]

@@ -10,15 +10,8 @@ import threading
 import warnings
 from pathlib import Path
 
-import device
 import numpy as np
 import pytest
-from conftest import Relexio
-from device import DeviceArray, StandIn
-from make import BF16, Run, load_checkpoint, make_run, oracle
-from steps import CPU, fit_run, predict_run, small_blocks, store_run
-from test_memory import write_dense_run
-from test_oracle import DTYPES, agree
 
 from relexio.engine import plan
 from relexio.engine.device import own_stream
@@ -28,6 +21,12 @@ from relexio.errors import BudgetError, DeviceError, RelexioWarning
 from relexio.progress import silent
 from relexio.store.store import Store
 from relexio.verbs.convert import Request, convert, prepare
+from tests.support import device
+from tests.support.command import Relexio
+from tests.support.device import DeviceArray, StandIn
+from tests.support.make import BF16, Run, load_checkpoint, make_run, oracle, write_dense_run
+from tests.support.oracle import DTYPES, agree
+from tests.support.steps import CPU, fit_run, predict_run, small_blocks, store_run
 
 MB = 10**6
 
@@ -239,14 +238,14 @@ def test_the_stand_in_has_nothing_that_cupy_lacks() -> None:
 
 
 def test_the_gpu_benchmark_says_in_a_line_that_there_is_no_gpu() -> None:
-    tools = Path(__file__).parents[1] / "tools"
+    tools = Path(__file__).parents[1] / "tools" / "bench"
     script = (
         f"import sys, runpy; sys.modules['cupy'] = None; sys.path.insert(0, {str(tools)!r}); sys.argv = ['gpu.py']; "
     )
     script += f"runpy.run_path({str(tools / 'gpu.py')!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 1 and not done.stdout
-    assert done.stderr.startswith("tools/gpu.py needs CuPy and a GPU") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("tools/bench/gpu.py needs CuPy and a GPU") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.gpu

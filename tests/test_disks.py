@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 import zarr.storage._local as zarr_local
-from conftest import Outcome, Relexio, in_process, snapshot
-from make import BF16, Run, make_run
-from steps import small_blocks
 
 from relexio import atomic
 from relexio.store.storage import Directory, place
 from relexio.store.store import open_store
+from tests.support.command import Outcome, Relexio, in_process, snapshot
+from tests.support.make import BF16, Run, make_run
+from tests.support.steps import small_blocks
 
 SHAPES = {f"model.layers.{i}.w": (60, 400) for i in range(6)}
 #: The command line as a user who owns nothing. What it imports is loaded before: it may lie where only root can read.

@@ -11,15 +11,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import Relexio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from make import Run, make_run, save_checkpoint
 
 from relexio.checkpoints.layout import model_directory
 from relexio.checkpoints.read import open_checkpoint
 from relexio.errors import CheckpointError, StoreError
 from relexio.store.storage import place
+from tests.support.command import Relexio
+from tests.support.make import Run, make_run, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 CORPUS = ROOT / "tests" / "corpus"
@@ -33,9 +33,9 @@ SOME = settings(FEW, max_examples=3)
 
 
 def _load() -> ModuleType:
-    sys.path.insert(0, str(ROOT / "tools"))
+    sys.path.insert(0, str(ROOT / "tools" / "attack"))
     try:
-        spec = importlib.util.spec_from_file_location("fuzz", ROOT / "tools" / "fuzz.py")
+        spec = importlib.util.spec_from_file_location("fuzz", ROOT / "tools" / "attack" / "fuzz.py")
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

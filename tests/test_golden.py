@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 import zarr
-from make import BF16, Run, save_file
-from steps import fit_run, predict_run, store_run
 
 from relexio.checkpoints.header import header_for_transformers
+from tests.support.make import BF16, Run, save_file
+from tests.support.steps import fit_run, predict_run, store_run
 
 
 def tiny(root: Path) -> Run:

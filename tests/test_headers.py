@@ -10,11 +10,11 @@ import pytest
 import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make import save_file
 from safetensors.numpy import save
 
 from relexio.checkpoints.header import MAX_HEADER, Entry, header_for_transformers, parse_header, read_shard
 from relexio.errors import CheckpointError
+from tests.support.make import save_file
 
 FILE = "model-00007.safetensors"
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from steps import fit_run, predict_run, store_run
+
+from tests.support.steps import fit_run, predict_run, store_run
 
 pytest.importorskip("torch", reason="needs torch: pip install -e '.[hf]'")
 pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[hf]'")
@@ -16,10 +17,11 @@ pytestmark = [
 def train(root: Path, tied: bool, dtype: str, shard: str):  # type: ignore[no-untyped-def]
     """Checkpoints that transformers itself saves, of a tiny model that moves along a line."""
     import torch
-    from make import Run
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    from tests.support.make import Run
 
     torch.manual_seed(0)
     config = Qwen2Config(

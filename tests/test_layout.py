@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Relexio, snapshot
-from make import Run, load_file, make_run, save_checkpoint
 
 from relexio.checkpoints.layout import choose, find_steps, model_directory
 from relexio.errors import CheckpointError, MissingError, RequestError
 from relexio.words import parse_steps
+from tests.support.command import Relexio, snapshot
+from tests.support.make import Run, load_file, make_run, save_checkpoint
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]

@@ -6,9 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Relexio, snapshot
-from make import Run, make_run
-from steps import CPU, fit_run, predict_run, store_run
 
 from relexio.checkpoints.read import open_checkpoint
 from relexio.errors import CheckpointError, StorageError, StoreError
@@ -16,6 +13,9 @@ from relexio.progress import silent
 from relexio.store.schema import NotStored, StoredCheckpoint
 from relexio.store.store import open_store
 from relexio.verbs.restore import restore
+from tests.support.command import Relexio, snapshot
+from tests.support.make import Run, make_run
+from tests.support.steps import CPU, fit_run, predict_run, store_run
 
 STATE = {
     "optimizer.pt": 900, "scheduler.pt": 20, "rng_state.pth": 30, "rng_state_1.pth": 30, "training_args.bin": 40,

@@ -8,8 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import Relexio, in_process, snapshot
-from make import Run, make_run
 from test_disks import refused, whole
 
 from relexio import atomic
@@ -18,6 +16,8 @@ from relexio.errors import BusyError
 from relexio.store import cache
 from relexio.store.storage import place
 from relexio.sweep.files import Files
+from tests.support.command import Relexio, in_process, snapshot
+from tests.support.make import Run, make_run
 
 Meanwhile = Callable[[Callable[[], object]], None]
 

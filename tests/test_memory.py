@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import in_process
-from make import BF16, save_file
 
 from relexio.words import parse_size
+from tests.support.command import in_process
+from tests.support.make import BF16, write_dense_run
 
 #: Runs the command line, then says the highest resident size that the kernel saw.
 MEASURED = """
@@ -30,20 +30,6 @@ def peak(*arguments: object) -> int:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return int(re.search(r"PEAK (\d+)", done.stderr)[1]) * 1024  # type: ignore[index]
-
-
-def write_dense_run(root: Path, elements: int, steps: int, dtype: np.dtype, cadence: int = 1) -> None:
-    """A run of one tensor in which every element changes at every step: the worst case for memory."""
-    rng = np.random.default_rng(0)
-    width = 2 if dtype != np.float32 else 4
-    bits = np.dtype(f"u{width}")
-    base = (0.02 * rng.standard_normal(elements)).astype(dtype)
-    flip = rng.integers(1, 64, elements, dtype=bits)
-    for step in range(steps + 1):
-        values = (base.view(bits) ^ (flip + bits.type(step % 8) if step else bits.type(0))).view(dtype)
-        directory = root / "base" if step == 0 else root / "steps" / f"global_step_{step * cadence}"
-        directory.mkdir(parents=True)
-        save_file(directory / "model.safetensors", {"w": values})
 
 
 def check(tmp_path: Path, allowed: str, dense: int) -> None:

@@ -5,18 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Relexio
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make import BF16, FP8, Run, base_tensors, differing, load_checkpoint, make_run, move, save_checkpoint
-from make import deltas as deltas_of
-from steps import fit_run, predict_run, store_run
 
 from relexio.errors import RequestError
 from relexio.methods import METHODS, Recipe, Window
 from relexio.methods.curves import read_off
 from relexio.methods.roles import Choice, layer_of, part_of
 from relexio.store.store import open_store
+from tests.support.command import Relexio
+from tests.support.make import BF16, FP8, Run, base_tensors, differing, load_checkpoint, make_run, move, save_checkpoint
+from tests.support.make import deltas as deltas_of
+from tests.support.steps import fit_run, predict_run, store_run
 
 STEPS = np.array([3, 4, 8, 15, 16, 30, 31, 40])
 TARGETS = [55, 100]

@@ -7,20 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from make import BF16, base_tensors, differing, load_checkpoint, make_run, move, oracle, save_checkpoint
-from steps import fit_run, predict_run, small_blocks, store_run
 
 from relexio.engine.resources import Resources
 from relexio.methods import Recipe
-
-DTYPES = [BF16, np.dtype("float16"), np.dtype("float32")]
-#: Save ties: two of a million elements may differ.
-ALLOWED = 2e-6
-
-
-def agree(found: Path, truth: dict[str, np.ndarray]) -> None:
-    wrong, total = differing(load_checkpoint(found), truth)
-    assert wrong <= max(ALLOWED * total, 0), f"{wrong} of {total} elements differ"
+from tests.support.make import BF16, base_tensors, load_checkpoint, make_run, move, oracle, save_checkpoint
+from tests.support.oracle import DTYPES, agree
+from tests.support.steps import fit_run, predict_run, small_blocks, store_run
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make import BF16, rounded
 
 from relexio.dtypes import KINDS, from_float64, nonfinite, to_float64
 from relexio.methods import METHODS
 from relexio.methods.curves import CURVES, fit_line, line_weights
 from relexio.methods.eigen import power_iteration, solve
+from tests.support.make import BF16, rounded
 
 
 def eigenpairs(gram: np.ndarray, rank: int):  # type: ignore[no-untyped-def]

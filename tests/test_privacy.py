@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Outcome, Relexio
 from fsspec.implementations.memory import MemoryFileSystem
-from make import Run, make_run
 
 import relexio as package
 from relexio.store.storage import place
 from relexio.words import shown, stem, without_secrets
+from tests.support.command import Outcome, Relexio
+from tests.support.make import Run, make_run
 
 SECRET = "pa55w0rd"
 URL = f"memory://user:{SECRET}@here/run.zarr"

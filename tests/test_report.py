@@ -11,25 +11,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Relexio
-from made_up import made_up, names
-from make import BF16, Run, base_tensors, make_run
-from steps import store_run
 
 from relexio.errors import RequestError
 from relexio.report import curves, data, report
 from relexio.report.data import Facts
-from relexio.report.report import Request, default_page, render
+from relexio.report.report import Request, default_page
 from relexio.report.words import keys, verdict
+from tests.support.command import Relexio
+from tests.support.made_up import made_up, names
+from tests.support.make import BF16, Run, base_tensors, make_run
+from tests.support.pages import FIGURES, HOSTILE, STEPS, page_of
+from tests.support.steps import store_run
 
 vl_convert = pytest.importorskip("vl_convert", reason="needs the extra report")
 pytest.importorskip("altair", reason="needs the extra report")
 
-FIGURES = ("skill", "energy", "coefficients", "changed", "spectrum", "thrown", "parts")
-HOSTILE = (
-    "model.layers.0.</script><script>document.title='taken'</script><!--\u2028&\"'<img src=x onerror=alert(1)>.q_proj"
-)
-STEPS = tuple(range(1, 25))
 SHAPES = {"model.embed_tokens.weight": (40, 24), "model.layers.0.q_proj.weight": (33, 31), "lm_head.weight": (24,)}
 
 
@@ -64,10 +60,6 @@ class Page(HTMLParser):
     def feed(self, data: str) -> None:
         self.rawdata_ = data
         super().feed(data)
-
-
-def page_of(facts: Facts, pngs: Path | None = None) -> tuple[str, dict[Path, bytes]]:
-    return render(facts, Request(Path("run.html"), pngs, facts.found.window), vl_convert)
 
 
 @pytest.fixture(scope="module")
@@ -251,10 +243,9 @@ def test_a_run_in_which_nothing_moved_is_refused(relexio: Relexio, tmp_path: Pat
 
 
 def test_without_the_extra_it_says_what_to_install(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from steps import CPU
-
     from relexio.progress import silent
     from relexio.store.store import open_store
+    from tests.support.steps import CPU
 
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     store = open_store(str(run))

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up import made_up, names
-from test_report import FIGURES, HOSTILE, STEPS, page_of
+
+from tests.support.made_up import made_up, names
+from tests.support.pages import FIGURES, HOSTILE, STEPS, page_of
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Relexio, snapshot
-from make import Run, make_run, move
-from steps import CPU, small_blocks, store_run
 
 import relexio
 from relexio.errors import StoreError
 from relexio.progress import silent
 from relexio.store.store import open_store
 from relexio.verbs.restore import restore
+from tests.support.command import Relexio, snapshot
+from tests.support.make import Run, make_run, move
+from tests.support.steps import CPU, small_blocks, store_run
 
 Files = dict[str, bytes]
 
@@ -37,7 +37,7 @@ def put(mixed: Files) -> None:
 
 
 def test_parts_of_a_sibling_are_never_restored(stores: tuple[Run, Files, Files]) -> None:
-    """As tools/reliability.py --mixes does it for long: a block, its digest too or not, and what a cut copy leaves."""
+    """As tools/attack/reliability.py --mixes does it for long: a block, its digest too or not, and what a cut copy leaves."""
     run, ours, theirs = stores
     rng, refused = random.Random(0), 0
     chunks = [

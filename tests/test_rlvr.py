@@ -1,4 +1,4 @@
-"""The tasks of tools/rlvr are verifiable and keep held-out problems apart, its tables say what was measured, and two
+"""The tasks of tools/evidence are verifiable and keep held-out problems apart, its tables say what was measured, and two
 steps of GRPO on a tiny model are two steps of a trajectory."""
 
 import importlib
@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Relexio
+
+from tests.support.command import Relexio
 
 ROOT = Path(__file__).parent.parent
 Load = Callable[[str], ModuleType]
@@ -20,9 +21,9 @@ Load = Callable[[str], ModuleType]
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Load:
-    """A module of tools/rlvr by name; what it imports from there is forgotten afterwards."""
-    monkeypatch.syspath_prepend(ROOT / "tools" / "rlvr")
-    for path in (ROOT / "tools" / "rlvr").glob("*.py"):
+    """A module of tools/evidence by name; what it imports from there is forgotten afterwards."""
+    monkeypatch.syspath_prepend(ROOT / "tools" / "evidence")
+    for path in (ROOT / "tools" / "evidence").glob("*.py"):
         monkeypatch.delitem(sys.modules, path.stem, raising=False)
         monkeypatch.setitem(sys.modules, path.stem, None)  # so that it is undone
         del sys.modules[path.stem]

@@ -21,11 +21,8 @@ import boto3
 import numpy as np
 import pytest
 import s3fs
-from conftest import Relexio, snapshot
 from fsspec.registry import _registry
-from make import Run, make_run
 from moto.server import ThreadedMotoServer
-from steps import CPU, fit_run, predict_run, small_blocks
 from zarr.core.sync import sync
 
 import relexio as package
@@ -35,6 +32,9 @@ from relexio.store.storage import LOCK, Remote, objects, place
 from relexio.store.store import Store, open_store
 from relexio.verbs.convert import Request, convert, prepare, write
 from relexio.words import parse_steps
+from tests.support.command import Relexio, snapshot
+from tests.support.make import Run, make_run
+from tests.support.steps import CPU, fit_run, predict_run, small_blocks
 
 NOBODY = 2**22 + 1  # above any process id that Linux gives
 

@@ -10,13 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import Outcome, Relexio, snapshot
 from fsspec.implementations.memory import MemoryFileSystem
-from make import Run, make_run
 from test_disks import refused
 
 from relexio import atomic
 from relexio.store.storage import place
+from tests.support.command import Outcome, Relexio, snapshot
+from tests.support.make import Run, make_run
 
 #: The command line as a user who owns nothing. What it imports is loaded before: it may lie where only root can read.
 NOBODY = """import contextlib, importlib, io, json, os, pkgutil, sys

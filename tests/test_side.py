@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Relexio
-from make import CONFIG, Run, load_checkpoint, make_run, save_checkpoint
-from steps import fit_run, predict_run, store_run
 
 from relexio.checkpoints.side import TEMPLATE, TOKENIZER, differences
+from tests.support.command import Relexio
+from tests.support.make import CONFIG, Run, load_checkpoint, make_run, save_checkpoint
+from tests.support.steps import fit_run, predict_run, store_run
 
 PLAIN, TRAINED = "{{ messages }}", "<think>{{ messages }}"
 

@@ -19,10 +19,6 @@ from typing import Any
 import click
 import numpy as np
 import pytest
-from conftest import Outcome, Relexio, snapshot
-from make import Run, make_run
-from scoring import score
-from steps import CPU, fit_run, predict_run, store_run
 
 from relexio import atomic
 from relexio.cli.main import relexio_command
@@ -37,6 +33,10 @@ from relexio.sweep.curve import curve
 from relexio.sweep.files import Files
 from relexio.sweep.score import read_score
 from relexio.sweep.table import Setting
+from tests.support.command import Outcome, Relexio, snapshot
+from tests.support.make import Run, make_run
+from tests.support.scoring import score
+from tests.support.steps import CPU, fit_run, predict_run, store_run
 
 ROOT = Path(__file__).parents[1]
 PYTHON = shlex.quote(sys.executable)

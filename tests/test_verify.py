@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Relexio, snapshot
-from make import BF16, Run, make_run, save_checkpoint
-from steps import fit_run, predict_run, small_blocks, store_run
+
+from tests.support.command import Relexio, snapshot
+from tests.support.make import BF16, Run, make_run, save_checkpoint
+from tests.support.steps import fit_run, predict_run, small_blocks, store_run
 
 SHAPES = {"model.embed_tokens.weight": (40, 30), "w": (50, 20), "norm": (9,), "scalar": ()}
 

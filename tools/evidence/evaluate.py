@@ -1,6 +1,6 @@
 """Greedy accuracy of checkpoints on the held-out problems of a task, exact match.
 
-usage: python tools/rlvr/evaluate.py --task add CHECKPOINT...
+usage: python tools/evidence/evaluate.py --task add CHECKPOINT...
 
 A line for each checkpoint, and on the last line the last one's accuracy alone, so that this is also a command that
 evaluates one checkpoint. One CPU thread. Needs torch and transformers.

@@ -1,8 +1,8 @@
-"""Time and memory of relexio beside plain reading and beside the dense two-pass method (tools/yardstick.py).
+"""Time and memory of relexio beside plain reading and beside the dense two-pass method (tools/bench/yardstick.py).
 
-usage: python tools/bench.py [--quick] [--scratch DIR] [--json FILE] [--plot FILE] [--from FILE]
+usage: python tools/bench/bench.py [--quick] [--scratch DIR] [--json FILE] [--plot FILE] [--from FILE]
 
-Data is made with tools/simulate.py in a temporary directory and removed: 20 GB, --quick 0.5 GB. --from shows an earlier
+Data is made with tools/bench/simulate.py in a temporary directory and removed: 20 GB, --quick 0.5 GB. --from shows an earlier
 run's JSON instead of measuring. Figures are printed beside their bar, never judged (docs/performance.md explains them).
 """
 
@@ -24,7 +24,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-TOOLS = Path(__file__).resolve().parent
+BENCH = Path(__file__).resolve().parent
 CACHES = Path("/proc/sys/vm/drop_caches")
 RELEXIO = [sys.executable, "-m", "relexio"]
 #: Model; layers, hidden size, vocabulary; steps to make; for several T: how many repetitions, and whether all is compared.
@@ -74,7 +74,7 @@ class Data:
         os.sync()
         if cold:
             drop_caches(self.scratch)
-        environment, begun = {**os.environ, "PYTHONPATH": str(TOOLS.parent)}, time.perf_counter()
+        environment, begun = {**os.environ, "PYTHONPATH": str(BENCH.parents[1])}, time.perf_counter()
         with tempfile.TemporaryFile() as errors:
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
             _, status, usage = os.wait4(process.pid, 0)
@@ -110,7 +110,7 @@ class Data:
     def yardstick(self, what: str, out: Path) -> Command:
         """The command that makes the same prediction the dense way."""
         (step, *options), data = self.varied(what), self.scratch / "data"
-        return [sys.executable, TOOLS / "yardstick.py", data / "steps", data / "base", step, out, *options]
+        return [sys.executable, BENCH / "yardstick.py", data / "steps", data / "base", step, out, *options]
 
 
 def drop_caches(below: Path) -> str:
@@ -133,7 +133,7 @@ def make(model: str, shape: tuple[int, ...], steps: int, scratch: Path) -> Data:
     """Simulate a training run."""
     data, sizes = Data(model, scratch, steps), map(str, (*shape, steps))
     options = chain(*zip(("--layers", "--hidden", "--vocabulary", "--steps"), sizes, strict=True))
-    data.run("simulate", [sys.executable, TOOLS / "simulate.py", scratch / "data", *options], cold=False)
+    data.run("simulate", [sys.executable, BENCH / "simulate.py", scratch / "data", *options], cold=False)
     with open(scratch / "data" / "base" / "model.safetensors", "rb") as file:  # header's length, header, elements
         data.parameters = (os.fstat(file.fileno()).st_size - 8 - int.from_bytes(file.read(8), "little")) // 2
     return data

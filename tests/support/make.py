@@ -182,3 +182,17 @@ def differing(found: Tensors, truth: Tensors) -> tuple[int, int]:
         wrong += int(np.count_nonzero((values != low) & (values != high)))
         total += array.size
     return wrong, total
+
+
+def write_dense_run(root: Path, elements: int, steps: int, dtype: np.dtype, cadence: int = 1) -> None:
+    """A run of one tensor in which every element changes at every step: the worst case for memory."""
+    rng = np.random.default_rng(0)
+    width = 2 if dtype != np.float32 else 4
+    bits = np.dtype(f"u{width}")
+    base = (0.02 * rng.standard_normal(elements)).astype(dtype)
+    flip = rng.integers(1, 64, elements, dtype=bits)
+    for step in range(steps + 1):
+        values = (base.view(bits) ^ (flip + bits.type(step % 8) if step else bits.type(0))).view(dtype)
+        directory = root / "base" if step == 0 else root / "steps" / f"global_step_{step * cadence}"
+        directory.mkdir(parents=True)
+        save_file(directory / "model.safetensors", {"w": values})

@@ -1,7 +1,7 @@
 """Tables and a plot of what `study.py` measured.
 
-usage: python tools/rlvr/plot.py RUNS/*/seed-*.json --json docs/evidence.json --plot docs/evidence.png
-       python tools/rlvr/plot.py docs/evidence.json --plot docs/evidence.png
+usage: python tools/evidence/plot.py RUNS/*/seed-*.json --json docs/evidence.json --plot docs/evidence.png
+       python tools/evidence/plot.py docs/evidence.json --plot docs/evidence.png
 
 Takes JSON files of one study each, or of a list of them, and prints tables in Markdown. --json writes all of them as one
 list. --plot needs matplotlib (pip install -e ".[docs]"), the tables do not.

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from make import Run
 
 from relexio.engine.resources import Resources
 from relexio.fit.fit import Fit, choose_window, fit
@@ -14,6 +13,7 @@ from relexio.store.store import Store
 from relexio.verbs.convert import Request, convert, prepare
 from relexio.verbs.predict import Target, predict
 from relexio.words import parse_steps
+from tests.support.make import Run
 
 CPU = Resources(device="cpu")
 

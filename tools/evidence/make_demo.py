@@ -1,6 +1,6 @@
 """Cut the demo's trajectory out of checkpoint directories of a real run.
 
-usage: python tools/make_demo.py BASE STEPS_DIRECTORY PROMPTS.jsonl relexio/verbs/demo/run.xz
+usage: python tools/evidence/make_demo.py BASE STEPS_DIRECTORY PROMPTS.jsonl relexio/verbs/demo/run.xz
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What tools/fuzz.py gives its bytes to: each target lets only a RelexioError pass, and stays in its directory."""
+"""What tools/attack/fuzz.py gives its bytes to: each target lets only a RelexioError pass, and stays in its directory."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 """Draw the README's picture from the demo's run: the coefficient over steps with its line, and task accuracy.
 
-usage: python tools/picture.py docs/demo.png     (needs matplotlib, torch and transformers)
+usage: python tools/evidence/picture.py docs/demo.png     (needs matplotlib, torch and transformers)
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""A store into which parts of a sibling came, restored: what comes back is right or refused; for tools/reliability.py."""
+"""A store into which parts of a sibling came, restored: what comes back is right or refused; for tools/attack/reliability.py."""
 
 import random
 import shutil

@@ -1,6 +1,6 @@
 """The published method (RELEX, arXiv 2605.21468) as a dense two-pass stream: what bench.py holds relexio against.
 
-usage: python tools/yardstick.py STEPS BASE STEP OUT [--workers N] [--window 1:75] [--strength 1.0]
+usage: python tools/bench/yardstick.py STEPS BASE STEP OUT [--workers N] [--window 1:75] [--strength 1.0]
 
 Pass 1 reads the base and every checkpoint of the window and sums the Gram matrix of each tensor's deltas. Pass 2 reads
 them all again and writes the base plus the deltas' weighted sum. Nothing is compressed or kept, so each further target

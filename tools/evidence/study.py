@@ -1,6 +1,6 @@
 """What relexio predicts for one RLVR run, held against what training reached: accuracy, and skill in weights.
 
-usage: python tools/rlvr/study.py RUNS/add/seed-1 --base RUNS/add/base -o RUNS/add/seed-1.json
+usage: python tools/evidence/study.py RUNS/add/seed-1 --base RUNS/add/base -o RUNS/add/seed-1.json
 
 RUN is a directory made by `train.py grpo`. Its steps are converted to RUN.zarr. For windows of the first 15 % and 30 %
 of its N steps, `relex` and `pinned` (rank 1, strength 1) predict the steps at 4/3, 2 and 3 times the window's end, and

@@ -1,9 +1,9 @@
 """Time fit and predict on a GPU beside the CPU, and how near they come to PCIe and to the GPU's own memory.
 
-usage: python tools/gpu.py [--layers 12] [--hidden 1024] [--vocabulary 17920] [--steps 40] [--repetitions 3]
+usage: python tools/bench/gpu.py [--layers 12] [--hidden 1024] [--vocabulary 17920] [--steps 40] [--repetitions 3]
                            [--scratch DIR] [--json FILE]
 
-Runs the tests marked gpu, makes data with tools/simulate.py in a temporary directory (13 GB of checkpoints), converts
+Runs the tests marked gpu, makes data with tools/bench/simulate.py in a temporary directory (13 GB of checkpoints), converts
 it, times each device in turn, and prints one table. Needs CuPy and a GPU; docs/performance.md explains the figures.
 """
 
@@ -34,7 +34,7 @@ from relexio.store.store import open_store
 from relexio.verbs.convert import Request, convert, prepare
 from relexio.verbs.predict import Target, predict
 
-TOOLS = Path(__file__).resolve().parent
+BENCH = Path(__file__).resolve().parent
 #: What is compared: name, device, device memory.
 DEVICES = (("cpu", "cpu", None), ("cuda", "cuda", None), ("cuda, 256 MB", "cuda", 256_000_000))
 COPIED = 1 << 28  # bytes of one copy whose speed is measured
@@ -48,7 +48,7 @@ def problem() -> str | None:
 
         cupy.zeros(1).sum().get()
     except Exception as error:  # noqa: BLE001  whatever it is, it is said
-        return f"tools/gpu.py needs CuPy and a GPU that works: {type(error).__name__}: {' '.join(str(error).split())}"
+        return f"tools/bench/gpu.py needs CuPy and a GPU that works: {type(error).__name__}: {' '.join(str(error).split())}"
     return None
 
 
@@ -121,7 +121,7 @@ def measure(chosen: dict[str, Any], scratch: Path) -> dict[str, Any]:
     import cupy
 
     sizes = chain(*((f"--{name}", str(chosen[name])) for name in ("layers", "hidden", "vocabulary", "steps")))
-    subprocess.run([sys.executable, TOOLS / "simulate.py", scratch / "data", *sizes], check=True, stdout=sys.stderr)
+    subprocess.run([sys.executable, BENCH / "simulate.py", scratch / "data", *sizes], check=True, stdout=sys.stderr)
     request = Request(scratch / "run.zarr", scratch / "data" / "base", scratch / "data" / "steps", {}, None)
     store = convert(prepare(request, Resources(device="cpu"), silent), silent).store
     elements = sum(tensor.size for tensor in store.tensors)
@@ -182,7 +182,7 @@ def main() -> None:
     chosen = vars(parser.parse_args())
     if said := problem():
         sys.exit(said)
-    tests = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu"], cwd=TOOLS.parent, stdout=sys.stderr)
+    tests = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu"], cwd=BENCH.parents[1], stdout=sys.stderr)
     if tests.returncode:
         sys.exit("the tests marked gpu failed")
     with tempfile.TemporaryDirectory(prefix="relexio-gpu-", dir=chosen["scratch"]) as scratch:

@@ -1,6 +1,6 @@
 """Write a made-up RLVR run with the shapes of a Qwen2 model: base and checkpoints, as training would save them.
 
-usage: python tools/simulate.py OUT [--layers 12] [--hidden 512] [--steps 40] [--dtype bf16] [--cadence 1] [--shards 1]
+usage: python tools/bench/simulate.py OUT [--layers 12] [--hidden 512] [--steps 40] [--dtype bf16] [--cadence 1] [--shards 1]
 
 Weights move as RLVR moves them: float32 master weights along one direction a tensor at a constant speed, with noise,
 and what is saved is rounded. At the default speed about a quarter of the bf16 elements differ after 75 steps.

@@ -1,4 +1,4 @@
-"""relexio killed at random moments, and at each of its writes; for tools/reliability.py."""
+"""relexio killed at random moments, and at each of its writes; for tools/attack/reliability.py."""
 
 import builtins
 import itertools
@@ -23,7 +23,7 @@ import numpy as np
 import zarr.storage._local as zarr_local
 from safetensors.numpy import save_file
 
-from relexio import atomic  # noqa: F401  so that copies of this process need not
+from relexio import atomic
 from relexio.cli.main import main as command_line
 from relexio.verbs import (
     convert,  # noqa: F401  so that copies of this process need not

@@ -1,6 +1,6 @@
 """Tries to lose data: relexio is killed at random and at each of its writes, and what it stored is damaged.
 
-usage: python tools/reliability.py [--kills N] [--every N] [--interrupts N] [--flips N] [--mixes N] [--seed S]
+usage: python tools/attack/reliability.py [--kills N] [--every N] [--interrupts N] [--flips N] [--mixes N] [--seed S]
                                    [--scratch DIR] [--json FILE]
 
 --kills: how often each of convert, convert to append, and predict is killed at a random moment. --every: each is

@@ -1,7 +1,7 @@
 """Train a tiny language model on a verifiable task: a base by supervised training, then RL, every step saved.
 
-usage: python tools/rlvr/train.py base --task add --steps 1800 -o RUNS/add/base
-       python tools/rlvr/train.py grpo --task add --steps 400 --seed 1 --base RUNS/add/base -o RUNS/add/seed-1
+usage: python tools/evidence/train.py base --task add --steps 1800 -o RUNS/add/base
+       python tools/evidence/train.py grpo --task add --steps 400 --seed 1 --base RUNS/add/base -o RUNS/add/seed-1
 
 `base` learns from demonstrations (tasks.py says which), and --stop ends that early. `grpo` goes on from it with TRL's
 GRPOTrainer: fp32 master weights, AdamW without decay, a constant learning rate, no KL term. After each optimizer step it

@@ -1,6 +1,6 @@
 """Hostile bytes for everything that relexio reads: one RelexioError, or nothing, may come of them.
 
-usage: python tools/fuzz.py TARGET ... [--seconds N] [--corpus DIR] [--findings DIR] [--seed N] [--coverage]
+usage: python tools/attack/fuzz.py TARGET ... [--seconds N] [--corpus DIR] [--findings DIR] [--seed N] [--coverage]
 
 TARGET is a name in TARGETS, or all. A finding is an error of another class, a warning, 5 s, 512 MB more of memory, a signal, or
 a file where none belongs; its input is written to --findings, and it is printed as one line. --coverage lets atheris, if it
@@ -36,7 +36,7 @@ if atheris and "--coverage" in sys.argv:
 else:
     import fuzz_targets
 
-CORPUS = Path(__file__).parent.parent / "tests" / "corpus"
+CORPUS = Path(__file__).parents[2] / "tests" / "corpus"
 TARGETS, World, good_seeds = fuzz_targets.TARGETS, fuzz_targets.World, fuzz_targets.good_seeds
 HANG, ROOM = 5.0, 512 << 20
 NUMBERS = (0, 1, -1, 2, 3, 255, 1 << 20, 1 << 31, 1 << 40, 2**62, 2**63, 2**64, 10**30, 10**400, 0.5, -0.0, 1e308)

@@ -1,0 +1,31 @@
+"""The command line in tests: in this process, and in a fresh one."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Relexio = Callable[..., Outcome]
+
+
+def in_process(*arguments: object, timeout: float = 120) -> Outcome:
+    """The command line, in a fresh process."""
+    command = [sys.executable, "-m", "relexio", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory, by relative path."""
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
