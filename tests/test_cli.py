@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 
 import relexio as package
+from relexio.cli.main import _COMMANDS, relexio_command
 from relexio.errors import RequestError
 from relexio.words import parse_size
 from tests.support.command import Relexio, in_process, snapshot
@@ -142,3 +144,9 @@ def test_python_api(run: Run, tmp_path: Path) -> None:
 )
 def test_sizes(text: str, count: int) -> None:
     assert parse_size(text) == count
+
+
+def test_the_list_of_commands_says_what_each_says_of_itself() -> None:
+    for name, line in _COMMANDS.items():
+        command = relexio_command.get_command(click.Context(relexio_command), name)
+        assert command is not None and (command.help or "").split("\n\n")[0].replace("\n", " ") == line

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relexio.dtypes import KINDS, from_float64, nonfinite, to_float64
-from relexio.methods import METHODS
-from relexio.methods.curves import CURVES, fit_line, line_weights
+from relexio.methods.curves import fit_line, line_weights
 from relexio.methods.eigen import power_iteration, solve
 from tests.support.make import BF16, rounded
 
@@ -112,9 +111,3 @@ def test_line_weights_read_the_line_off() -> None:
     np.testing.assert_allclose(found, slope * np.array([500, 7]) + intercept)
     residual = values - slope * steps - intercept
     np.testing.assert_allclose(line.r_squared, 1 - residual.var() / values.var())
-
-
-def test_the_command_line_knows_every_method_and_curve() -> None:
-    from relexio.cli import options
-
-    assert list(options.METHODS) == list(METHODS) and list(options.CURVES) == list(CURVES)

@@ -41,9 +41,7 @@ def _named(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
     type=click.Path(),
     help="The trajectory to make or add to: a path, or a URL as s3://bucket/run.zarr.",
 )
-@click.option(
-    "--steps", type=options.Steps(), help="Steps to take, e.g. 1:75, 80:, 10:300:10 or 1,2,5.  [default: all]"
-)
+@click.option("--steps", type=options.STEPS, help="Steps to take, e.g. 1:75, 80:, 10:300:10 or 1,2,5.  [default: all]")
 @click.option(
     "--checkpoint", "named", multiple=True, metavar=_NAMED, callback=_named, help="One more checkpoint. Repeatable."
 )

@@ -16,10 +16,21 @@ from relexio.errors import RelexioError, RelexioWarning
 from relexio.version import __version__
 from relexio.words import without_secrets
 
-_COMMANDS = (
-    "convert", "inspect", "backtest", "predict", "sweep", "methods", "reconstruct", "findings", "report",
-    "verify", "restore", "demo",
-)  # fmt: skip
+#: Every command with the first line of its help (a test compares): the list of commands loads none of them.
+_COMMANDS = {
+    "convert": "Store a run's checkpoints losslessly, as a small trajectory.",
+    "inspect": "Show what a trajectory holds, and how each tensor moved.",
+    "backtest": "Say which method to use on this run, how far, and how sure.",
+    "predict": "Write the checkpoint that training would reach later.",
+    "sweep": "Evaluate predictions with your own command; keep the best.",
+    "methods": "List the methods that predict knows, with their sources.",
+    "reconstruct": "Write what a few directions keep of an observed step.",
+    "findings": "See whether the findings of the RELEX paper hold on this run.",
+    "report": "Write a page that shows how the run moved, and what to believe of its future.",
+    "verify": "Check that a trajectory is whole, to the last bit.",
+    "restore": "Write a stored checkpoint again, exactly as it was.",
+    "demo": "Try it all on a real, tiny RLVR run that comes with relexio.",
+}
 
 
 class _Lazy(click.Group):
@@ -31,9 +42,12 @@ class _Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command = getattr(importlib.import_module(f"relexio.cli.{cmd_name}"), cmd_name)
-        assert isinstance(command, click.Command)
+        command: click.Command = getattr(importlib.import_module(f"relexio.cli.{cmd_name}"), cmd_name)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
 
 
 @click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})

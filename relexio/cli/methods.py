@@ -1,10 +1,10 @@
 """``relexio methods``."""
 
-import json
-
 import click
 
 from relexio.cli import options
+from relexio.cli.command import Result
+from relexio.methods import METHODS, OPTIONS, Method
 
 
 @click.command()
@@ -13,16 +13,16 @@ def methods(as_json: bool) -> None:
     """List the methods that predict knows, with their sources.
 
     With each: what it does, where it is from, and which of the options --rank, --fit, --refit and --last it heeds."""
-    from relexio.methods import METHODS
+    Result(lambda: [_facts(method) for method in METHODS.values()], _show).print(as_json)
 
-    if as_json:
-        facts = [
-            {"name": m.name, "what": m.what, "source": m.source, "options": sorted(m.uses)} for m in METHODS.values()
-        ]
-        click.echo(json.dumps(facts))
-        return
+
+def _facts(method: Method) -> dict[str, object]:
+    return {"name": method.name, "what": method.what, "source": method.source, "options": sorted(method.uses)}
+
+
+def _show() -> None:
     width = max(map(len, METHODS))
     for method in METHODS.values():
-        heeds = ", ".join(f"--{name}" for name in ("rank", "fit", "refit", "last") if name in method.uses)
+        heeds = ", ".join(f"--{option.flag}" for option in OPTIONS if option.flag in method.uses)
         click.echo(f"{method.name:<{width}}  {method.what}")
         click.echo(f"{'':<{width}}  {method.source}{f'; heeds {heeds}' if heeds else ''}")

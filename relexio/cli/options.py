@@ -1,42 +1,57 @@
 """Options and parameter types that several commands share."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import click
 
+from relexio.engine.device import DEVICES
+from relexio.engine.plan import DEFAULT_MEMORY
 from relexio.errors import RequestError
-from relexio.words import Selection, parse_size, parse_steps
+from relexio.methods import METHODS, OPTIONS, Recipe
+from relexio.methods.roles import OTHERS, Choice
+from relexio.words import Selection, parse_size, parse_steps, show
+
+Command = Callable[..., Any]
+Decorator = Callable[[Command], Command]
 
 
-class Size(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
-    """Bytes: ``2GB``, ``512MiB``."""
+class _Parsed(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
+    """A text that a function reads; one that it cannot read is wrong usage."""
 
-    name = "size"
+    def __init__(self, name: str, parsed: type, parse: Callable[[str], Any]) -> None:
+        self.name, self.parsed, self.parse = name, parsed, parse
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Parse; wrong text is wrong usage."""
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The value of a text; what is a value already, as a default is, stays."""
         try:
-            return value if isinstance(value, int) else parse_size(value)
+            return value if isinstance(value, self.parsed) else self.parse(value)
         except RequestError as error:
             self.fail(str(error), param, ctx)
 
 
-class Steps(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
-    """Steps: ``1:75``, ``80:``, ``10:300:10``, ``1,2,5``."""
+SIZE = _Parsed("size", int, parse_size)
+STEPS = _Parsed("steps", Selection, parse_steps)
 
-    name = "steps"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Selection:
-        """Parse; wrong text is wrong usage."""
-        try:
-            return value if isinstance(value, Selection) else parse_steps(value)
-        except RequestError as error:
-            self.fail(str(error), param, ctx)
+def together(*options: Decorator) -> Decorator:
+    """Several options as one decorator, in their order."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 memory = click.option(
-    "--memory", type=Size(), default="2GB", show_default=True, help="Resident memory to stay under, e.g. 512MB or 4GiB."
+    "--memory",
+    type=SIZE,
+    default=show(DEFAULT_MEMORY).replace(" ", ""),
+    show_default=True,
+    help="Resident memory to stay under, e.g. 512MB or 4GiB.",
 )
 workers = click.option(
     "--workers", type=click.IntRange(min=1), help="Blocks worked on at once.  [default: one for each core]"
@@ -49,91 +64,77 @@ scheduler = click.option(
 dry_run = click.option("--dry-run", is_flag=True, help="Print the plan and stop: nothing is written.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 window = click.option(
-    "--window", type=Steps(), help="Stored steps to fit, e.g. 1:75, 80:, 10:300:10 or 1,2,5.  [default: all]"
+    "--window", type=STEPS, help="Stored steps to fit, e.g. 1:75, 80:, 10:300:10 or 1,2,5.  [default: all]"
 )
-rank = click.option(
-    "--rank", type=click.IntRange(min=1), default=1, show_default=True, help="Directions over time for each tensor."
+device = together(
+    click.option(
+        "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Where blocks are computed."
+    ),
+    click.option(
+        "--device-memory", type=SIZE, help="Device memory to stay under.  [default: four fifths of what is free]"
+    ),
 )
 
 
-def device(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``--device`` and ``--device-memory``."""
-    command = click.option(
-        "--device-memory", type=Size(), help="Device memory to stay under.  [default: four fifths of what is free]"
-    )(command)
+def _option(flag: str) -> Decorator:
+    """One option of a recipe, as its table says."""
+    option = next(option for option in OPTIONS if option.flag == flag)
+    kind: Any = click.Choice(option.choices) if option.choices else option.type
     return click.option(
-        "--device",
-        type=click.Choice(["auto", "cpu", "cuda"]),
-        default="auto",
+        f"--{flag}",
+        option.field,
+        type=click.IntRange(min=1) if kind is int else kind,
+        default=option.default,
+        show_default=option.default is not None,
+        help=option.help,
+    )
+
+
+rank = _option("rank")
+
+
+def recipe(command: Command) -> Command:
+    """``--method`` and the options that some methods heed; the command gets them as ``recipe``."""
+    flags = sorted((option.flag for option in OPTIONS), key=lambda flag: flag == "strength")  # which all of them heed
+    names = ["method", *(option.field for option in OPTIONS)]
+
+    @wraps(command)
+    def run(**given: Any) -> Any:
+        return command(recipe=Recipe(**{name: given.pop(name) for name in names}), **given)
+
+    method = click.option(
+        "--method",
+        type=click.Choice(list(METHODS)),
+        default="relex",
         show_default=True,
-        help="Where blocks are computed.",
-    )(command)
+        help="How to predict; relexio methods tells what each does.",
+    )
+    return together(method, *map(_option, flags))(run)
 
 
-#: As in METHODS and CURVES of relexio.methods, which take too long to import for a help text (a test compares).
-METHODS = (
-    "relex", "pinned", "reconstruct", "secant", "two-point", "scaled-last", "scaled-first", "mean", "ema",
-)  # fmt: skip
-CURVES = ("line", "poly2", "poly3", "sinusoid")
+def tensors(command: Command) -> Command:
+    """``--include``, ``--exclude`` and ``--others``; the command gets them as ``choice``."""
 
+    @wraps(command)
+    def run(include: tuple[str, ...], exclude: tuple[str, ...], others: str, **given: Any) -> Any:
+        return command(choice=Choice(include, exclude, others), **given)
 
-def recipe(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``--method``, and what some of the methods heed: ``--rank``, ``--fit``, ``--refit``, ``--last``, ``--strength``."""
-    for option in reversed(
-        (
-            click.option(
-                "--method",
-                type=click.Choice(METHODS),
-                default="relex",
-                show_default=True,
-                help="How to predict; relexio methods tells what each does.",
-            ),
-            rank,
-            click.option(
-                "--fit",
-                "curve",
-                type=click.Choice(CURVES),
-                default="line",
-                show_default=True,
-                help="Curve through the coefficients.",
-            ),
-            click.option(
-                "--refit",
-                type=click.IntRange(min=1),
-                help="Steps to read off before the window moves on, fitted again.",
-            ),
-            click.option(
-                "--last", type=click.IntRange(min=1), help="Checkpoints in a mean or ema.  [default: the window]"
-            ),
-            click.option("--strength", type=float, default=1.0, show_default=True, help="Factor on the update."),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-def tensors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``--include``, ``--exclude`` and ``--others``: which tensors are predicted, and what the others keep."""
-    for option in reversed(
-        (
-            click.option(
-                "--include",
-                multiple=True,
-                metavar="GLOB",
-                help="Predict these tensors alone, e.g. '*.mlp.*'. Repeatable.",
-            ),
-            click.option("--exclude", multiple=True, metavar="GLOB", help="Do not predict these tensors. Repeatable."),
-            click.option(
-                "--others",
-                type=click.Choice(["last", "base"]),
-                default="last",
-                show_default=True,
-                help="What the tensors that are not predicted keep: the window's last step, or the base.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
+    return together(
+        click.option(
+            "--include",
+            multiple=True,
+            metavar="GLOB",
+            help="Predict these tensors alone, e.g. '*.mlp.*'. Repeatable.",
+        ),
+        click.option("--exclude", multiple=True, metavar="GLOB", help="Do not predict these tensors. Repeatable."),
+        click.option(
+            "--others",
+            type=click.Choice(OTHERS),
+            default="last",
+            show_default=True,
+            help="What the tensors that are not predicted keep: the window's last step, or the base.",
+        ),
+    )(run)
 
 
 def check_out(steps: tuple[int, ...], out: str) -> None:

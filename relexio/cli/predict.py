@@ -11,6 +11,8 @@ from relexio.words import Selection
 
 if TYPE_CHECKING:
     from relexio.fit.fit import Fit
+    from relexio.methods import Recipe
+    from relexio.methods.roles import Choice
     from relexio.verbs.predict import Prospect, Target
 
 _NO_VERDICT = "none: a backtest takes three steps, tensors that move, a rank below the steps, and the gram solver"
@@ -43,15 +45,8 @@ def predict(
     steps: tuple[int, ...],
     out: str,
     window: Selection | None,
-    method: str,
-    rank: int,
-    curve: str,
-    refit: int | None,
-    last: int | None,
-    strength: float,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    others: str,
+    recipe: "Recipe",
+    choice: "Choice",
     solver: str,
     device: str,
     device_memory: int | None,
@@ -69,15 +64,12 @@ def predict(
     options.check_out(steps, out)
     from relexio.engine.resources import Resources
     from relexio.fit.fit import choose_window, fit
-    from relexio.methods import Recipe
-    from relexio.methods.roles import Choice
     from relexio.store.storage import local
     from relexio.store.store import open_store
     from relexio.verbs import predict as verb
 
     store = open_store(trajectory)
-    chosen, recipe = choose_window(store, window), Recipe(method, rank, strength, curve, refit, last)
-    choice = Choice(include, exclude, others)
+    chosen = choose_window(store, window)
     targets = [verb.Target(step, local(out.replace("{step}", str(step)))) for step in steps]
     with Resources(memory, workers, device, device_memory, scheduler=scheduler) as resources:
         prospect = verb.prospect(store, chosen, recipe, solver, targets, resources, choice)

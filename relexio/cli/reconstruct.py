@@ -1,73 +1,57 @@
 """``relexio reconstruct``."""
 
-import json
+from functools import partial
 
 import click
+import numpy as np
 
 from relexio.cli import options
+from relexio.cli.command import Result, on_trajectory
 from relexio.cli.show import note, stages, table
-from relexio.words import Selection
+from relexio.engine.resources import Resources
+from relexio.fit.fit import fit
+from relexio.methods import Recipe
+from relexio.store.storage import local
+from relexio.store.store import Store
+from relexio.verbs.predict import Target, predict, provenance
+from relexio.words import describe_steps
 
-
-@click.command()
-@click.argument("trajectory", type=click.Path())
-@click.option(
+_step = click.option(
     "--step", "steps", type=click.IntRange(min=0), multiple=True, required=True, help="Observed step. Repeatable."
 )
-@click.option("-o", "--out", required=True, help="Directory to write; with several steps one that holds {step}.")
-@options.window
-@options.rank
-@options.device
-@options.memory
-@options.workers
-@options.scheduler
-@options.as_json
+_out = click.option("-o", "--out", required=True, help="Directory to write; with several steps one that holds {step}.")
+
+
+@on_trajectory(_step, _out, options.rank, options.device)
 def reconstruct(
-    trajectory: str,
-    steps: tuple[int, ...],
-    out: str,
-    window: Selection | None,
-    rank: int,
-    device: str,
-    device_memory: int | None,
-    memory: int,
-    workers: int | None,
-    scheduler: str | None,
-    as_json: bool,
-) -> None:
+    store: Store, window: tuple[int, ...], resources: Resources, rank: int, steps: tuple[int, ...], out: str
+) -> Result:
     """Write what a few directions keep of an observed step.
 
     That is the paper's Finding 1. Evaluate it beside the step itself: where both do equally well, those directions hold
     what training gained.
     """
     options.check_out(steps, out)
-    import numpy as np
-
-    from relexio.engine.resources import Resources
-    from relexio.fit.fit import choose_window, fit
-    from relexio.methods import Recipe
-    from relexio.store.storage import local
-    from relexio.store.store import open_store
-    from relexio.verbs.predict import Target, predict, provenance
-    from relexio.words import describe_steps
-
-    store = open_store(trajectory)
-    chosen, recipe = choose_window(store, window), Recipe("reconstruct", rank)
+    recipe = Recipe("reconstruct", rank)
     targets = [Target(step, local(out.replace("{step}", str(step)))) for step in steps]
-    recipe.check(np.array(chosen), list(steps))
-    with Resources(memory, workers, device, device_memory, scheduler=scheduler) as resources:
-        fitted = fit(store, chosen, recipe, "auto", resources, stages)
-        for text in fitted.notes:
-            note(text)
-        predict(fitted, targets, resources, stages)
-    thrown = {step: fitted.thrown_away(step) for step in steps}
-    if as_json:
-        facts = [{**provenance(fitted, t.step), "out": str(t.out), "thrown_away": thrown[t.step]} for t in targets]
-        click.echo(json.dumps(facts[0] if len(facts) == 1 else facts))
-        return
-    rows = [("window", describe_steps(fitted.steps)), ("rank", str(rank))]
+    recipe.check(np.array(window), list(steps))
+    fitted = fit(store, window, recipe, "auto", resources, stages)
+    for text in fitted.notes:
+        note(text)
+    predict(fitted, targets, resources, stages)
+    lost = {step: fitted.thrown_away(step) for step in steps}
+
+    def facts() -> object:
+        rows = [{**provenance(fitted, t.step), "out": str(t.out), "thrown_away": lost[t.step]} for t in targets]
+        return rows[0] if len(rows) == 1 else rows
+
+    return Result(facts, partial(_show, window, rank, targets, lost))
+
+
+def _show(window: tuple[int, ...], rank: int, targets: list[Target], lost: dict[int, float | None]) -> None:
+    rows = [("window", describe_steps(window)), ("rank", str(rank))]
     for target in targets:
-        lost = thrown[target.step]
-        said = "" if lost is None else f"; {1 - lost:.1%} of its squared distance from the base is kept"
+        share = lost[target.step]
+        said = "" if share is None else f"; {1 - share:.1%} of its squared distance from the base is kept"
         rows.append(("wrote", f"{target.out}: step {target.step}{said}"))
     table(rows)

@@ -11,9 +11,6 @@ import click
 from relexio.words import show, without_secrets
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from relexio.methods.backtest import Backtest
     from relexio.verbs.convert.left import Left
 
 _PATIENCE = 1.0  # seconds before anything is said
@@ -103,29 +100,6 @@ def table(rows: list[tuple[str, str]]) -> None:
         click.echo(printable(f"{name:<{width}}  {value}"))
 
 
-def heads(test: "Backtest") -> tuple[list[int], str]:
-    """The horizons at which a backtest held anything out, and the heads of their columns."""
-    from relexio.methods.trials import horizon_name
-
-    places = sorted(set(test.horizons.tolist()))
-    return places, "".join(f"{horizon_name(place):>7}" for place in places)
-
-
-def numbers(skills: "np.ndarray", places: list[int]) -> str:
-    """Skill by horizon as columns."""
-    return "".join(
-        f"{skills[place]:>+7.2f}" if skills[place] > -99 else f"{_tiny(skills[place]):>7}" for place in places
-    )
-
-
-def _tiny(skill: float) -> str:
-    return "-" if skill != skill else "< -99"
-
-
-def by_horizon(test: "Backtest", rows: "dict[str, np.ndarray]", head: str = "") -> None:
-    """A table of skill by horizon, a row for each name, on stdout."""
-    places, columns = heads(test)
-    width = max(map(len, (*rows, head)))
-    click.echo(f"{head:<{width}}{columns}")
-    for name, skills in rows.items():
-        click.echo(f"{name:<{width}}{numbers(skills, places)}")
+def number(value: float | None, form: str) -> str:
+    """A figure in a form; a dash for one that is not there."""
+    return "-" if value is None else format(value, form)

@@ -43,7 +43,7 @@ class _Listed(click.ParamType):  # type: ignore[type-arg]  # generic only since 
 @click.option(
     "--eval", "command", required=True, metavar="COMMAND", help="Shell command with {checkpoint}; it prints the score."
 )
-@click.option("--steps", type=options.Steps(), required=True, help="Steps to predict, e.g. 100,200,400 or 100:400:50.")
+@click.option("--steps", type=options.STEPS, required=True, help="Steps to predict, e.g. 100,200,400 or 100:400:50.")
 @click.option(
     "--strengths", type=_Listed(float, "list"), default="1", show_default=True, help="Strengths, e.g. 0.25,0.5,1."
 )
@@ -64,7 +64,7 @@ class _Listed(click.ParamType):  # type: ignore[type-arg]  # generic only since 
     help="End an evaluation after that long.",
 )
 @click.option(
-    "--disk", type=options.Size(), help="Disk that checkpoints may take: room for two.  [default: what is free]"
+    "--disk", type=options.SIZE, help="Disk that checkpoints may take: room for two.  [default: what is free]"
 )
 @options.device
 @options.memory

@@ -25,6 +25,8 @@ _PARTS = {
     }.items()
 }
 PARTS = (*_PARTS, "other")
+#: What the tensors that are not predicted may keep.
+OTHERS = ("last", "base")
 
 
 def part_of(name: str) -> str:
