@@ -19,7 +19,7 @@ import zarr.storage._local as zarr_local
 from relexio import atomic
 from relexio.store.storage import Directory, place
 from relexio.store.store import open_store
-from tests.support.command import Outcome, Relexio, in_process, snapshot
+from tests.support.command import Outcome, Relexio, in_process, refused, snapshot, whole
 from tests.support.make import BF16, Run, make_run
 from tests.support.steps import small_blocks
 
@@ -27,7 +27,7 @@ SHAPES = {f"model.layers.{i}.w": (60, 400) for i in range(6)}
 #: The command line as a user who owns nothing. What it imports is loaded before: it may lie where only root can read.
 NOBODY = """import importlib, os, sys
 for verb in ("convert", "inspect", "predict", "verify"):
-    importlib.import_module(f"relexio.{verb}" if verb != "verify" else "relexio.verbs.verify")
+    importlib.import_module(f"relexio.verbs.{verb}")
     importlib.import_module(f"relexio.cli.{verb}")
 import difflib, dask.array, dask.threaded, relexio.api, safetensors.numpy, zarr.codecs
 from relexio.cli.main import main
@@ -60,20 +60,6 @@ def fill(disk: Path, left: int) -> Path:
     if not filler.exists():
         filler.write_bytes(bytes(atomic.free_bytes(disk) - left))
     return filler
-
-
-def refused(done: Outcome, *words: str) -> None:
-    """One clear line that has all of these words, and 1."""
-    assert done.code == 1 and "Traceback" not in done.err, done.err
-    (line,) = (line for line in done.err.splitlines() if not line.startswith("note:"))
-    assert line.startswith("error:") and all(word in line for word in words), line
-
-
-def whole(relexio: Relexio, store: Path, steps: tuple[int, ...]) -> None:
-    assert open_store(store).steps == steps
-    done = relexio("verify", store)
-    assert done.code == 0 and "left by" not in done.err, done.err
-    assert not [name for name in os.listdir(store.parent) if name.endswith("partial")]  # noqa: PTH208
 
 
 @pytest.mark.parametrize("left", [0, 8 << 10, 60 << 10, 200 << 10, 320 << 10])

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from test_disks import refused, whole
 
 from relexio import atomic
 from relexio.atomic import locked, staging
@@ -16,7 +15,7 @@ from relexio.errors import BusyError
 from relexio.store import cache
 from relexio.store.storage import place
 from relexio.sweep.files import Files
-from tests.support.command import Relexio, in_process, snapshot
+from tests.support.command import Relexio, in_process, refused, snapshot, whole
 from tests.support.make import Run, make_run
 
 Meanwhile = Callable[[Callable[[], object]], None]

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from test_disks import refused
 
 from relexio import atomic
 from relexio.store.storage import place
-from tests.support.command import Outcome, Relexio, snapshot
+from tests.support.command import Outcome, Relexio, refused, snapshot
 from tests.support.make import Run, make_run
 
 #: The command line as a user who owns nothing. What it imports is loaded before: it may lie where only root can read.

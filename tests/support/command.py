@@ -1,5 +1,6 @@
 """The command line in tests: in this process, and in a fresh one."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,3 +30,17 @@ def in_process(*arguments: object, timeout: float = 120) -> Outcome:
 def snapshot(directory: Path) -> dict[str, bytes]:
     """Every file below a directory, by relative path."""
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def refused(done: Outcome, *words: str) -> None:
+    """One clear line that has all of these words, and 1."""
+    assert done.code == 1 and "Traceback" not in done.err, done.err
+    (line,) = (line for line in done.err.splitlines() if not line.startswith("note:"))
+    assert line.startswith("error:") and all(word in line for word in words), line
+
+
+def whole(relexio: Relexio, store: Path, steps: tuple[int, ...]) -> None:
+    assert open_store(store).steps == steps
+    done = relexio("verify", store)
+    assert done.code == 0 and "left by" not in done.err, done.err
+    assert not [name for name in os.listdir(store.parent) if name.endswith("partial")]  # noqa: PTH208
