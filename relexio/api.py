@@ -25,7 +25,8 @@ from relexio.store.schema import Block, Tensor
 from relexio.store.storage import local
 from relexio.store.store import Store, open_store
 from relexio.verbs.backtest import Judged, judge
-from relexio.verbs.predict import Target, predict
+from relexio.verbs.output import Target
+from relexio.verbs.predict import predict
 from relexio.verbs.restore import restore
 from relexio.words import parse_size, parse_steps
 

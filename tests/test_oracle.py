@@ -125,7 +125,8 @@ def test_strength_scales_the_update(tmp_path: Path) -> None:
 
 def test_several_targets_in_one_pass_are_what_each_is_alone(tmp_path: Path) -> None:
     from relexio.progress import silent
-    from relexio.verbs.predict import Target, predict
+    from relexio.verbs.output import Target
+    from relexio.verbs.predict import predict
 
     run = make_run(tmp_path, steps=(1, 2, 5, 9))
     fitted = fit_run(store_run(run, tmp_path / "run.zarr"))

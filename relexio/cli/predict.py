@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from relexio.fit.fit import Fit
     from relexio.methods import Recipe
     from relexio.methods.roles import Choice
-    from relexio.verbs.predict import Prospect, Target
+    from relexio.verbs.output import Target
+    from relexio.verbs.predict import Prospect
 
 _NO_VERDICT = "none: a backtest takes three steps, tensors that move, a rank below the steps, and the gram solver"
 
@@ -67,10 +68,11 @@ def predict(
     from relexio.store.storage import local
     from relexio.store.store import open_store
     from relexio.verbs import predict as verb
+    from relexio.verbs.output import Target
 
     store = open_store(trajectory)
     chosen = choose_window(store, window)
-    targets = [verb.Target(step, local(out.replace("{step}", str(step)))) for step in steps]
+    targets = [Target(step, local(out.replace("{step}", str(step)))) for step in steps]
     with Resources(memory, workers, device, device_memory, scheduler=scheduler) as resources:
         prospect = verb.prospect(store, chosen, recipe, solver, targets, resources, choice)
         if dry_run:

@@ -13,7 +13,8 @@ from relexio.fit.fit import fit
 from relexio.methods import Recipe
 from relexio.store.storage import local
 from relexio.store.store import Store
-from relexio.verbs.predict import Target, predict, provenance
+from relexio.verbs.output import Target
+from relexio.verbs.predict import predict, provenance
 from relexio.words import describe_steps
 
 _step = click.option(

@@ -22,6 +22,7 @@ from relexio.sweep.files import Files
 from relexio.sweep.score import read_score
 from relexio.sweep.table import Result, Setting, Sweep
 from relexio.verbs import predict
+from relexio.verbs.output import Target
 from relexio.verbs.restore import restore
 from relexio.words import show
 
@@ -70,7 +71,7 @@ def prospect(store: Store, request: Request, resources: Resources) -> Prospect:
     waiting = [c for c in candidates if (found := known.of(c)) is None or found.score is None]
     needed, free = _disk(store, request, files)
     first = Recipe(method=request.methods[0], rank=request.rank, strength=request.strengths[0])
-    target = predict.Target(request.steps[0], files.candidate("none"))
+    target = Target(request.steps[0], files.candidate("none"))
     one = predict.prospect(store, request.window, first, "auto", [target], resources)
     return Prospect(known, tuple(candidates), tuple(waiting), needed, free, one.plan, one.device)
 
@@ -213,7 +214,7 @@ class _Work:
         """Write a prediction, or an observed checkpoint as it was; where that lacks side files it gets the base's."""
         out = self.files.candidate(candidate.name)
         if candidate.predicted:
-            target = predict.Target(candidate.step, out)
+            target = Target(candidate.step, out)
             predict.predict(self._fitted(candidate), [target], self.resources, self.stages)
             return out
         store, step = self.store, None if candidate.method == BASE else candidate.step

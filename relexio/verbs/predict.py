@@ -1,10 +1,7 @@
 """``predict`` and restore: whole checkpoints streamed out of a trajectory; none has its name before it is whole."""
 
 import json
-import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,73 +11,28 @@ import numpy as np
 from relexio import atomic
 from relexio.checkpoints.files import is_tensors
 from relexio.checkpoints.header import header_for_transformers, parse_header
-from relexio.checkpoints.read import EMBEDDINGS, HEAD
 from relexio.checkpoints.side import TEMPLATE, TOKENIZER, template
-from relexio.checkpoints.write import CARD, Output, OutputShard, begin, model_card, validate, write_files
+from relexio.checkpoints.write import CARD, model_card, write_files
 from relexio.engine import graph, plan
 from relexio.engine.executor import Executor
 from relexio.engine.resources import Resources
-from relexio.errors import BudgetError, ExistsError, RequestError, StorageError, StoreError
+from relexio.errors import BudgetError
 from relexio.fit.fit import Fit, check_carried
 from relexio.fit.grams import choose_solver, is_kept
 from relexio.methods import Recipe
 from relexio.methods.roles import Choice
 from relexio.progress import Stages
-from relexio.store.schema import Block, StoredCheckpoint
-from relexio.store.storage import METADATA, place
+from relexio.store.schema import StoredCheckpoint
+from relexio.store.storage import place
 from relexio.store.store import Store
+from relexio.verbs.output import Sink, Target, bytes_of, check_targets, needed_files, output_shards, side_files, staged
 from relexio.version import __version__
-from relexio.words import describe_steps, show
+from relexio.words import describe_steps
 
 #: Side files of a training step that say nothing of the model.
 _NOT_CARRIED = {CARD, "trainer_state.json"}
 _CONFIG = "config.json"
 PROVENANCE = "relexio.json"
-
-
-@dataclass(frozen=True)
-class Target:
-    """One checkpoint to be written: the step and the directory."""
-
-    step: int
-    out: Path
-
-
-@dataclass(frozen=True)
-class Sink:
-    """Puts a block's results into the checkpoints being written, one for each target."""
-
-    outputs: tuple[Output, ...]
-
-    def __call__(self, block: Block, target: int, bits: np.ndarray) -> None:
-        """Write one block of one target at its place."""
-        data = memoryview(np.ascontiguousarray(bits)).cast("B")
-        self.outputs[target].write(block.tensor.name, block.start * block.kind.itemsize, data)
-
-
-def check_targets(store: Store, targets: list[Target]) -> None:
-    """Raise ExistsError, RequestError or StorageError where the outputs cannot be written: taken, twice, or no room."""
-    if len({target.step for target in targets}) != len(targets):
-        raise RequestError("a step is given twice")
-    if len({target.out.resolve() for target in targets}) != len(targets):
-        raise RequestError("two predictions with one name; put {step} into -o, as in -o 'pred/step-{step}'")
-    for target in targets:
-        if target.out.exists():
-            raise ExistsError(f"{target.out}: exists; give another -o")
-        parent = atomic.existing_parent(target.out)
-        if not os.access(parent, os.W_OK):
-            raise StorageError(f"{parent}: no permission to write there; give another -o")
-    needed = bytes_of(store) * len(targets)
-    free = atomic.free_bytes(targets[0].out)
-    if needed > free:
-        raise StorageError(
-            f"{targets[0].out.parent}: {show(needed)} are needed and {show(free)} free; free space, or give another -o"
-        )
-
-
-def bytes_of(store: Store) -> int:
-    """Bytes of the shards of one checkpoint."""
-    return sum(shard.size for shard in store.base().shards)
 
 
 @dataclass(frozen=True)
@@ -138,23 +90,17 @@ def predict(fit: Fit, targets: list[Target], resources: Resources, stages: Stage
     check_targets(store, targets)
     weights = fit.weights([target.step for target in targets])
     executor, batch = _most_at_once(store, len(fit.steps), len(targets), resources)
-    shards = list(_shards(store, store.base(), header_for_transformers))
-    with _staged(targets, shards) as outputs:
+    shards = list(output_shards(store, store.base(), header_for_transformers))
+    with staged(targets, shards) as outputs:
         for target, output in zip(targets, outputs, strict=True):
             _write_side_files(fit, target, Path(output.directory))
-        executor.require(_needed(store, outputs, shards))
+        executor.require(needed_files(store, outputs, shards))
         with stages("predict", bytes_of(store) * len(targets)) as advance:
             for first in range(0, len(targets), batch):
                 sink = Sink(tuple(outputs[first : first + batch]))
                 some = {name: w[:, first : first + batch] for name, w in weights.items()}
                 graph.combine(store, some, len(sink.outputs), fit.steps, sink, executor, advance)
         executor.settle(Path(output.directory) for output in outputs)
-
-
-def _needed(store: Store, outputs: list[Output], shards: list[OutputShard]) -> list[Path]:
-    """The files that whoever does the work must see: the store's marker, and the checkpoints begun."""
-    begun = [Path(output.directory, shard.name) for output in outputs for shard in shards]
-    return [*store.files(METADATA), *begun]
 
 
 def _most_at_once(store: Store, steps: int, count: int, resources: Resources) -> tuple[Executor, int]:
@@ -168,58 +114,6 @@ def _most_at_once(store: Store, steps: int, count: int, resources: Resources) ->
             count = (count + 1) // 2
 
 
-def _shards(store: Store, record: StoredCheckpoint, change: Callable[[bytes], bytes]) -> Iterator[OutputShard]:
-    table = {tensor.name: (tensor.dtype, tensor.shape) for tensor in store.tensors}
-    tied = {HEAD: next((name for name in EMBEDDINGS if name in table), "")}
-    for shard in record.shards:
-        if shard.name != Path(shard.name).name or shard.name in ("", ".", ".."):
-            raise StoreError(f"{store.shown}: names a shard outside its directory: {shard.name!r}")
-        header = store.file(shard.header)
-        for entry in parse_header(header, shard.size, f"{store.shown}: {shard.header}"):
-            # a tensor longer in the table than in its file would be written over the next one
-            if (entry.dtype, entry.shape) != table.get(entry.name if entry.name in table else tied.get(entry.name, "")):
-                raise StoreError(f"{store.shown}: {shard.header}: tensor {entry.name} is not as in the table; damaged")
-        yield OutputShard(shard.name, change(header), shard.size - 8 - len(header))
-
-
-@contextmanager
-def _staged(targets: list[Target], shards: list[OutputShard]) -> Iterator[list[Output]]:
-    """Staging directories with all files at full size; validated and renamed at the end, removed after an error."""
-    with ExitStack() as stack:
-        outputs, staged = [], []
-        for target in targets:
-            directory = atomic.staging(target.out)
-            stack.enter_context(atomic.storage_errors(target.out))
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(atomic.locked(directory, make=True))
-            stack.enter_context(_removed_after_error(directory))
-            if target.out.exists():  # another process has ended since ours looked
-                raise ExistsError(f"{target.out} has appeared meanwhile; give another -o")
-            atomic.empty_tree(directory)
-            outputs.append(begin(directory, shards))
-            staged.append(directory)
-        yield outputs
-        for target, directory in zip(targets, staged, strict=True):
-            validate(directory, shards)
-            atomic.publish(directory, target.out)
-
-
-@contextmanager
-def _removed_after_error(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:  # also Ctrl-C: a half-written prediction is of no use to the next run
-        atomic.remove_tree(directory)
-        raise
-
-
-def _files(store: Store, record: StoredCheckpoint) -> Iterator[tuple[str, bytes | Iterator[bytes]]]:
-    for name, array in record.side.items():
-        yield name, store.pieces(array)
-    if record.index is not None:
-        yield "model.safetensors.index.json", store.file(record.index)
-
-
 def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
     """The last observed step's side files and what only the base has besides, a model card, and where it all came from."""
     store, base = fit.store, fit.store.base()
@@ -228,7 +122,7 @@ def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
     if _CONFIG in base.side and _tensors(store, last) != _tensors(store, base):
         side[_CONFIG] = base.side[_CONFIG]  # it says whether the head is tied, and so which tensors the files hold
     side |= {name: array for name, array in lacking(store, last).items() if name not in _NOT_CARRIED}
-    write_files(directory, _files(store, replace(base, side=side)))
+    write_files(directory, side_files(store, replace(base, side=side)))
     facts = provenance(fit, target.step)
     public = {**facts, "window": describe_steps(fit.steps), "base": store.base_content}
     method = fit.recipe.way

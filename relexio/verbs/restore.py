@@ -11,7 +11,7 @@ from relexio.store.read import observed
 from relexio.store.schema import Block
 from relexio.store.state import check_content, digest_of
 from relexio.store.store import Store
-from relexio.verbs.predict import Sink, Target, _files, _needed, _shards, _staged, check_targets
+from relexio.verbs.output import Sink, Target, check_targets, needed_files, output_shards, side_files, staged
 
 
 def restore(store: Store, step: int | None, out: Path, resources: Resources, stages: Stages) -> None:
@@ -22,12 +22,12 @@ def restore(store: Store, step: int | None, out: Path, resources: Resources, sta
     targets = [Target(step or 0, out)]
     check_targets(store, targets)
     record = store.record(step)
-    shards = list(_shards(store, record, bytes))
+    shards = list(output_shards(store, record, bytes))
     executor = resources.for_combine(store, 1, 1)
-    with _staged(targets, shards) as outputs:
+    with staged(targets, shards) as outputs:
         sink = Sink((outputs[0].tied({tensor.name for tensor in store.tensors}),))
-        write_files(Path(outputs[0].directory), _files(store, record))
-        executor.require(_needed(store, outputs, shards))
+        write_files(Path(outputs[0].directory), side_files(store, record))
+        executor.require(needed_files(store, outputs, shards))
         with stages("restore", sum(shard.size for shard in shards)) as advance:
             digests = graph.each(store, 1, partial(_restore_block, store, step, sink), executor, advance)
         executor.settle([Path(outputs[0].directory)])

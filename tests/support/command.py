@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from relexio.store.store import open_store
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -11,7 +11,8 @@ from relexio.progress import silent
 from relexio.store import schema
 from relexio.store.store import Store
 from relexio.verbs.convert import Request, convert, prepare
-from relexio.verbs.predict import Target, predict
+from relexio.verbs.output import Target
+from relexio.verbs.predict import predict
 from relexio.words import parse_steps
 from tests.support.make import Run
 

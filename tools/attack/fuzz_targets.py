@@ -29,7 +29,8 @@ from relexio.store.seal import hash_of
 from relexio.store.store import open_store
 from relexio.verbs import convert as verb
 from relexio.verbs.inspect import inspect
-from relexio.verbs.predict import Target, predict
+from relexio.verbs.output import Target
+from relexio.verbs.predict import predict
 from relexio.verbs.restore import restore
 from relexio.verbs.verify import find_originals, verify
 from relexio.words import parse_size, parse_steps

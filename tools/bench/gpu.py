@@ -32,7 +32,8 @@ from relexio.methods import Recipe
 from relexio.progress import silent
 from relexio.store.store import open_store
 from relexio.verbs.convert import Request, convert, prepare
-from relexio.verbs.predict import Target, predict
+from relexio.verbs.output import Target
+from relexio.verbs.predict import predict
 
 BENCH = Path(__file__).resolve().parent
 #: What is compared: name, device, device memory.

@@ -14,7 +14,8 @@ from relexio.progress import Stages
 from relexio.verbs.convert import Request, convert, prepare
 from relexio.verbs.demo.accuracy import accuracy, available
 from relexio.verbs.demo.data import TARGET, WINDOW_END, unpack
-from relexio.verbs.predict import Target, predict
+from relexio.verbs.output import Target
+from relexio.verbs.predict import predict
 from relexio.words import parse_steps
 
 __all__ = ["TARGET", "WINDOW_END", "Outcome", "free_directory", "run"]
