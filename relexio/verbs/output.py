@@ -71,7 +71,7 @@ def needed_files(store: Store, outputs: list[Output], shards: list[OutputShard])
 
 
 def output_shards(store: Store, record: StoredCheckpoint, change: Callable[[bytes], bytes]) -> Iterator[OutputShard]:
-    """The shards of a checkpoint, with their headers as ``change`` makes them. Raises StoreError where one does not fit the table."""
+    """The shards of a checkpoint, their headers changed. Raises StoreError where one does not fit the tensor table."""
     table = {tensor.name: (tensor.dtype, tensor.shape) for tensor in store.tensors}
     tied = {HEAD: next((name for name in EMBEDDINGS if name in table), "")}
     for shard in record.shards:

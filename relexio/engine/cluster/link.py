@@ -12,7 +12,7 @@ from distributed import Client, LocalCluster
 
 from relexio.engine import device as backend
 from relexio.engine import plan
-from relexio.engine.cluster.run import PROCESSES, ClusterExecutor
+from relexio.engine.cluster.run import PROCESSES, ClusterExecutor, reached
 from relexio.engine.cluster.worker import Worker, look
 from relexio.engine.executor import Executor
 from relexio.engine.plan import Plan
@@ -139,15 +139,18 @@ class Link:
 
     def _ask(self, device: str) -> dict[str, Worker]:
         if device not in self._workers:
-            self._workers[device] = self.client(0).run(look, device)
+            client = self.client(0)
+            with reached(client):
+                self._workers[device] = client.run(look, device)
         return self._workers[device]
 
 
 @contextmanager
 def _silenced() -> Iterator[None]:
     """Dask's own talk of lost connections and restarted workers is not for the user: what matters comes as one error."""
+    known = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] in _QUIET]
     with ExitStack() as stack:
-        for name in _QUIET:
+        for name in {*_QUIET, *known}:  # distributed gives some of its loggers a level of their own
             logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.CRITICAL + 1)
