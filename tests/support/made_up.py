@@ -57,7 +57,7 @@ def _judge(store: Store, steps: tuple[int, ...], grams: dict[str, np.ndarray]) -
     if len(steps) < 3:
         return None
     at = np.array(steps)
-    trials = [trial for trial in make_trials(len(steps)) if trial.share == 1 and trial.recipe.fit == "line"]
+    trials = [trial for trial in make_trials(len(steps)) if trial.share == 1 and trial.recipe.curve == "line"]
     trials = [trial for trial in trials if trial.recipe.refit is None]
     test = backtest(grams.items(), len(grams), at, trials, make_folds(at), STRENGTHS)
     return Judged(store, steps, test, advise(test), straightness(grams.values(), at))
