@@ -15,7 +15,7 @@ from relexio.methods.line_tests import random_walk, signs, split_half, straightn
 from relexio.methods.roles import part_of
 from relexio.methods.spectrum import alike, find, thrown_away
 from relexio.methods.trials import HORIZONS, STRENGTHS, Trial, make_folds, make_trials
-from relexio.methods.verdict import advise, outlook, words
+from relexio.methods.verdict import advise, caveat, outlook, words
 from relexio.progress import silent
 from relexio.verbs.backtest import judge
 from tests.support.command import Relexio
@@ -250,6 +250,9 @@ def test_of_a_store_it_is_the_same(run: Run, tmp_path: Path) -> None:
     moved = {name: deltas(base, [run.steps[s][name] for s in store.steps]) for name, base in run.base.items()}
     want = backtested(moved, np.array(store.steps))
     np.testing.assert_allclose(judged.test.totals, want.totals, rtol=1e-9)
+    assert judged.words() == [*judged.sentences(), caveat()]
+    assert caveat().startswith("Skill is a distance between weights") and caveat().endswith("(relexio sweep).")
+    assert not any("task accuracy" in sentence for sentence in judged.sentences())
 
 
 def test_a_fit_is_judged_by_its_own_recipe(run: Run, tmp_path: Path) -> None:

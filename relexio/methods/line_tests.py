@@ -17,12 +17,17 @@ _FAR = 30.0  # times the distance between two steps; real runs have up to 1.0
 LEAD = 8  # steps that tell whether the base is the right one
 
 
-def random_walk(steps: np.ndarray) -> tuple[float, float]:
-    """Energy of rank 1 and r_squared of the line, of a random walk of many dimensions observed at the same steps.
+def walk_gram(steps: np.ndarray) -> np.ndarray:
+    """The Gram matrix [T, T] of a random walk of many dimensions observed at steps [T], but for a factor.
 
-    Its increments are independent, so that its Gram matrix is min(s_i, s_j) but for a factor: nothing is drawn.
+    Its increments are independent, so that it is min(s_i, s_j): nothing is drawn.
     """
-    gram = np.minimum.outer(steps, steps).astype(np.float64)
+    return np.minimum.outer(steps, steps).astype(np.float64)
+
+
+def random_walk(steps: np.ndarray) -> tuple[float, float]:
+    """Energy of rank 1 and r_squared of the line, of a random walk of many dimensions observed at the same steps."""
+    gram = walk_gram(steps)
     u = directions(gram, 1)[:, 0]
     return float(u @ gram @ u / np.trace(gram)), fit_line(steps, u).r_squared
 

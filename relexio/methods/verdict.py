@@ -20,6 +20,21 @@ _NEARLY = 1.05  # a target that much farther than any step held out still counts
 _TIE = 0.01  # skills that near are equal: the simpler recipe, which comes first, is taken
 
 
+def caveat() -> str:
+    """The caveat as a sentence."""
+    return f"{CAVEAT[0].upper()}{CAVEAT[1:]}."
+
+
+def horizon_for(times: float, tested: float, tried: np.ndarray) -> int | None:
+    """Which of the tried horizons (ascending) speaks for a target so many times the last known step.
+
+    ``tested``: the most times that anything was held out at. None where the target is clearly farther.
+    """
+    if times > tested * _NEARLY:
+        return None
+    return int(tried[min(int(np.searchsorted(tried, within(times))), len(tried) - 1)])
+
+
 @dataclass(frozen=True)
 class Pick:
     """A trial (its place among those of the backtest), a strength, and its score: the mean skill over horizons."""
@@ -180,10 +195,10 @@ def outlook(test: Backtest, target: int, last: int) -> Outlook:
     strength, times = test.strengths[0], target / max(last, 1)
     tested = float(test.times.max())
     farthest = min(last + int((test.held_out - test.known).max()), int(last * tested))
-    if times > tested * _NEARLY:
+    horizon = horizon_for(times, tested, np.unique(test.horizons))
+    if horizon is None:
         return Outlook(target, times, target - last, None, 0, 0, farthest)
-    tried = np.unique(test.horizons)
-    among = test.horizons == tried[min(int(np.searchsorted(tried, within(times))), len(tried) - 1)]
+    among = test.horizons == horizon
     cut_offs = sorted(set(test.known[among].tolist()))
     skills = [test.errors(0, strength, among=among & (test.known == step)).skill or 0.0 for step in cut_offs]
     skill = test.errors(0, strength, among=among).skill
@@ -200,24 +215,23 @@ def window_words(trial: Trial, steps: np.ndarray) -> tuple[str, str]:
 
 
 def words(test: Backtest, verdict: Verdict) -> list[str]:
-    """The verdict in sentences: what to use, how far, how sure, and what it does not mean."""
+    """The verdict in sentences: what to use, how far, how sure. The caveat is not among them."""
     trial, pick = test.trials[verdict.pick.trial], verdict.pick
     tries, won = len(verdict.followed), sum(one.skill > 0 for one in verdict.followed)
     followed = f"Such advice, taken at {tries} earlier cut-offs, was right at {won}."
     if not tries:
         followed = "There are too few steps to try such advice on earlier ones."
     if verdict.sure == "none":
-        return [_why_not(test, verdict, followed), "Train on: do not extrapolate this run from here.", _told(CAVEAT)]
-    found = [
+        return [_why_not(test, verdict, followed), "Train on: do not extrapolate this run from here."]
+    sentences = [
         f"Use {trial.recipe}, strength {pick.strength:g}, fitted to {window_words(trial, test.steps)[0]}.",
         _how_far(test, verdict),
         f"How sure: {verdict.sure}, of weights. {followed}",
-        _told(CAVEAT),
     ]
     medians = test.medians(pick.trial, pick.strength)
     if np.nanmean(medians) < 0:
-        found.insert(2, f"But most tensors end farther off: their median skill is {np.nanmean(medians):+.2f}.")
-    return found
+        sentences.insert(2, f"But most tensors end farther off: their median skill is {np.nanmean(medians):+.2f}.")
+    return sentences
 
 
 def _why_not(test: Backtest, verdict: Verdict, followed: str) -> str:
@@ -243,7 +257,3 @@ def _how_far(test: Backtest, verdict: Verdict) -> str:
         f"known step and up to {verdict.farthest - last} steps ahead, {so_far}: from step {last} that is step "
         f"{verdict.farthest}."
     )
-
-
-def _told(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."

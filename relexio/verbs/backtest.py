@@ -18,7 +18,7 @@ from relexio.methods.backtest import Backtest, backtest, bytes_of
 from relexio.methods.line_tests import Straightness, straightness
 from relexio.methods.roles import PARTS
 from relexio.methods.trials import HORIZONS, STRENGTHS, horizon_name, make_folds, make_trials
-from relexio.methods.verdict import CAVEAT, Pick, Verdict, advise, rank_all, window_words, words
+from relexio.methods.verdict import CAVEAT, Pick, Verdict, advise, caveat, rank_all, window_words, words
 from relexio.progress import Stages
 from relexio.store.store import Store
 from relexio.words import show
@@ -38,8 +38,8 @@ class Judged:
     straight: Straightness | None
     doubt: str | None = None
 
-    def words(self) -> list[str]:
-        """The verdict in sentences: what to use, how far, how sure, and what it does not mean."""
+    def sentences(self) -> list[str]:
+        """The verdict in sentences: without the caveat: what to use, how far, how sure."""
         doubt = []
         if self.doubt is not None:
             free = [m.name for m in METHODS.values() if not m.needs_base and not m.stays]
@@ -50,6 +50,10 @@ class Judged:
         if self.verdict is None:
             return [*doubt, "No recipe could be tried at every cut-off: there are too few steps."]
         return [*doubt, *words(self.test, self.verdict)]
+
+    def words(self) -> list[str]:
+        """The verdict in sentences: what to use, how far, how sure, and what it does not mean."""
+        return [*self.sentences(), *([caveat()] if self.verdict else [])]
 
     def ranked(self) -> list[Pick]:
         """Every recipe at every strength, best first."""
