@@ -1,11 +1,14 @@
 """The report: one page that asks the network for nothing, whatever tensors are called; and its figures as pictures."""
 
+import base64
+import hashlib
 import json
 import re
 import struct
 import sys
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +16,23 @@ import numpy as np
 import pytest
 
 from relexio.errors import RequestError
-from relexio.report import curves, data, report
+from relexio.methods import METHODS
+from relexio.methods.line_tests import random_walk
+from relexio.methods.roles import PARTS
+from relexio.methods.verdict import outlook
+from relexio.report import ReportRequest, data, default_page, report
 from relexio.report.data import Facts
-from relexio.report.report import Request, default_page
-from relexio.report.words import keys, verdict
+from relexio.report.theme import COLOURS, PART_COLOURS, palettes
+from relexio.report.words import key_figures, verdict
 from tests.support.command import Relexio
 from tests.support.made_up import made_up, names
 from tests.support.make import BF16, Run, base_tensors, make_run
 from tests.support.pages import FIGURES, HOSTILE, STEPS, page_of
 from tests.support.steps import store_run
 
-vl_convert = pytest.importorskip("vl_convert", reason="needs the extra report")
-pytest.importorskip("altair", reason="needs the extra report")
+figures = pytest.importorskip("relexio.report.figures", reason="needs the extra report")
+curves = pytest.importorskip("relexio.report.coefficients").curves
+page = pytest.importorskip("relexio.report.page").page
 
 SHAPES = {"model.embed_tokens.weight": (40, 24), "model.layers.0.q_proj.weight": (33, 31), "lm_head.weight": (24,)}
 
@@ -96,6 +104,26 @@ def test_names_of_tensors_cannot_leave_their_places(text: str) -> None:
     assert HOSTILE.replace("\u2028", "") in "".join(t for _, t in page.texts).replace("\u2028", "")
 
 
+def test_nothing_that_is_named_can_add_an_element(facts: Facts) -> None:
+    evil = "</title></pre><script>1</script>'\"&"
+    pages = []
+    for name in ("plain", evil):
+        command, store = f"relexio report {name} -o x.html", replace(facts.findings.store, address=name)
+        named = replace(facts, findings=replace(facts.findings, store=store))
+        pages.append(Page(page(named, figures.figures(named), name, command)))
+    assert [tag for tag, _ in pages[1].tags] == [tag for tag, _ in pages[0].tags]
+    said = "".join(t for _, t in pages[1].texts)
+    assert said.count(evil) == 4  # title, heading, store, command
+
+
+def test_policy_names_the_scripts_by_their_hashes(text: str) -> None:
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', text)
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.S)
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    assert len(hashes) == 2
+    assert f"script-src {' '.join(f'&#39;sha256-{name}&#39;' for name in hashes)};" in policy.replace("'", "&#39;")
+
+
 def test_page_has_figures_verdict_and_keys(facts: Facts, text: str) -> None:
     page = Page(text)
     assert page.all("html") == [{"lang": "en"}]
@@ -106,37 +134,37 @@ def test_page_has_figures_verdict_and_keys(facts: Facts, text: str) -> None:
     said = "".join(t for _, t in page.texts)
     for sentence in verdict(facts).sentences:
         assert sentence in said
-    for key in keys(facts):
+    for key in key_figures(facts):
         assert key.value in said and key.why in said
     assert said.count("your own evaluation can choose") == 2
     assert verdict(facts).sure in {a["class"].split()[1] for a in page.all("section") if a.get("class")}  # type: ignore[union-attr]
 
 
 def test_tables_of_coefficients_and_energy(facts: Facts) -> None:
-    tables = curves.coefficients(facts.found, 48)
+    tables = curves(facts.findings, 48)
     drawn = {row["tensor"]: row for row in tables.points}
-    tensor = max(facts.found.tensors, key=lambda t: t.energy)
+    tensor = max(facts.findings.tensors, key=lambda t: t.energy)
     row, line = drawn[tensor.name], tensor.line
     np.testing.assert_allclose(row["value"], tensor.coefficients / tensor.coefficients[-1], rtol=1e-4)
     (end,) = [t for t in tables.targets if t["tensor"] == tensor.name]
     assert end["value"] == pytest.approx((line.slope * 48 + line.intercept) / tensor.coefficients[-1], rel=1e-4)
-    assert {t.part for t in facts.found.tensors} <= {row["part"] for row in tables.points}
+    assert {t.part for t in facts.findings.tensors} <= {row["part"] for row in tables.points}
     assert sum(row["top"] for row in tables.points) == 12 + 1
-    lasts = np.array([t.coefficients[-1] for t in facts.found.tensors])
-    model = sum(t.coefficients * t.coefficients[-1] for t in facts.found.tensors) / (lasts @ lasts)
+    lasts = np.array([t.coefficients[-1] for t in facts.findings.tensors])
+    model = sum(t.coefficients * t.coefficients[-1] for t in facts.findings.tensors) / (lasts @ lasts)
     np.testing.assert_allclose(drawn[data.WHOLE]["value"], model, rtol=1e-4)
 
-    cells = {(row["layer"], row["part"]): row for row in data.energy(facts.found)}
-    some = [t for t in facts.found.tensors if (t.layer, t.part) == (1, "norm")]
+    cells = {(row["layer"], row["part"]): row for row in data.energy_cells(facts.findings)}
+    some = [t for t in facts.findings.tensors if (t.layer, t.part) == (1, "norm")]
     assert cells["1", "norm"]["tensors"] == len(some) == 4
     weighted = sum(t.kept * t.energy for t in some) / sum(t.energy for t in some)
     assert cells["1", "norm"]["kept"] == pytest.approx(weighted, rel=1e-4)
     assert sum(row["share"] for row in cells.values()) == pytest.approx(1, rel=1e-3)
-    assert data.layers(facts.found) == ["none", "0", "1"]
+    assert data.layers(facts.findings) == ["none", "0", "1"]
 
 
 def test_skills_are_those_of_the_backtest_and_awful_ones_are_left_out(facts: Facts) -> None:
-    judged, found = facts.found.judged, data.skills(facts.found)
+    judged, found = facts.findings.judged, data.skill_lines(facts.findings)
     assert judged is not None and judged.verdict is not None and found is not None
     first = found.methods[0]
     assert first.startswith(str(judged.test.trials[judged.verdict.pick.trial].recipe))
@@ -151,16 +179,86 @@ def test_skills_are_those_of_the_backtest_and_awful_ones_are_left_out(facts: Fac
 
 
 def test_many_steps_are_thinned_and_ends_kept() -> None:
-    assert data.thin(5).tolist() == [0, 1, 2, 3, 4]
-    some = data.thin(5000)
-    assert len(some) == 200 and some[0] == 0 and some[-1] == 4999
+    few = data.over_steps((1, 2, 5), "share", np.array([0.1, np.nan, 1 / 3]))
+    assert few == {"step": [1, 2, 5], "share": [0.1, None, 0.33333]}
+    steps = tuple(range(5000))
+    many = data.over_steps(steps, "share", np.array(steps) / 2)
+    assert len(many["step"]) == 200 and (many["step"][0], many["step"][-1]) == (0, 4999)
+    assert many["share"] == [step / 2 for step in many["step"]]
+
+
+@pytest.mark.parametrize(
+    ("skill", "said"),
+    [(0.154, "+.15"), (-0.04, "−.04"), (-3.0, "< −1"), (1.0, "+1.0"), (-0.99, "−.99"), (0.0, ".00"), (-0.001, ".00")],
+)
+def test_skill_of_a_part_has_four_characters(facts: Facts, skill: float, said: str) -> None:
+    class Judged:
+        verdict = facts.findings.judged.verdict if facts.findings.judged else None
+
+        def parts(self, pick: object) -> dict[str, np.ndarray]:
+            return {"q": np.array([np.nan, skill])}
+
+    (row,) = data.skill_by_part(replace(facts.findings, judged=Judged()))  # type: ignore[arg-type]
+    assert row == {"part": "q", "horizon": "1.25×", "skill": skill, "said": said}
+
+
+def test_skill_is_told_as_far_ahead_as_predict_vouches(facts: Facts) -> None:
+    judged, last = facts.findings.judged, facts.findings.window[-1]
+    assert judged is not None and judged.verdict is not None
+    for share in (0.9, 1.0, 1.04, 1.06, 2.0):
+        target = round(last * judged.verdict.tested * share)
+        vouched = outlook(judged.test, target, last).skill is not None
+        assert (data.skill_at(facts.findings, target) is not None) == vouched == (share < 1.05)
+
+
+def test_a_random_walk_is_measured_as_everywhere_else(facts: Facts) -> None:
+    steps = np.array(facts.findings.window)
+    energy, r_squared = random_walk(steps)
+    assert facts.walk.kept == pytest.approx(energy) and facts.walk.line.r_squared == pytest.approx(r_squared)
+    shares = [row["share"] for row in data.energy_by_direction(facts) if row["of"] == data.WALK]
+    assert shares[0] == pytest.approx(energy, rel=1e-4) and len(shares) == 10
+
+
+def test_every_part_and_every_method_has_a_colour_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(PART_COLOURS) == set(PARTS)
+    usual = palettes([])["methods"]
+    more = {f"new-{place}": replace(METHODS["secant"], name=f"new-{place}") for place in range(5)}
+    count = sum(method.extrapolates for method in METHODS.values())
+    for place, (name, method) in enumerate(more.items(), count + 1):
+        monkeypatch.setitem(METHODS, name, method)
+        if place > 12:
+            with pytest.raises(RequestError, match=rf"colours for 12 methods, and {place} extrapolate: .*theme.py"):
+                palettes([])
+            continue
+        for theme, colours in palettes([])["methods"].items():
+            assert colours[:count] == usual[theme]
+            assert len(colours) == place
+            pairs = combinations([*colours, COLOURS[theme]["card"]], 2)
+            assert min(distance(one, other) for one, other in pairs) > 25, "some look alike"
+
+
+def distance(one: str, other: str) -> float:
+    """How different two colours look: their distance in CIE L*a*b*, where 2 is just seen."""
+    places = []
+    for colour in (one, other):
+        rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ linear
+        x, y, z = np.cbrt(xyz / [0.9505, 1.0, 1.089])  # the bend near black is left out
+        places.append(np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)]))
+    return float(np.linalg.norm(places[0] - places[1]))
+
+
+def test_docs_name_the_pictures() -> None:
+    text = (Path(__file__).parent.parent / "docs/report.md").read_text()
+    assert re.findall(r"`(\w+)\.png`", text) == list(FIGURES)
 
 
 def test_target_goes_where_the_verdict_sees_skill(facts: Facts) -> None:
-    judged = facts.found.judged
+    judged = facts.findings.judged
     assert judged is not None and judged.verdict is not None and judged.verdict.farthest > 25
-    assert data.default_target(facts.found) == judged.verdict.farthest
-    assert data.default_target(replace(facts.found, judged=None)) == 48
+    assert data.default_target(facts.findings) == judged.verdict.farthest
+    assert data.default_target(replace(facts.findings, judged=None)) == 48
 
 
 def test_pictures_are_pngs_of_the_page_s_figures(facts: Facts, tmp_path: Path) -> None:
@@ -211,7 +309,10 @@ def test_nothing_is_overwritten(relexio: Relexio, run: Path, tmp_path: Path) -> 
     assert not (tmp_path / "new.html").exists()
 
 
-@pytest.mark.parametrize(("option", "value", "said"), [("--step", 12, "not beyond"), ("--rank", 13, "does not fit")])
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [("--step", 12, "not beyond"), ("--rank", 13, "does not fit"), ("--window", 3, "at least 2")],
+)
 def test_what_the_window_cannot_give_is_refused(
     relexio: Relexio, run: Path, tmp_path: Path, option: str, value: int, said: str
 ) -> None:
@@ -250,7 +351,7 @@ def test_without_the_extra_it_says_what_to_install(run: Path, tmp_path: Path, mo
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     store = open_store(str(run))
     with pytest.raises(RequestError, match=r"pip install 'relexio\[report\]'"):
-        report(store, Request(tmp_path / "out.html", None, store.steps), CPU, silent)
+        report(store, ReportRequest(tmp_path / "out.html", None, store.steps), CPU, silent)
 
 
 def test_page_is_named_after_the_run() -> None:

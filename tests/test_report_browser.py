@@ -166,7 +166,7 @@ def test_a_large_run_stays_light(chromium: Any, tmp_path: Path, capsys: pytest.C
     drawn = {width: open_page(chromium, path, "light", width) for width in (1280, 360)}
     with capsys.disabled():
         print(
-            f"\n{len(large.found.tensors)} tensors, 500 steps: {path.stat().st_size / 1e6:.2f} MB, made in {made:.1f} s, "
+            f"\n{len(large.findings.tensors)} tensors, 500 steps: {path.stat().st_size / 1e6:.2f} MB, made in {made:.1f} s, "
             f"drawn in {drawn[1280]:.1f} s (1280 px) and {drawn[360]:.1f} s (360 px)"
         )
     assert path.stat().st_size < 2_500_000

@@ -18,7 +18,7 @@ def test_imports_point_down() -> None:
 def test_help_loads_nothing_heavy() -> None:
     script = (
         "import sys\nfrom relexio.cli.main import main\n"
-        "heavy = {'zarr', 'dask', 'cupy', 'rich', 'safetensors', 'matplotlib', 'altair', 'vl_convert'}\n"
+        "heavy = {'zarr', 'dask', 'cupy', 'rich', 'safetensors', 'matplotlib', 'altair', 'jinja2', 'vl_convert'}\n"
         "try: main(['--help'])\n"
         "finally: print(sorted(heavy & sys.modules.keys()))"
     )

@@ -9,7 +9,7 @@ from relexio.cli import options
 from relexio.cli.command import Result, on_trajectory
 from relexio.cli.show import stages, table
 from relexio.engine.resources import Resources
-from relexio.report import Request, Written, default_page
+from relexio.report import ReportFiles, ReportRequest, default_page
 from relexio.report import report as verb
 from relexio.store.storage import local
 from relexio.store.store import Store
@@ -41,7 +41,7 @@ def report(
     their lines, changed elements, and the spectrum. Needs pip install 'relexio[report]'.
     """
     page: Path = local(out) if out else default_page(store.address)
-    written = verb(store, Request(page, local(png) if png else None, window, rank, step), resources, stages)
+    written = verb(store, ReportRequest(page, local(png) if png else None, window, rank, step), resources, stages)
     facts = {
         "page": str(written.page),
         "bytes": written.size,
@@ -52,6 +52,6 @@ def report(
     return Result(lambda: facts, partial(_show, written))
 
 
-def _show(written: Written) -> None:
+def _show(written: ReportFiles) -> None:
     rows = [("wrote", f"{written.page} ({show(written.size)}): open it in a browser")]
     table([*rows, *(("", str(path)) for path in written.pictures)])

@@ -5,21 +5,23 @@ point each. Numbers are rounded to 5 digits: nobody sees more in a figure, and a
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from relexio.methods.line_tests import walk_gram
 from relexio.methods.roles import part_of
-from relexio.methods.spectrum import find, thrown_away
-from relexio.methods.trials import horizon_name, within
+from relexio.methods.spectrum import Finding, find, thrown_away
+from relexio.methods.trials import horizon_name
+from relexio.methods.verdict import horizon_for
+from relexio.report.theme import PART_COLOURS
 from relexio.verbs.findings import Findings, TensorFindings
 from relexio.verbs.inspect import Sizes
 
 Row = dict[str, Any]
 Table = list[Row]
 
-#: The parts of a model in the order in which a figure has them.
-ORDER = ("embedding", "qkv", "q", "k", "v", "o", "gate", "up", "down", "norm", "head", "other")
 OUTSIDE = "none"  # the layer of embedding, head and final norm
 WHOLE = "whole model"
 RUN, WALK = "this run", "random walk"
@@ -31,7 +33,7 @@ _SAME = 0.002  # skills that near are one line in a figure
 class Facts:
     """All that a report is made of. ``changed`` [tensors of the store, T] counts elements that differ from the base."""
 
-    found: Findings
+    findings: Findings
     sizes: Sizes
     changed: np.ndarray
     target: int
@@ -39,20 +41,13 @@ class Facts:
     @property
     def parts(self) -> list[str]:
         """The parts of the model that moved, from below to above."""
-        there = {tensor.part for tensor in self.found.tensors}
-        return [part for part in ORDER if part in there]
+        return [part for part in PART_COLOURS if any(tensor.part == part for tensor in self.findings.tensors)]
 
-    @property
-    def walk_energy(self) -> float:
-        """The share of energy that the rank keeps of a random walk over the same steps."""
-        walk = _walk(self.found.window)
-        return find(walk, np.array(self.found.window), self.found.rank).kept if walk.any() else 1.0
-
-    @property
-    def drift(self) -> float | None:
-        """The mean cosine of neighbouring increments of what the rank throws away; None where there are none."""
-        there = self.found.alike[~np.isnan(self.found.alike)]
-        return float(there.mean()) if len(there) else None
+    @cached_property
+    def walk(self) -> Finding:
+        """A random walk over the same steps, measured at the same rank."""
+        steps = np.array(self.findings.window)
+        return find(walk_gram(steps), steps, self.findings.rank)
 
 
 def number(value: float) -> float | None:
@@ -70,25 +65,26 @@ def signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−") if abs(value) >= 0.005 else "0.00"
 
 
-def times(place: int) -> str:
-    """A horizon for people: ``1.5×``."""
-    return horizon_name(place).replace("x", "×")
+def _short(value: float) -> str:
+    """The same in four characters: ``+.15``, ``−.04``, ``< −1``."""
+    return "< −1" if value < -0.995 else signed(value).replace("0.", ".", 1)[:4]
 
 
-def thin(count: int, most: int = _POINTS) -> np.ndarray:
-    """Indices of at most ``most`` of ``count`` points, evenly spread, with the first and the last."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+def over_steps(window: tuple[int, ...], name: str, values: np.ndarray) -> Row:
+    """A row's lists: ``step``, and values [T] under a name; of many, _POINTS evenly spread, with the first and the last."""
+    shown = np.unique(np.linspace(0, len(window) - 1, min(len(window), _POINTS)).round().astype(int))
+    return {"step": np.array(window)[shown].tolist(), name: numbers(values[shown])}
 
 
-def default_target(found: Findings) -> int:
+def default_target(findings: Findings) -> int:
     """The farthest step at which the verdict sees skill, else twice the window's last step."""
-    last, judged = found.window[-1], found.judged
+    last, judged = findings.window[-1], findings.judged
     verdict = judged.verdict if judged else None
     return max(verdict.farthest if verdict and verdict.sure != "none" else 2 * last, last + 1)
 
 
 @dataclass(frozen=True)
-class Skills:
+class SkillLines:
     """Skill by horizon of the best recipe of each method.
 
     ``methods`` are those that are drawn, from ``floor`` to ``top``, the recommended one (if any) ``first``; ``below`` are
@@ -103,54 +99,54 @@ class Skills:
     below: list[str]
 
 
-def skills(found: Findings) -> Skills | None:
+def skill_lines(findings: Findings) -> SkillLines | None:
     """None without a backtest, or where no recipe could be tried at every cut-off."""
-    judged = found.judged
+    judged = findings.judged
     if judged is None or judged.verdict is None:
         return None
-    picks = [judged.verdict.pick, *judged.best_of_each_method()]
     lines: dict[str, tuple[str, np.ndarray]] = {}
-    for pick in picks:
+    for pick in (judged.verdict.pick, *judged.best_of_each_method()):
         recipe = judged.test.trials[pick.trial].recipe
         if recipe.method not in lines:
             lines[recipe.method] = str(recipe), judged.test.by_horizon(pick.trial, pick.strength)
     merged = _merge(list(lines.values()))
     best = max(float(np.nanmax(values)) for _, values in merged)
-    floor = max(-1.0, -2 * max(best, 0.1))
-    drawn = [(name, values) for name, values in merged if np.nanmax(values) > floor]
-    drawn = drawn or merged[:1]
-    rows = [
-        {"method": name, "horizon": times(place), "skill": number(value)}
-        for name, values in drawn
-        for place, value in enumerate(values)
-        if not np.isnan(value)
-    ]
+    floor, top = max(-1.0, -2 * max(best, 0.1)), max(best, 0.0)
+    drawn = dict([line for line in merged if np.nanmax(line[1]) > floor] or merged[:1])
+    rows = [{"method": name, **row} for name, values in drawn.items() for row in _by_horizon(values)]
     advised = merged[0][0] if judged.verdict.sure != "none" else None
-    names = [name for name, _ in drawn]
-    top, below = max(best, 0.0), [name for name, _ in merged if name not in names]
-    return Skills(rows, names, advised, floor, top + 0.08 * (top - floor), below)
+    below = [name for name, _ in merged if name not in drawn]
+    return SkillLines(rows, list(drawn), advised, floor, top + 0.08 * (top - floor), below)
+
+
+def _by_horizon(skills: np.ndarray) -> Table:
+    """The horizons that were tested (``1.5×``), with the skill in each."""
+    return [
+        {"horizon": horizon_name(index).replace("x", "×"), "skill": number(skill)}
+        for index, skill in enumerate(skills)
+        if not np.isnan(skill)
+    ]
 
 
 def _merge(lines: list[tuple[str, np.ndarray]]) -> list[tuple[str, np.ndarray]]:
     """Lines that would lie on each other become one, with both names."""
     merged: list[tuple[str, np.ndarray]] = []
     for name, values in lines:
-        for place, (other, known) in enumerate(merged):
+        for index, (other, known) in enumerate(merged):
             if np.allclose(values, known, rtol=0, atol=_SAME, equal_nan=True):
-                merged[place] = f"{other} = {name}", known
+                merged[index] = f"{other} = {name}", known
                 break
         else:
             merged.append((name, values))
     return merged
 
 
-def energy(found: Findings) -> Table:
+def energy_cells(findings: Findings) -> Table:
     """The share of energy that the rank keeps, by layer and part: the mean over tensors, weighted by their energy."""
     cells: dict[tuple[int | None, str], list[TensorFindings]] = {}
-    for tensor in found.tensors:
+    for tensor in findings.tensors:
         cells.setdefault((tensor.layer, tensor.part), []).append(tensor)
-    whole = sum(tensor.energy for tensor in found.tensors)
-    rows = []
+    whole, rows = sum(tensor.energy for tensor in findings.tensors), []
     for (layer, part), tensors in cells.items():
         total = sum(tensor.energy for tensor in tensors)
         rows.append(
@@ -166,98 +162,67 @@ def energy(found: Findings) -> Table:
     return rows
 
 
-def layers(found: Findings) -> list[str]:
+def layers(findings: Findings) -> list[str]:
     """The layers of the heat map from left to right, all between the first and the last."""
-    numbered = [tensor.layer for tensor in found.tensors if tensor.layer is not None]
-    outside = [OUTSIDE] if any(tensor.layer is None for tensor in found.tensors) else []
+    numbered = [tensor.layer for tensor in findings.tensors if tensor.layer is not None]
+    outside = [OUTSIDE] if len(numbered) < len(findings.tensors) else []
     return [*outside, *(map(str, range(min(numbered), max(numbered) + 1)) if numbered else ())]
 
 
-def changed(facts: Facts) -> Table:
+def changed_shares(facts: Facts) -> Table:
     """The share of elements that differ from the base at each step, of the whole model and of each part that moved."""
-    tensors = facts.found.store.tensors
-    parts = np.array([part_of(tensor.name) for tensor in tensors])
-    sizes = np.array([tensor.size for tensor in tensors])
-    some, steps = thin(facts.changed.shape[1]), np.array(facts.found.window)
+    tensors = facts.findings.store.tensors
+    parts, sizes = np.array([part_of(t.name) for t in tensors]), np.array([t.size for t in tensors])
     rows = []
     for part in (WHOLE, *facts.parts):
         chosen = np.full(len(parts), True) if part == WHOLE else parts == part
-        share = facts.changed[chosen].sum(axis=0) / max(int(sizes[chosen].sum()), 1)
-        rows.append({"part": part, "step": steps[some].tolist(), "share": numbers(share[some])})
+        shares = facts.changed[chosen].sum(axis=0) / max(int(sizes[chosen].sum()), 1)
+        rows.append({"part": part, **over_steps(facts.findings.window, "share", shares)})
     return rows
 
 
-def _walk(window: tuple[int, ...]) -> np.ndarray:
-    """The Gram matrix of a random walk of many dimensions over the same steps, but for a factor."""
-    steps = np.array(window)
-    return np.minimum.outer(steps, steps).astype(np.float64)
-
-
-def spectrum(found: Findings) -> Table:
+def energy_by_direction(facts: Facts) -> Table:
     """Shares of the energy by direction, of the run and of a random walk; none below a millionth."""
-    walk = _walk(found.window)
-    values = np.linalg.eigvalsh(walk)[::-1] / max(float(np.trace(walk)), 1.0)
     return [
-        {"of": name, "direction": place + 1, "share": number(float(share))}
-        for name, shares in ((RUN, found.spectrum), (WALK, values[: len(found.spectrum)]))
-        for place, share in enumerate(shares)
+        {"of": name, "direction": index, "share": number(float(share))}
+        for name, shares in ((RUN, facts.findings.spectrum), (WALK, facts.walk.spectrum))
+        for index, share in enumerate(shares, 1)
         if share > 1e-6
     ]
 
 
-def thrown(found: Findings) -> Table:
+def left_out(facts: Facts) -> Table:
     """The share of each delta that the rank throws away, step by step, of the run and of a random walk."""
-    steps, walk = np.array(found.window), _walk(found.window)
-    some, shares = thin(len(steps)), {RUN: found.thrown}
-    if walk.any():
-        reference = find(walk, steps, found.rank)
-        shares[WALK] = thrown_away(reference.left, reference.lengths)
-    return [{"of": name, "step": steps[some].tolist(), "share": numbers(all_[some])} for name, all_ in shares.items()]
+    shares = {RUN: facts.findings.thrown, WALK: thrown_away(facts.walk.left, facts.walk.lengths)}
+    return [{"of": name, **over_steps(facts.findings.window, "share", values)} for name, values in shares.items()]
 
 
-def parts(found: Findings) -> Table:
+def skill_by_part(findings: Findings) -> Table:
     """Skill of the best recipe by part of the model and horizon; empty without a backtest."""
-    judged = found.judged
+    judged = findings.judged
     if judged is None or judged.verdict is None:
         return []
     return [
-        {"part": part, "horizon": times(place), "skill": number(value), "said": _short(value)}
+        {"part": part, **row, "said": _short(row["skill"])}
         for part, values in judged.parts(judged.verdict.pick).items()
-        for place, value in enumerate(values)
-        if not np.isnan(value)
+        for row in _by_horizon(values)
     ]
 
 
-def _short(value: float) -> str:
-    """A skill in four characters: ``+.15``, ``−.04``, ``< −1``."""
-    if value < -0.995:
-        return "< −1"
-    text = f"{abs(value):.2f}"
-    text = text[1:] if text.startswith("0") else text[:3]
-    return text if text == ".00" else ("+" if value > 0 else "−") + text
-
-
-def skill_at(found: Findings, target: int) -> float | None:
+def skill_at(findings: Findings, target: int) -> float | None:
     """Skill of the best recipe within the target's horizon; None where nothing so far ahead was held out."""
-    verdict = found.judged.verdict if found.judged else None
-    ahead = target / max(found.window[-1], 1)
-    if verdict is None or ahead > verdict.tested * 1.05:
+    verdict = findings.judged.verdict if findings.judged else None
+    if verdict is None:
         return None
-    return number(float(verdict.skills[within(ahead)]))
+    tried = np.flatnonzero(~np.isnan(verdict.skills))
+    horizon = horizon_for(target / max(findings.window[-1], 1), verdict.tested, tried)
+    return None if horizon is None else number(float(verdict.skills[horizon]))
 
 
-def tensors(found: Findings, most: int = 1000) -> Table:
-    """The most energetic tensors, for the table below the figures."""
-    whole = sum(tensor.energy for tensor in found.tensors)
+def tensor_rows(findings: Findings, most: int = 1000) -> list[tuple[Any, ...]]:
+    """The most energetic tensors: name, part, layer, changed share, share of the energy, energy kept, r_squared."""
+    whole = sum(tensor.energy for tensor in findings.tensors)
     return [
-        {
-            "tensor": t.name,
-            "part": t.part,
-            "layer": t.layer,
-            "changed": t.changed,
-            "share": t.energy / whole,
-            "kept": t.kept,
-            "r2": t.line.r_squared,
-        }
-        for t in sorted(found.tensors, key=lambda t: -t.energy)[:most]
+        (t.name, t.part, t.layer, t.changed, t.energy / whole, t.kept, t.line.r_squared)
+        for t in sorted(findings.tensors, key=lambda t: -t.energy)[:most]
     ]

@@ -4,7 +4,8 @@ import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any
+
+import numpy as np
 
 from relexio.atomic import storage_errors, write_new
 from relexio.engine.plan import OVERHEAD
@@ -14,19 +15,16 @@ from relexio.methods import Recipe
 from relexio.progress import Stages
 from relexio.report.data import Facts, default_target
 from relexio.store.store import Store
-from relexio.verbs.findings import Findings, findings
+from relexio.verbs.findings import findings
 from relexio.verbs.inspect import changed_counts, sizes
 from relexio.words import show, stem
 
-_NAMES = ("skill", "energy", "coefficients", "changed", "spectrum", "thrown", "parts")
-_PNG_WIDTH, _PNG_SCALE = 760, 2
 #: What the drawing library holds, whatever is drawn: a JavaScript engine (measured: 205 to 240 MB).
 _DRAWING = 288 << 20
-_PNG_FONT = "Liberation Sans, Arial, Helvetica, sans-serif"
 
 
 @dataclass(frozen=True)
-class Request:
+class ReportRequest:
     """What to write: ``page`` (HTML), ``pngs`` (a directory, or None), of a window at a rank; ``target``: a step, or None."""
 
     page: Path
@@ -40,21 +38,17 @@ class Request:
         for path in (self.page, *self.pictures()):
             if path.exists():
                 raise ExistsError(f"{path}: exists; remove it, or give another name")
-        Recipe(rank=self.rank).check(self._steps(), [] if self.target is None else [self.target])
-
-    def _steps(self) -> Any:
-        import numpy as np
-
-        return np.array(self.window)
+        Recipe(rank=self.rank).check(np.array(self.window), [] if self.target is None else [self.target])
 
     def pictures(self) -> list[Path]:
         """Where figures may be written as pictures."""
-        return [self.pngs / f"{name}.png" for name in _NAMES] if self.pngs is not None else []
+        from relexio.report.figures import FIGURES  # needs the extra
+
+        return [self.pngs / f"{name}.png" for name in FIGURES] if self.pngs is not None else []
 
     def command(self, store: Store) -> str:
         """The command line that makes this report."""
-        steps = self.window if len(self.window) <= 2 else ()
-        window = ",".join(map(str, steps)) if steps else f"{self.window[0]}:{self.window[-1]}"
+        window = f"{self.window[0]}:{self.window[-1]}" if len(self.window) > 2 else ",".join(map(str, self.window))
         options = [f"--window {window}"]
         options += [f"--rank {self.rank}"] if self.rank != 1 else []
         options += [f"--step {self.target}"] if self.target is not None else []
@@ -63,7 +57,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Written:
+class ReportFiles:
     """What was written: the page with its bytes, pictures, and the target that the coefficients lead to."""
 
     page: Path
@@ -77,13 +71,13 @@ def default_page(address: str) -> Path:
     return Path(f"{stem(address) or 'report'}.html")
 
 
-def report(store: Store, request: Request, resources: Resources, stages: Stages) -> Written:
+def report(store: Store, request: ReportRequest, resources: Resources, stages: Stages) -> ReportFiles:
     """Measure a run and write the page and the pictures.
 
     Raises ExistsError for an output that is there, RequestError without the extra ``report`` or for what the run cannot
     give, BudgetError for too little memory.
     """
-    vl_convert = _library()
+    _need_extra()
     request.check(store)
     needed = resources.held + OVERHEAD + _DRAWING
     if needed > resources.memory:
@@ -91,61 +85,33 @@ def report(store: Store, request: Request, resources: Resources, stages: Stages)
             f"--memory {show(resources.memory)} is too small: what draws the figures takes most of the {show(needed)} that a "
             f"report needs; give more"
         )
-    found = findings(store, request.window, request.rank, resources, stages)
-    facts = gather(found, request)
-    text, pictures = render(facts, request, vl_convert)
-    with storage_errors(request.page):
-        request.page.absolute().parent.mkdir(parents=True, exist_ok=True)
-        data = text.encode()
-        write_new(request.page, data)
-    for path, picture in pictures.items():
+    measured = findings(store, request.window, request.rank, resources, stages)
+    target = default_target(measured) if request.target is None else request.target
+    facts = Facts(measured, sizes(store), changed_counts(store, request.window), target)
+    text, pictures = render(facts, request)
+    files = {**pictures, request.page: text.encode()}
+    for path, data in files.items():
         with storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_new(path, picture)
-    return Written(request.page, len(data), list(pictures), facts.target)
+            path.absolute().parent.mkdir(parents=True, exist_ok=True)
+            write_new(path, data)
+    return ReportFiles(request.page, len(files[request.page]), list(pictures), target)
 
 
-def gather(found: Findings, request: Request) -> Facts:
-    """Findings, and what else the page tells."""
-    target = default_target(found) if request.target is None else request.target
-    return Facts(found, sizes(found.store), changed_counts(found.store, found.window), target)
-
-
-def render(facts: Facts, request: Request, vl_convert: Any) -> tuple[str, dict[Path, bytes]]:
+def render(facts: Facts, request: ReportRequest) -> tuple[str, dict[Path, bytes]]:
     """The page, and the pictures by their paths."""
-    from altair import SCHEMA_VERSION
-
-    from relexio.report.figures import figures
+    from relexio.report.figures import figures  # these need the extra
     from relexio.report.page import page
-    from relexio.report.theme import config, palettes
 
-    version = ".".join(SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-    made, store = figures(facts), facts.found.store
-    run = default_page(store.address).stem
-    text = page(facts, made, run, request.command(store), vl_convert.javascript_bundle(vl_version=version))
-    pictures = {}
-    for figure in made if request.pngs is not None else ():
-        spec = figure.spec(_PNG_WIDTH)
-        if spec is not None and request.pngs is not None:
-            spec["title"] = {
-                "text": figure.title,
-                "subtitle": spec["title"]["text"],
-                "fontSize": 17,
-                "color": "#1a1d21",
-            }
-            theme = config("light", _PNG_FONT, palettes(facts.parts)[figure.palette]["light"])
-            theme["legend"]["columns"] = max(1, _PNG_WIDTH // figure.column)
-            theme["padding"] = 14
-            pictures[request.pngs / f"{figure.name}.png"] = vl_convert.vegalite_to_png(
-                spec, vl_version=version, scale=_PNG_SCALE, config=theme
-            )
+    drawn, store = figures(facts), facts.findings.store
+    text = page(facts, drawn, default_page(store.address).stem, request.command(store))
+    figures_to_write = zip(request.pictures(), drawn.values(), strict=False)  # none without a directory for them
+    pictures = {path: png for path, figure in figures_to_write if (png := figure.picture(facts.parts)) is not None}
     return text, pictures
 
 
-def _library() -> Any:
-    """What draws, if it is installed."""
+def _need_extra() -> None:
     try:
-        importlib.import_module("altair")
-        return importlib.import_module("vl_convert")
+        for package in ("altair", "jinja2", "vl_convert"):
+            importlib.import_module(package)
     except ImportError as error:
         raise RequestError(f"a report needs Altair and vl-convert ({error}); pip install 'relexio[report]'") from error

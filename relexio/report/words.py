@@ -4,14 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from relexio.methods.line_tests import random_walk
-from relexio.methods.verdict import CAVEAT
 from relexio.report.data import Facts
 from relexio.words import describe_steps, show
 
 
 @dataclass(frozen=True)
-class Told:
+class VerdictText:
     """The verdict: ``sure`` (high, moderate, low, none or untested), sentences, what speaks against one line, a command."""
 
     sure: str
@@ -20,24 +18,19 @@ class Told:
     command: str | None
 
 
-def verdict(facts: Facts) -> Told:
+def verdict(facts: Facts) -> VerdictText:
     """The verdict on a run in words."""
-    judged = facts.found.judged
+    judged, count = facts.findings.judged, len(facts.findings.window)
     if judged is None:
-        said = f"There is no verdict: a backtest takes at least three observed steps, and the window has {len(facts.found.window)}."
-        return Told("untested", [said], [], None)
+        reason = f"There is no verdict: a backtest takes at least three observed steps, and the window has {count}."
+        return VerdictText("untested", [reason], [], None)
     signs = judged.straight.signs if judged.straight else []
-    sentences = [text for text in judged.words() if text != caveat()]
-    return Told(judged.verdict.sure if judged.verdict else "untested", sentences, signs, judged.command())
-
-
-def caveat() -> str:
-    """What no figure here says."""
-    return f"{CAVEAT[0].upper()}{CAVEAT[1:]}."
+    sure = judged.verdict.sure if judged.verdict else "untested"
+    return VerdictText(sure, judged.sentences(), signs, judged.command())
 
 
 @dataclass(frozen=True)
-class Key:
+class KeyFigure:
     """One key figure and what it means; ``run`` beside ``walk``, both from 0 to 1, where a random walk is the measure."""
 
     name: str
@@ -47,42 +40,38 @@ class Key:
     walk: float | None = None
 
 
-def keys(facts: Facts) -> list[Key]:
+def key_figures(facts: Facts) -> list[KeyFigure]:
     """The key figures, in the order of the page."""
-    found, tensors, size = facts.found, facts.found.store.tensors, facts.sizes
+    findings, tensors, size = facts.findings, facts.findings.store.tensors, facts.sizes
     parameters = sum(tensor.size for tensor in tensors if tensor.kind.is_float)
     elements = max(sum(tensor.size for tensor in tensors), 1)
-    straight = found.judged.straight if found.judged else None
-    walk_energy, walk_r2 = random_walk(np.array(found.window)) if found.window[-1] > 0 else (1.0, 1.0)
-    r2 = straight.r_squared if straight else float(np.median([t.line.r_squared for t in found.tensors]))
-    half = straight.split_half if straight else None
+    straight = findings.judged.straight if findings.judged else None
+    r2 = straight.r_squared if straight else float(np.median([t.line.r_squared for t in findings.tensors]))
+    energy, walk_energy, walk_r2 = float(findings.spectrum[0]), float(facts.walk.spectrum[0]), facts.walk.line.r_squared
+    direction = f"of the movement lies along one direction; a random walk has {walk_energy:.2f}"
+    on_disk = f"with the base, for {show(size.checkpoints)} of checkpoints ({size.compression:.0f} times smaller, the base apart)"
     return [
-        Key("steps", f"{len(found.window)}", f"observed: {describe_steps(found.window)}"),
-        Key("parameters", _count(parameters), f"in {len(tensors):,} tensors, of which {len(found.tensors):,} moved"),
-        Key("changed", f"{facts.changed[:, -1].sum() / elements:.1%}", f"of all elements at step {found.window[-1]}"),
-        Key(
-            "energy",
-            f"{found.spectrum[0]:.2f}",
-            f"of the movement lies along one direction; a random walk has {walk_energy:.2f}",
-            float(found.spectrum[0]),
-            walk_energy,
+        KeyFigure("steps", f"{len(findings.window)}", f"observed: {describe_steps(findings.window)}"),
+        KeyFigure(
+            "parameters", _count(parameters), f"in {len(tensors):,} tensors, of which {len(findings.tensors):,} moved"
         ),
-        Key("r²", f"{r2:.2f}", f"of a line through the coefficients; a random walk has {walk_r2:.2f}", r2, walk_r2),
-        Key(
-            "split-half",
-            "–" if half is None else f"{half:.2f}",
-            "takes four steps"
-            if half is None
-            else "cosine of the directions of two halves of the run; a random walk has about 0",
-            half,
-            None if half is None else 0.0,
+        KeyFigure(
+            "changed", f"{facts.changed[:, -1].sum() / elements:.1%}", f"of all elements at step {findings.window[-1]}"
         ),
-        Key(
-            "on disk",
-            show(size.steps + size.base),
-            f"with the base, for {show(size.checkpoints)} of checkpoints ({size.compression:.0f} times smaller, the base apart)",
+        KeyFigure("energy", f"{energy:.2f}", direction, energy, walk_energy),
+        KeyFigure(
+            "r²", f"{r2:.2f}", f"of a line through the coefficients; a random walk has {walk_r2:.2f}", r2, walk_r2
         ),
+        _split_half(straight.split_half if straight else None),
+        KeyFigure("on disk", show(size.steps + size.base), on_disk),
     ]
+
+
+def _split_half(cosine: float | None) -> KeyFigure:
+    if cosine is None:
+        return KeyFigure("split-half", "–", "takes four steps")
+    why = "cosine of the directions of two halves of the run; a random walk has about 0"
+    return KeyFigure("split-half", f"{cosine:.2f}", why, cosine, 0.0)
 
 
 def _count(number: int) -> str:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from relexio.methods.backtest import backtest
-from relexio.methods.line_tests import straightness
+from relexio.methods.line_tests import straightness, walk_gram
 from relexio.methods.roles import layer_of, part_of
 from relexio.methods.spectrum import alike, find, thrown_away
 from relexio.methods.trials import STRENGTHS, make_folds, make_trials
@@ -30,7 +30,7 @@ def names(layers: int) -> list[str]:
 def made_up(tensors: list[str], steps: tuple[int, ...], drift: float = 0.3, seed: int = 0) -> Facts:
     """A run whose tensors drift along a line by so much of a random walk's size. The backtest is that of a few of them."""
     rng, at = np.random.default_rng(seed), np.array(steps, float)
-    walk, line = np.minimum.outer(at, at), np.outer(at, at) / at[-1]
+    walk, line = walk_gram(at), np.outer(at, at) / at[-1]
     store = Store("made-up/run.zarr", 1024, lay_out([(n, "BF16", (64, 32)) for n in tensors], 1024), (), "0" * 64)
     grams, found, left, lengths = {}, [], np.zeros_like(walk), np.zeros(len(at))
     for name in tensors:

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 
 from relexio.report.data import Facts
-from relexio.report.report import Request, render
+from relexio.report.report import ReportRequest, render
 
-vl_convert = pytest.importorskip("vl_convert", reason="needs the extra report")
-pytest.importorskip("altair", reason="needs the extra report")
+for package in ("altair", "jinja2", "vl_convert"):
+    pytest.importorskip(package, reason="needs the extra report")
 
-FIGURES = ("skill", "energy", "coefficients", "changed", "spectrum", "thrown", "parts")
+from relexio.report import figures  # noqa: E402  it needs them
+
+FIGURES = tuple(figures.FIGURES)
 HOSTILE = (
     "model.layers.0.</script><script>document.title='taken'</script><!--\u2028&\"'<img src=x onerror=alert(1)>.q_proj"
 )
@@ -19,4 +21,4 @@ STEPS = tuple(range(1, 25))
 
 def page_of(facts: Facts, pngs: Path | None = None) -> tuple[str, dict[Path, bytes]]:
     """The page, and its pictures."""
-    return render(facts, Request(Path("run.html"), pngs, facts.found.window), vl_convert)
+    return render(facts, ReportRequest(Path("run.html"), pngs, facts.findings.window))
