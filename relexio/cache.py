@@ -39,8 +39,6 @@ _REMOVE = "remove this directory, and it is made again"
 _NOT_WRITABLE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR, errno.ENOENT)
 }
-
-
 _NOT_PERMITTED = {errno.EACCES, errno.EPERM}
 
 

@@ -218,3 +218,10 @@ def test_kept_results_on_object_storage_that_may_not_be_read(
     finally:
         MemoryFileSystem.store.clear()
         MemoryFileSystem.pseudo_dirs[:] = [""]
+
+
+def test_what_else_is_wrong_with_a_kept_result_is_for_its_reader_to_say(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    assert place(tmp_path).readable()
