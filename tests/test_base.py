@@ -127,6 +127,7 @@ def test_repeated_steps_are_passed_over() -> None:
     asked = base_doubt(_gram(np.zeros(2), checkpoints), steps)
     assert asked is not None and asked.startswith("step 1 is about 100 times farther from the base than from step 3: ")
     assert base_doubt(_gram(np.zeros(2), checkpoints[:2]), steps[:2]) is None
+    assert base_doubt(-np.eye(2), steps[:2]) is None  # as of a damaged kept fit
 
 
 def test_the_first_step_can_stand_for_the_base(wrong: Run, tmp_path: Path, relexio: Relexio) -> None:

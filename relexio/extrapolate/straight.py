@@ -102,7 +102,7 @@ def base_doubt(gram: np.ndarray, steps: np.ndarray) -> str | None:
     squares = np.diag(gram)
     apart = squares[0] + squares[1:] - 2 * gram[0, 1:]
     others = np.flatnonzero(apart > 1e-14 * squares[0])
-    if not len(others):
+    if not (squares[0] > 0 and len(others)):  # a kept fit that is damaged may have negative squares
         return None
     other = int(others[0]) + 1
     times = float(np.sqrt(squares[0] / apart[other - 1]))
