@@ -190,6 +190,66 @@ def test_a_block_that_kills_its_workers_is_an_error(run: Run, tmp_path: Path) ->
     assert not list((tmp_path / "run.zarr" / "cache").iterdir())
 
 
+# the end of a scheduler
+
+#: A command that ends the scheduler itself, and goes on when the client has noticed: in a pass, between two, or at rest.
+ENDING = """import os, signal, sys, time
+import relexio.cluster.link as link, relexio.cluster.run as run
+where, scheduler = {"pass": run._Batch, "between": run.ClusterExecutor, "rest": link.Link}[sys.argv[1]], int(sys.argv[2])
+name = {"pass": "run", "between": "settle", "rest": "close"}[sys.argv[1]]
+real = getattr(where, name)
+def end(self, *arguments):
+    owner = getattr(self, "link", self)
+    if owner._client is not None and owner._client.status == "running":
+        os.kill(scheduler, signal.SIGKILL)
+        while owner._client.status == "running":
+            time.sleep(0.01)
+    return real(self, *arguments)
+setattr(where, name, end)
+sys.argv[1:3] = []
+from relexio.cli.main import main
+main()"""
+
+
+@pytest.fixture
+def scheduler(tmp_path: Path) -> Iterator[tuple[int, str]]:
+    """A scheduler and a worker as programs of their own: the scheduler's process id, and its address."""
+    file = tmp_path / "scheduler.json"
+    dask = [sys.executable, "-m", "dask"]
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path}
+    options = ["--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0", "--scheduler-file", file]
+    first = subprocess.Popen([*dask, "scheduler", *map(str, options)], **quiet)
+    worker = subprocess.Popen([*dask, "worker", "--scheduler-file", str(file), "--no-nanny", "--nthreads", "1"], **quiet)
+    try:
+        while not file.exists() or not file.read_text().endswith("}"):
+            assert first.poll() is None, "the scheduler did not start"
+            time.sleep(0.01)
+        address = json.loads(file.read_text())["address"]
+        with distributed.Client(address, set_as_default=False) as client:
+            client.wait_for_workers(1, timeout=60)
+        yield first.pid, address
+    finally:
+        for process in (worker, first):
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize("when", ["pass", "between", "rest"])
+def test_the_end_of_a_scheduler_is_one_line(run: Run, tmp_path: Path, scheduler: tuple[int, str], when: str) -> None:
+    """And none where nothing was to be done any more. Nothing that distributed says of it is for the user."""
+    store, out = tmp_path / "run.zarr", tmp_path / "out"
+    store_run(run, store)
+    pid, address = scheduler
+    command = ["predict", store, "--step", 40, "-o", out, "--scheduler", address, "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-c", ENDING, when, str(pid), *map(str, command)], capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
+    if when == "rest":
+        assert (done.returncode, said) == (0, []) and out.exists()
+    else:
+        assert (done.returncode, len(said)) == (1, 1), done.stderr
+        assert "the Dask scheduler is gone; start it" in said[0] and not out.exists()
+
+
 # errors
 
 
