@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dask.delayed import Delayed
 from distributed import Client, Future, KilledWorker
-from distributed.comm import CommClosedError
+from distributed.comm.core import CommClosedError
 
 from relexio.cluster.worker import TOPIC, Settings, end_pass, seen, sync_all, unlike, work
 from relexio.errors import ClusterError, RelexioError
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 #: The name of local worker processes in place of a scheduler's address.
 PROCESSES = "processes"
 _GONE = "the Dask scheduler is gone; start it and its workers, and run the same command again"
-_CUT = "the connection to the Dask cluster was cut; see that its scheduler and workers run, and run the same command again"
+_CUT = (
+    "the connection to the Dask cluster was cut; see that its scheduler and workers run, and run the same command again"
+)
 _DROPPED = "the Dask cluster dropped this work; see the scheduler's log, and run the same command again"
 _PATIENCE = 8.0  # seconds for a scheduler to answer, and for workers to be there
 _ALONE = 60.0  # seconds without any worker, in the middle of a pass, after which none is expected any more
