@@ -14,8 +14,17 @@ import numpy as np
 
 from relexio import atomic, graph, plan
 from relexio.checkpoints.header import header_for_transformers, parse_header
-from relexio.checkpoints.read import EMBEDDINGS, HEAD
-from relexio.checkpoints.write import CARD, Output, OutputShard, begin, model_card, validate, write_files
+from relexio.checkpoints.read import EMBEDDINGS, HEAD, INDEX
+from relexio.checkpoints.write import (
+    CARD,
+    Output,
+    OutputShard,
+    begin,
+    model_card,
+    validate,
+    without_clashes,
+    write_files,
+)
 from relexio.errors import BudgetError, ExistsError, RequestError, StorageError, StoreError
 from relexio.executor import Executor
 from relexio.extrapolate.methods import METHODS, Recipe
@@ -235,16 +244,30 @@ def _files(store: Store, record: StoredCheckpoint) -> Iterator[tuple[str, bytes]
     for name, array in record.side.items():
         yield name, store.file(array)
     if record.index is not None:
-        yield "model.safetensors.index.json", store.file(record.index)
+        yield INDEX, store.file(record.index)
+
+
+def left_out(store: Store, window: tuple[int, ...]) -> list[str]:
+    """Side files that a prediction cannot have: where it writes a file of its own, there can be no directory."""
+    return _carried(store, window)[1]
+
+
+def _carried(store: Store, window: tuple[int, ...]) -> tuple[dict[str, str], list[str]]:
+    """The side files of a prediction, by the arrays that hold them, and the names of those that cannot stand there."""
+    base = store.base()
+    last = store.checkpoints(store.find(window[-1])[0])[window[-1]]
+    extra = {name: array for name, array in last.side.items() if name not in base.side and name not in _NOT_CARRIED}
+    wanted = {**{name: array for name, array in base.side.items() if name != CARD}, **extra}
+    own = [CARD, PROVENANCE, *(shard.name for shard in base.shards), *([] if base.index is None else [INDEX])]
+    names = without_clashes(wanted, own)
+    gone = [name for name in wanted if name not in names and name != PROVENANCE]
+    return {name: wanted[name] for name in names}, gone
 
 
 def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
     """The base's side files, what only the last observed step has besides, a model card, and where it all came from."""
     store, base = fit.store, fit.store.base()
-    last = store.checkpoints(store.find(fit.steps[-1])[0])[fit.steps[-1]]
-    extra = {name: array for name, array in last.side.items() if name not in base.side and name not in _NOT_CARRIED}
-    kept = {name: array for name, array in base.side.items() if name != CARD}
-    write_files(directory, _files(store, replace(base, side={**extra, **kept})))
+    write_files(directory, _files(store, replace(base, side=_carried(store, fit.steps)[0])))
     facts = provenance(fit, target.step)
     public = {**facts, "window": describe_steps(fit.steps), "base": store.base_content}
     method = METHODS[fit.recipe.method]
