@@ -1,6 +1,10 @@
-"""What every test shares: an in-process command line, and a subprocess one; a directory that other users can reach."""
+"""What every test shares: an in-process command line, and a subprocess one; a directory that other users can reach.
+
+None depends on how fast the machine is.
+"""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,16 +15,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from relexio.cli.main import main
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+
+#: A line of progress. There are some where a pass takes longer than a second.
+PROGRESS = re.compile(r"^[^\n]*: \S+ \S+ of \S+ \S+, \S+ \S+/s, [\d:]+ left\n", re.MULTILINE)
+
+
+def without_progress(text: str) -> str:
+    """What a command said on stderr, without its lines of progress."""
+    return PROGRESS.sub("", text)
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended."""
+    """How a command ended; ``err`` is without lines of progress."""
 
     code: int
     out: str
@@ -38,7 +54,7 @@ def relexio(capsys: pytest.CaptureFixture[str]) -> Relexio:
         with pytest.raises(SystemExit) as end:
             main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
-        return Outcome(int(end.value.code or 0), out, err)
+        return Outcome(int(end.value.code or 0), out, without_progress(err))
 
     return run
 
@@ -54,11 +70,11 @@ def open_folder() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def in_process(*arguments: object, timeout: float = 120) -> Outcome:
+def in_process(*arguments: object, timeout: float = 600) -> Outcome:
     """The command line, in a fresh process."""
     command = [sys.executable, "-m", "relexio", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    return Outcome(done.returncode, done.stdout, without_progress(done.stderr))
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:

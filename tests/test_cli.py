@@ -142,3 +142,26 @@ def test_python_api(run: Run, tmp_path: Path) -> None:
 )
 def test_sizes(text: str, count: int) -> None:
     assert parse_size(text) == count
+
+
+def test_side_files_where_predictions_have_their_own(tmp_path: Path, relexio: Relexio) -> None:
+    """A directory of that name: restored as it was, and named where it is left out of a prediction."""
+    run, out = make_run(tmp_path), tmp_path / "out"
+    strange = ["README.md/x.md", "relexio.json/x.json"]
+    for name in strange:
+        (run.base_path / name).parent.mkdir()
+        (run.base_path / name).write_text(name)
+    last = run.steps_path / "global_step_8" / "config.json"  # a file in the base
+    last.unlink()
+    last.mkdir()
+    (last / "x.json").write_text("{}")
+    assert relexio("convert", run.steps_path, "--base", run.base_path, "-o", tmp_path / "run.zarr").code == 0
+    done = relexio("predict", tmp_path / "run.zarr", "--step", 20, "-o", out)
+    assert done.code == 0, done.err
+    (said,) = (line for line in done.err.splitlines() if "not in the prediction" in line)
+    assert all(name in said for name in (*strange, "config.json/x.json"))
+    assert (out / "README.md").is_file() and (out / "relexio.json").is_file() and (out / "config.json").is_file()
+    for step, original in (("base", run.base_path), (8, run.steps_path / "global_step_8")):
+        restored = tmp_path / f"restored-{step}"
+        assert relexio("restore", tmp_path / "run.zarr", "--step", step, "-o", restored).code == 0
+        assert snapshot(restored) == snapshot(original)

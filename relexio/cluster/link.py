@@ -11,7 +11,7 @@ import dask
 from distributed import Client, LocalCluster
 
 from relexio import backend, plan
-from relexio.cluster.run import PROCESSES, ClusterExecutor
+from relexio.cluster.run import PROCESSES, ClusterExecutor, reached
 from relexio.cluster.worker import Worker, look
 from relexio.errors import ClusterError, DeviceError
 from relexio.executor import Executor
@@ -137,15 +137,18 @@ class Link:
 
     def _ask(self, device: str) -> dict[str, Worker]:
         if device not in self._workers:
-            self._workers[device] = self.client(0).run(look, device)
+            client = self.client(0)
+            with reached(client):
+                self._workers[device] = client.run(look, device)
         return self._workers[device]
 
 
 @contextmanager
 def _silenced() -> Iterator[None]:
     """Dask's own talk of lost connections and restarted workers is not for the user: what matters comes as one error."""
+    known = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] in _QUIET]
     with ExitStack() as stack:
-        for name in _QUIET:
+        for name in {*_QUIET, *known}:  # distributed gives some of its loggers a level of their own
             logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.CRITICAL + 1)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dask.delayed import Delayed
 from distributed import Client, Future, KilledWorker
+from distributed.comm.core import CommClosedError
 
 from relexio.cluster.worker import TOPIC, Settings, end_pass, seen, sync_all, unlike, work
 from relexio.errors import ClusterError, RelexioError
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 #: The name of local worker processes in place of a scheduler's address.
 PROCESSES = "processes"
+_GONE = "the Dask scheduler is gone; start it and its workers, and run the same command again"
+_CUT = (
+    "the connection to the Dask cluster was cut; see that its scheduler and workers run, and run the same command again"
+)
 _DROPPED = "the Dask cluster dropped this work; see the scheduler's log, and run the same command again"
 _PATIENCE = 8.0  # seconds for a scheduler to answer, and for workers to be there
 _ALONE = 60.0  # seconds without any worker, in the middle of a pass, after which none is expected any more
@@ -60,7 +65,7 @@ class ClusterExecutor(Executor):
         """As the executor of threads does it. Raises ClusterError where the cluster is lost."""
         client = self._client
         results: list[Any] = []
-        with _watched(client, made.token) as news:
+        with reached(client), _watched(client, made.token) as news:
             for batch in batches(made, tasks):
                 results += _Batch(client, batch, made.sizes, news).run(progress, keep, len(results))
                 made.sizes.clear()
@@ -70,8 +75,10 @@ class ClusterExecutor(Executor):
         """Raise ClusterError unless every worker sees these files as this process does."""
         expected = {path.absolute(): seen(path) for path in paths}
         deadline = time.monotonic() + _PATIENCE
+        client = self._client
         while True:  # a file system shared over a network may take a moment to show a new file
-            found = {name: path for name, path in self._client.run(unlike, expected).items() if path is not None}
+            with reached(client):
+                found = {name: path for name, path in client.run(unlike, expected).items() if path is not None}
             if not found:
                 return
             if time.monotonic() > deadline or self.link.scheduler == PROCESSES:
@@ -85,7 +92,29 @@ class ClusterExecutor(Executor):
     def settle(self, directories: Iterable[Path]) -> None:
         """Make durable what workers on other machines have written below directories."""
         if self.link.scheduler != PROCESSES:
-            self._client.run(sync_all, [directory.absolute() for directory in directories])
+            client = self._client
+            with reached(client):
+                client.run(sync_all, [directory.absolute() for directory in directories])
+
+
+@contextmanager
+def reached(client: Client) -> Iterator[None]:
+    """Turn what Dask raises when it is the scheduler or the way to it that is gone into one ClusterError."""
+    try:
+        yield
+    except RelexioError:
+        raise
+    except CommClosedError as error:
+        raise ClusterError(_GONE if client.status != "running" else _CUT) from error
+    except (OSError, ValueError, RuntimeError, TimeoutError) as error:
+        if client.status == "running":
+            raise
+        raise ClusterError(_GONE) from error
+
+
+def _dropped(client: Client) -> ClusterError:
+    """Why work was dropped: with the scheduler all of it is."""
+    return ClusterError(_DROPPED if client.status == "running" else _GONE)
 
 
 @contextmanager
@@ -125,7 +154,7 @@ class _Batch:
                 if isinstance(told, Future) and told.status == "lost":
                     told.add_done_callback(self._news.put)  # its worker died just now: it is made again
                 elif isinstance(told, Future) and told.key in waiting:
-                    _raise_error(told)
+                    _raise_error(told, self._client)
                     waiting.remove(told.key)
                     if keep is not None:
                         place = places[told.key]
@@ -150,7 +179,7 @@ class _Batch:
             except TimeoutError:
                 self._check_alive()
             except CancelledError as error:
-                raise ClusterError(_DROPPED) from error
+                raise _dropped(self._client) from error
 
     def _next(self) -> Any:
         """The next news. Raises ClusterError where there will be none."""
@@ -162,7 +191,7 @@ class _Batch:
 
     def _check_alive(self) -> None:
         if self._client.status != "running":
-            raise ClusterError("the Dask scheduler is gone; start it and its workers, and run the same command again")
+            raise ClusterError(_GONE)
         if self._client.scheduler_info()["workers"]:
             self._alone = None
             return
@@ -171,12 +200,12 @@ class _Batch:
             raise ClusterError("all workers of the cluster are gone; start some, and run the same command again")
 
 
-def _raise_error(future: Any) -> None:
+def _raise_error(future: Any, client: Client) -> None:
     """Raise what a task raised, as if it had run here. Raises ClusterError where its workers died."""
     if future.status == "finished":
         return
     if future.status != "error":
-        raise ClusterError(_DROPPED)
+        raise _dropped(client)
     error = future.exception()
     if isinstance(error, KilledWorker):
         raise ClusterError(

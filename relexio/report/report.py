@@ -94,15 +94,24 @@ def report(store: Store, request: Request, resources: Resources, stages: Stages)
     found = findings(store, request.window, request.rank, resources, stages)
     facts = gather(found, request)
     text, pictures = render(facts, request, vl_convert)
-    with storage_errors(request.page):
-        request.page.absolute().parent.mkdir(parents=True, exist_ok=True)
-        data = text.encode()
-        write_new(request.page, data)
-    for path, picture in pictures.items():
-        with storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_new(path, picture)
+    data = text.encode()
+    _write({**pictures, request.page: data})
     return Written(request.page, len(data), list(pictures), facts.target)
+
+
+def _write(files: dict[Path, bytes]) -> None:
+    """Write all, or none: what an error leaves would block the same command."""
+    written: list[Path] = []
+    try:
+        for path, data in files.items():
+            with storage_errors(path):
+                path.absolute().parent.mkdir(parents=True, exist_ok=True)
+                write_new(path, data)
+            written.append(path)
+    except BaseException:  # also Ctrl-C
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def gather(found: Findings, request: Request) -> Facts:
