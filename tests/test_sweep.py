@@ -192,7 +192,7 @@ def test_evaluations_that_fail_or_hang_do_not_end_it(
     monkeypatch.setattr("relexio.sweep.command.GRACE", 0.2)
     monkeypatch.setenv("PIDS", str(tmp_path / "pids"))
     out = tmp_path / "out"
-    done = swept(relexio, store, out, BROKEN, "--steps", "50:90:10", "--timeout", 1)
+    done = swept(relexio, store, out, BROKEN, "--steps", "50:90:10", "--timeout", 8)
     assert done.code == 0, done.err
     found = {name: (row["score"], row["failed"]) for name, row in table(out).items()}
     many = "2 numbers (acc, n) in the last line; choose with --metric"
@@ -202,7 +202,7 @@ def test_evaluations_that_fail_or_hang_do_not_end_it(
         "observed-step-60": (None, many),
         "relex-step-50-strength-1": (None, "exit code 3"),
         "relex-step-60-strength-1": (None, "not a finite number: 'nan' is nan"),
-        "relex-step-70-strength-1": (None, "no score within 1 seconds"),
+        "relex-step-70-strength-1": (None, "no score within 8 seconds"),
         "relex-step-80-strength-1": (5.0, None),
         "relex-step-90-strength-1": (None, "exit code -9 (SIGKILL)"),
     }
@@ -212,7 +212,7 @@ def test_evaluations_that_fail_or_hang_do_not_end_it(
     assert not any(runs(int((tmp_path / name).read_text())) for name in ("pids", "pids-2"))
     check_csv(out)
     # the lines that were printed are kept: another metric is read off them
-    more = swept(relexio, store, out, BROKEN, "--steps", "50:90:10", "--timeout", 0.3, "--metric", "acc", "--json")
+    more = swept(relexio, store, out, BROKEN, "--steps", "50:90:10", "--timeout", 8, "--metric", "acc", "--json")
     assert "note: 3 of 8 evaluations are done already; 5 failed before and will be tried again" in more.err
     assert json.loads(more.out)["results"][0]["score"] == 1.0 and more.code == 1
     assert "error: none of 5 predictions has a score; relex, step 90, strength 1: exit code" in more.err
@@ -235,7 +235,7 @@ def test_how_a_command_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, code: int | None, line: str
 ) -> None:
     monkeypatch.setattr("relexio.sweep.command.GRACE", 0.1)
-    ended = run_command(command, {}, tmp_path / "log", 3 if code is not None else 0.3)
+    ended = run_command(command, {}, tmp_path / "log", 300 if code is not None else 1)
     assert (ended.code, ended.line) == (code, line)
 
 
@@ -301,7 +301,7 @@ def test_scores_of_another_sweep_are_not_mixed_in(run: Run, store: Store, tmp_pa
     assert snapshot(out) == before
 
 
-HANGING = f'echo $$ > "$SEEN"; test -e "$SEEN.ok" -o $RELEXIO_STEP != 70 || sleep 60; {NUMBER_OF_STEP}'
+HANGING = f'echo $$ > "$SEEN"; : > "$SEEN.$RELEXIO_STEP"; test -e "$SEEN.ok" -o $RELEXIO_STEP != 70 || sleep 60; {NUMBER_OF_STEP}'
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -314,12 +314,10 @@ def test_interrupted_while_it_evaluates(
     process = subprocess.Popen(
         [sys.executable, "-m", "relexio", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    until = time.monotonic() + 20
-    while not (out / "logs" / "relex-step-70-strength-1.log").exists() and time.monotonic() < until:
+    while not Path(f"{seen}.70").exists() and process.poll() is None:
         time.sleep(0.01)
-    time.sleep(0.1)
     process.send_signal(number)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=300)
     group = int(seen.read_text())
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL and (out / "candidates").exists()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dask.delayed import Delayed
 from distributed import Client, Future, KilledWorker
-from distributed.comm import CommClosedError
+from distributed.comm.core import CommClosedError
 
 from relexio.engine.cluster.worker import TOPIC, Settings, end_pass, seen, sync_all, unlike, work
 from relexio.engine.executor import Executor, Keep, Pass, Progress, batches
