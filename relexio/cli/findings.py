@@ -55,7 +55,7 @@ def _show_lines(found: Findings) -> None:
     low, middle, high = np.quantile([t.line.r_squared for t in found.tensors], [0.1, 0.5, 0.9])
     click.echo("\nFinding 2: coefficients of the first direction, and the line through them")
     click.echo(f"r2 over tensors: median {middle:.3f}, a tenth below {low:.3f}, a tenth above {high:.3f}")
-    largest = sorted(found.tensors, key=lambda t: -t.energy)[:_LARGEST]
+    largest = sorted(found.tensors, key=lambda t: -t.sigma2)[:_LARGEST]
     title = "the tensors with most energy"
     width = max(len(title), *(len(printable(t.name)) for t in largest))
     columns = _evenly(len(found.window), _COLUMNS)

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from relexio.methods.spectrum import TensorFindings
 from relexio.report.data import WHOLE, Row, Table, number, numbers, thin
-from relexio.verbs.findings import Findings, TensorFindings
+from relexio.verbs.findings import Findings
 
 _DRAWN, _DRAWN_OF_PART = 12, 6  # tensors whose coefficients are drawn at first, and when one part is picked
 _LEAST_LAST = 0.2  # of the largest coefficient: a tensor that came back has no last value to be measured in
@@ -60,10 +61,10 @@ def _drawn(tensors: list[TensorFindings]) -> list[tuple[TensorFindings, bool]]:
     """The tensors that are drawn, by energy, and whether they are at first: the best of each part before the second."""
     fit = [t for t in tensors if t.coefficients[-1] > _LEAST_LAST * np.abs(t.coefficients).max()]
     by_part: dict[str, list[TensorFindings]] = {}
-    for tensor in sorted(fit, key=lambda t: -t.energy):
+    for tensor in sorted(fit, key=lambda t: -t.sigma2):
         by_part.setdefault(tensor.part, []).append(tensor)
     leaders = [group[0] for group in by_part.values()]
-    rest = sorted((t for group in by_part.values() for t in group[1:]), key=lambda t: -t.energy)
+    rest = sorted((t for group in by_part.values() for t in group[1:]), key=lambda t: -t.sigma2)
     top = {t.name for t in (*leaders, *rest)[:_DRAWN]}
     return [
         (t, t.name in top)

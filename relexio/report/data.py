@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from relexio.methods import Window
 from relexio.methods.roles import part_of
-from relexio.methods.spectrum import find, thrown_away
+from relexio.methods.spectrum import TensorFindings, find, left_over, thrown_away
 from relexio.methods.trials import horizon_name, within
-from relexio.verbs.findings import Findings, TensorFindings
+from relexio.verbs.findings import Findings
 from relexio.verbs.inspect import Sizes
 
 Row = dict[str, Any]
@@ -46,7 +47,7 @@ class Facts:
     def walk_energy(self) -> float:
         """The share of energy that the rank keeps of a random walk over the same steps."""
         walk = _walk(self.found.window)
-        return find(walk, np.array(self.found.window), self.found.rank).kept if walk.any() else 1.0
+        return find(Window(walk, np.array(self.found.window)), self.found.rank).energy if walk.any() else 1.0
 
     @property
     def drift(self) -> float | None:
@@ -111,7 +112,7 @@ def skills(found: Findings) -> Skills | None:
     picks = [judged.verdict.pick, *judged.best_of_each_method()]
     lines: dict[str, tuple[str, np.ndarray]] = {}
     for pick in picks:
-        recipe = judged.test.trials[pick.trial].recipe
+        recipe = pick.trial.recipe
         if recipe.method not in lines:
             lines[recipe.method] = str(recipe), judged.test.by_horizon(pick.trial, pick.strength)
     merged = _merge(list(lines.values()))
@@ -149,15 +150,15 @@ def energy(found: Findings) -> Table:
     cells: dict[tuple[int | None, str], list[TensorFindings]] = {}
     for tensor in found.tensors:
         cells.setdefault((tensor.layer, tensor.part), []).append(tensor)
-    whole = sum(tensor.energy for tensor in found.tensors)
+    whole = sum(tensor.sigma2 for tensor in found.tensors)
     rows = []
     for (layer, part), tensors in cells.items():
-        total = sum(tensor.energy for tensor in tensors)
+        total = sum(tensor.sigma2 for tensor in tensors)
         rows.append(
             {
                 "layer": OUTSIDE if layer is None else str(layer),
                 "part": part,
-                "kept": number(sum(tensor.kept * tensor.energy for tensor in tensors) / total),
+                "kept": number(sum(tensor.energy * tensor.sigma2 for tensor in tensors) / total),
                 "share": number(total / whole),
                 "tensors": len(tensors),
                 "r2": number(float(np.median([tensor.line.r_squared for tensor in tensors]))),
@@ -210,8 +211,7 @@ def thrown(found: Findings) -> Table:
     steps, walk = np.array(found.window), _walk(found.window)
     some, shares = thin(len(steps)), {RUN: found.thrown}
     if walk.any():
-        reference = find(walk, steps, found.rank)
-        shares[WALK] = thrown_away(reference.left, reference.lengths)
+        shares[WALK] = thrown_away(left_over(Window(walk, steps), found.rank), np.diag(walk))
     return [{"of": name, "step": steps[some].tolist(), "share": numbers(all_[some])} for name, all_ in shares.items()]
 
 
@@ -248,16 +248,16 @@ def skill_at(found: Findings, target: int) -> float | None:
 
 def tensors(found: Findings, most: int = 1000) -> Table:
     """The most energetic tensors, for the table below the figures."""
-    whole = sum(tensor.energy for tensor in found.tensors)
+    whole = sum(tensor.sigma2 for tensor in found.tensors)
     return [
         {
             "tensor": t.name,
             "part": t.part,
             "layer": t.layer,
             "changed": t.changed,
-            "share": t.energy / whole,
-            "kept": t.kept,
+            "share": t.sigma2 / whole,
+            "kept": t.energy,
             "r2": t.line.r_squared,
         }
-        for t in sorted(found.tensors, key=lambda t: -t.energy)[:most]
+        for t in sorted(found.tensors, key=lambda t: -t.sigma2)[:most]
     ]

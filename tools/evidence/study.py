@@ -66,7 +66,7 @@ def advised(run: Trajectory, window: str) -> tuple[TrajectoryFit, dict[str, Any]
     said = judged.row(verdict.pick)
     options = {name: said[name] for name in ("method", "rank", "refit", "last", "strength")}
     fit = run.fit(said["window"], curve=said["fit"], **options)
-    recipe = str(judged.test.trials[verdict.pick.trial].recipe)
+    recipe = str(verdict.pick.trial.recipe)
     facts = {"recipe": recipe, "strength": said["strength"], "window": said["window"], "score": said["score"]}
     return fit, {**facts, "sure": verdict.sure, "farthest": verdict.farthest}
 

@@ -66,5 +66,5 @@ def run(directory: Path, stages: Stages, say: Callable[[str], None]) -> Outcome:
         )
         measured = (base, kept, predicted, trained)
     return Outcome(
-        math.sqrt(errors.predicted), math.sqrt(errors.kept), errors.skill or 0.0, fitted.outlook(TARGET), measured
+        math.sqrt(errors.predicted), math.sqrt(errors.baseline), errors.skill or 0.0, fitted.outlook(TARGET), measured
     )
