@@ -13,7 +13,7 @@ import numpy as np
 from relexio.methods.recipe import Recipe
 from relexio.methods.registry import Window, directions
 from relexio.methods.roles import PARTS, part_of
-from relexio.methods.skill import TERMS, Errors, cosine, errors, ratio, skill, terms
+from relexio.methods.skill import TERMS, Errors, cosine, errors, ratio, terms
 from relexio.methods.trials import HORIZONS, Fold, Trial, within
 
 # A window of up to so many steps gets all its eigenvectors from LAPACK. For a random walk that takes 0.02 ms at 10 steps and
@@ -156,10 +156,6 @@ class Backtest:
         predicted = self.predicted[:, self.order[trial], :, self.strengths.index(strength)].sum(axis=1)
         pairs = zip(predicted.tolist(), self.baseline.sum(axis=1).tolist(), strict=True)
         return {name: Errors(*pair) for name, pair in zip(self.names, pairs, strict=True)}
-
-    def skills(self, trial: Trial, strength: float) -> np.ndarray:
-        """Skill of every column, over all tensors: [columns]."""
-        return skill(self.pooled(trial), strength)
 
     def cosines(self, trial: Trial, strength: float) -> np.ndarray:
         """Cosine of the predicted and the real update of the whole model, for every column: [columns]."""

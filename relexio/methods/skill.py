@@ -58,11 +58,6 @@ def ratio(predicted: np.ndarray, baseline: np.ndarray) -> np.ndarray:
         return np.where(baseline > 0, 1.0 - predicted / baseline, np.nan)
 
 
-def skill(sums: np.ndarray, strength: float) -> np.ndarray:
-    """1 - |theta_hat - theta_n|^2 / |theta_last - theta_n|^2 from terms [..., 6]: [...]; NaN where nothing moved."""
-    return ratio(*errors(sums, strength))
-
-
 def cosine(sums: np.ndarray, strength: float) -> np.ndarray:
     """Cosine of the predicted and the real update from the last checkpoint, from terms [..., 6]; NaN without one."""
     xx, xb, bb, xy, by, yy = np.moveaxis(sums, -1, 0)
