@@ -81,7 +81,9 @@ def study_window(run: Trajectory, share: float, evaluate: Evaluate) -> dict[str,
     return {
         "share": share,
         "end": end,
-        "backtest": {method: test.errors(0, 1.0).skill if test else None for method, test in tests.items()},
+        "backtest": {
+            method: test.errors(test.trials[0], 1.0).skill if test else None for method, test in tests.items()
+        },
         "advice": {**advice, "accuracy": predicted(fits["advised"], advice["farthest"], evaluate)},
         "predictions": [
             prediction(method, fit, target, evaluate) for target in targets(end, steps) for method, fit in fits.items()
