@@ -39,11 +39,10 @@ def publish(staged: Path, final: Path) -> None:
 def write_new(path: Path, data: bytes) -> None:
     """Write one file, durably, that nobody sees before it is whole. Raises ExistsError if its name is taken."""
     write_file(staging(path), path, data, new=True)
-    sync(path.parent)
 
 
 def write_file(staged: Path, final: Path, data: bytes, durable: bool = True, new: bool = False) -> None:
-    """Write a file under another name, on the disk if it is to be ``durable``, and rename it; remove it after an error.
+    """Write a file under another name and rename it, first data, then name ``durable``; remove it after an error.
 
     Raises ExistsError if it is to be ``new`` and its name is taken.
     """
@@ -54,6 +53,8 @@ def write_file(staged: Path, final: Path, data: bytes, durable: bool = True, new
         if new and final.exists():
             raise ExistsError(f"{final} has appeared meanwhile; remove it, or give another name")
         staged.replace(final)
+        if durable:
+            sync(final.parent)
     except BaseException:
         with suppress(OSError):  # what went wrong first is what matters
             staged.unlink(missing_ok=True)

@@ -104,7 +104,7 @@ class Kept:
         group = open_group(self.address, "r+")
         begun = group.get(name)  # by another build of the same in this place
         if not isinstance(begun, zarr.Array) or (begun.shape, begun.chunks) != (shape, layout.chunks):
-            create(group, name, layout, overwrite=True)
+            create(group, name, layout, overwrite=begun is not None)
         entries = _Entries(place(self.address), name, layout)
         if not small:
             yield entries

@@ -240,6 +240,36 @@ class Group:
         return cls(name, steps, content, hashes_from_json(value["metadata"]))
 
 
+def groups_from_json(values: list[Json]) -> tuple[Group, ...]:
+    """The groups of a store. Raises ValueError for what no writer writes."""
+    groups = tuple(map(Group.from_json, values))
+    steps = [step for group in groups for step in group.steps]
+    _require(
+        [group.name for group in groups] == [f"{i:04d}" for i in range(len(groups))], "groups are numbered in order"
+    )
+    _require(len({*steps}) == len(steps), "no step is in two groups")
+    return groups
+
+
+def tensors_from_json(values: list[Json], block: int) -> tuple[Tensor, ...]:
+    """The tensor table of a store. Raises ValueError for what no writer writes."""
+    tensors = tuple(map(Tensor.from_json, values))
+    _require(
+        lay_out([(t.name, t.dtype, t.shape) for t in tensors], block) == tensors, "tensors lie one after the other"
+    )
+    _require(len({t.name for t in tensors}) == len(tensors), "no two tensors have one name")
+    _require(max(count_blocks(tensors, block).values(), default=0) <= MOST_BLOCKS, "no model has so many blocks")
+    return tensors
+
+
+def block_from_json(value: Any) -> int:
+    """The elements of a block. Raises ValueError for what no writer writes."""
+    _require(
+        _is_count(value) and 0 < value <= BLOCK and not value & (value - 1), f"a power of two up to {BLOCK} is a block"
+    )
+    return int(value)
+
+
 def hashes_from_json(value: Any) -> dict[str, str]:
     """A table of hashes. Raises ValueError for what no writer writes."""
     _require(isinstance(value, dict) and all(isinstance(text, str) for text in value.values()), "hashes are texts")

@@ -13,17 +13,17 @@ from relexio.errors import MissingError, RequestError, StoreError
 from relexio.store.arrays import check_layout
 from relexio.store.chunks import chunk_key, read_chunk, write_chunk
 from relexio.store.schema import (
-    BLOCK,
-    MOST_BLOCKS,
     Block,
     Group,
     Layout,
     StoredCheckpoint,
     Tensor,
+    block_from_json,
     check_format,
     count_blocks,
+    groups_from_json,
     hashes_from_json,
-    lay_out,
+    tensors_from_json,
 )
 from relexio.store.seal import damage, read_node, unseal
 from relexio.store.storage import METADATA, Directory, Place, attributes, place
@@ -252,29 +252,12 @@ def _open(location: Place) -> Store:
     with damage(f"{location.shown}/{METADATA}"):
         record = check_format(unseal(location.get(METADATA) or b""), location.shown)
     with damage(location.shown):
-        groups = tuple(map(Group.from_json, record["groups"]))
-        hashes = hashes_from_json(record["metadata"])
-        store = Store(location.address, _block_of(record), (), groups, str(record["base_content"]), hashes)
-        if [group.name for group in groups] != [f"{i:04d}" for i in range(len(groups))]:
-            raise ValueError("its groups are not numbered one after the other")
-        if len({*store.steps}) != len(store.steps):
-            raise ValueError("a step is in two groups")
-        tensors = tuple(map(Tensor.from_json, store.metadata("base")["attributes"]["tensors"]))
-        if lay_out([(t.name, t.dtype, t.shape) for t in tensors], store.block) != tensors:
-            raise ValueError("its tensors do not lie one after the other")
-        if len({t.name for t in tensors}) != len(tensors):
-            raise ValueError("two of its tensors have one name")
-        blocks = count_blocks(tensors, store.block)
-        if max(blocks.values(), default=0) > MOST_BLOCKS:
-            raise ValueError("it has more blocks than any model")
-    store = replace(store, tensors=tensors)
-    for kind in blocks:  # one look here, or every block would find it out by itself
+        groups, hashes = groups_from_json(record["groups"]), hashes_from_json(record["metadata"])
+        store = Store(
+            location.address, block_from_json(record["block"]), (), groups, str(record["base_content"]), hashes
+        )
+        table = store.metadata("base")["attributes"]["tensors"]
+        store = replace(store, tensors=tensors_from_json(table, store.block))
+    for kind in count_blocks(store.tensors, store.block):  # one look here, or every block would find it out by itself
         store.array(f"base/{kind}/bits")
     return store
-
-
-def _block_of(record: dict[str, Any]) -> int:
-    block = record["block"]
-    if type(block) is not int or not 0 < block <= BLOCK or block & (block - 1):
-        raise ValueError(f"block {str(block)[:30]} is not a power of two up to {BLOCK}")
-    return block

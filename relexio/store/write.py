@@ -85,14 +85,14 @@ class Files:
         """Store all new contents, a chunk in memory at a time. Raises CheckpointError for one that changed meanwhile."""
         group = open_group(self._store.address, "r+").require_group(f"{self._path}/files")
         for digest, data in self._new.items():
-            size, path = len(data) if isinstance(data, bytes) else data.stat().st_size, f"{self._path}/files/{digest}"
-            create(group, digest, file_array(size))
-            hashed = hashlib.sha256()
+            size = len(data) if isinstance(data, bytes) else data.stat().st_size
+            layout, hashed = file_array(size), hashlib.sha256()
+            create(group, digest, layout)
             for number, piece in enumerate(_pieces(data, size)):
                 hashed.update(piece)
-                chunk = np.zeros(self._store.array(path).chunks, np.uint8)
+                chunk = np.zeros(layout.chunks, layout.dtype)
                 chunk[: len(piece)] = np.frombuffer(piece, np.uint8)
-                self._store.write_chunk(path, chunk, number)
+                self._store.write_chunk(f"{self._path}/files/{digest}", chunk, number)
             if hashed.hexdigest()[:FILE_DIGITS] != digest:
                 raise CheckpointError(f"{data!s}: changed while it was read; run again when nothing writes it any more")
 

@@ -115,7 +115,6 @@ class Directory:
         for leftover in self.path.glob("*.partial"):
             leftover.unlink()
         self._put(self.path / METADATA, marker, durable=True)
-        atomic.sync(self.path)
 
     def publish(self, final: Place) -> None:
         atomic.publish(self.path, Path(final.address))

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from zarr.abc.store import ByteRequest
+from zarr.abc.store import ByteRequest, OffsetByteRequest
 from zarr.abc.store import Store as ZarrStore
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import FsspecStore
@@ -48,7 +48,6 @@ class Remote:
 
     @property
     def shown(self) -> str:
-        """The address without user, password and query."""
         return shown(self.address)
 
     @property
@@ -127,14 +126,12 @@ class Remote:
         self._give_back(mine)
 
     def storage_errors(self) -> AbstractContextManager[None]:
-        """Nothing more to do: every method tells its own."""
-        return nullcontext()
+        return nullcontext()  # every method tells its own
 
     def settle(self) -> None:
         """Nothing: an object that was written is durable."""
 
     def commit(self, marker: bytes) -> None:
-        """Replace one object, whole."""
         self.put(METADATA, marker)
 
     def publish(self, final: Place) -> None:
@@ -203,7 +200,6 @@ class Objects(FsspecStore):
 
     @property
     def root(self) -> str:
-        """The address."""
         return str(self.fs.unstrip_protocol(self.path))
 
     def __str__(self) -> str:  # it stands in what Zarr says of damage
@@ -213,7 +209,7 @@ class Objects(FsspecStore):
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         with _storage_errors(self.root):
-            return await super().get(key, prototype, byte_range)
+            return await super().get(key, prototype, byte_range or OffsetByteRequest(0))  # as in Remote.get
 
     async def set(self, key: str, value: Buffer, byte_range: tuple[int, int] | None = None) -> None:
         with _storage_errors(self.root):
@@ -237,11 +233,9 @@ def _installed(address: str) -> Iterator[None]:
     """Tell, in one RequestError, that the package for an address is not installed, or that nobody knows such addresses."""
     try:
         yield
-    except ImportError as error:
-        missing = without_secrets(f"{address}: {error}", address)
-        raise RequestError(f"{missing}; for s3:// that is pip install 'relexio[s3]'") from error
-    except ValueError as error:
-        raise RequestError(without_secrets(f"{address}: {error}", address)) from error
+    except (ImportError, ValueError) as error:
+        advice = "; for s3:// that is pip install 'relexio[s3]'" if isinstance(error, ImportError) else ""
+        raise RequestError(without_secrets(f"{address}: {error}", address) + advice) from error
 
 
 @contextmanager
@@ -282,10 +276,8 @@ def _gone(held: bytes) -> bool:
         return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except (PermissionError, OverflowError):
-        return False
+    except (ProcessLookupError, PermissionError, OverflowError) as error:
+        return isinstance(error, ProcessLookupError)
     return False
 
 
