@@ -1,6 +1,7 @@
 """What the command line prints: plans, results, JSON; the demo; the Python API beside it."""
 
 import json
+import re
 from pathlib import Path
 
 import click
@@ -9,7 +10,8 @@ import pytest
 
 import relexio as package
 from relexio.cli.main import _COMMANDS, relexio_command
-from relexio.errors import RequestError
+from relexio.engine.resources import Resources
+from relexio.errors import BudgetError, RequestError
 from relexio.words import parse_size
 from tests.support.command import Relexio, in_process, snapshot
 from tests.support.make import BF16, Run, deltas, load_checkpoint, make_run
@@ -62,6 +64,26 @@ def test_the_second_prediction_makes_no_fit(run: Run, tmp_path: Path, monkeypatc
     predict_run(fit_run(store), 100, tmp_path / "one")
     monkeypatch.setattr("relexio.engine.graph.gram", lambda *_: pytest.fail("the fit is there already"))
     predict_run(fit_run(store, window="10:40"), 200, tmp_path / "two")
+
+
+def test_a_kept_fit_is_used_where_the_memory_is_too_small_to_make_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, steps=tuple(range(1, 81)), shapes={f"w{i}": (2, 3) for i in range(12)})
+    store = store_run(run, tmp_path / "run.zarr")
+    outputs = [predict_run(fit_run(store), 100, tmp_path / "roomy")]
+    with pytest.raises(BudgetError) as refusal:
+        Resources(1, 1, "cpu", held=0).for_combine(store, 80, 1)
+    enough = re.search(r"give --memory (\d+MB)", str(refusal.value))
+    assert enough is not None
+    little = Resources(parse_size(enough[1]), 1, "cpu", held=0)
+    with pytest.raises(BudgetError):
+        little.for_gram(store, 80)
+    for solver in ("gram", "operator"):
+        monkeypatch.setattr(f"relexio.engine.graph.{solver}", lambda *_: pytest.fail("the fit is there already"))
+    for solver in ("gram", "auto"):
+        outputs.append(predict_run(fit_run(store, solver=solver, resources=little), 100, tmp_path / solver, little))
+    assert len({(out / "model.safetensors").read_bytes() for out in outputs}) == 1
 
 
 def test_a_model_card_and_side_files(run: Run, tmp_path: Path) -> None:

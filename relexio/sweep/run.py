@@ -72,8 +72,8 @@ def prospect(store: Store, request: Request, resources: Resources) -> Prospect:
     needed, free = _disk(store, request, files)
     first = Recipe(method=request.methods[0], rank=request.rank, strength=request.strengths[0])
     target = Target(request.steps[0], files.candidate("none"))
-    one = predict.prospect(store, request.window, first, "auto", [target], resources)
-    return Prospect(known, tuple(candidates), tuple(waiting), needed, free, one.plan, one.device)
+    one = predict.prepare(store, request.window, first, "auto", [target], resources)
+    return Prospect(known, tuple(candidates), tuple(waiting), needed, free, one.plan, one.executor.device)
 
 
 def sweep(
