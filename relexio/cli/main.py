@@ -29,7 +29,7 @@ _COMMANDS = {
     "findings": "See whether the findings of the RELEX paper hold on this run.",
     "report": "Write a page that shows how the run moved, and what to believe of its future.",
     "verify": "Check that a trajectory is whole, to the last bit.",
-    "restore": "Write a stored checkpoint again, exactly as it was.",
+    "restore": "Write a stored checkpoint again: the model's files, exactly as they were.",
     "demo": "Try it all on a real, tiny RLVR run that comes with relexio.",
 }
 

@@ -3,7 +3,6 @@
 import re
 import sys
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from relexio.engine import device as backend
@@ -47,9 +46,7 @@ class Resources:
     def __enter__(self) -> "Resources":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._link is not None:
             self._link.close()
 

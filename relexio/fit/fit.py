@@ -253,11 +253,10 @@ def doubt_of_base(store: Store, grams: Grams) -> str | None:
 
     None too where the solver keeps no whole Gram matrices.
     """
-    first, total = grams.steps[:LEAD], np.zeros(())
+    first = grams.steps[:LEAD]
     if not grams.whole or len(first) < 2:
         return None
-    for tensor in store.fitted():
-        total = total + grams.of(tensor, first)
+    total = sum((grams.of(tensor, first) for tensor in store.fitted()), np.zeros(()))
     return base_doubt(total, np.array(first)) if total.any() else None
 
 
