@@ -107,8 +107,8 @@ class Trajectory:
         resources = Resources(_bytes(memory), workers, device, limit, scheduler=scheduler)
         recipe = Recipe(method, rank, strength, curve, refit, last)
         choice = Choice(tuple(include), tuple(exclude), others)
-        made = fit(self._store, _window(self._store, window), recipe, solver, resources, silent, choice)
-        return TrajectoryFit(**{f.name: getattr(made, f.name) for f in fields(made)}, resources=resources)
+        fitted = fit(self._store, _window(self._store, window), recipe, solver, resources, silent, choice)
+        return TrajectoryFit(**{f.name: getattr(fitted, f.name) for f in fields(fitted)}, resources=resources)
 
     def judge(
         self,
@@ -134,7 +134,7 @@ class TrajectoryFit(Fit):
 
     def predict(self, step: int) -> "Prediction":
         """The predicted checkpoint at a step. Raises RequestError for a step that the method cannot reach."""
-        return Prediction(self, step, self.resources)
+        return Prediction(self, step)
 
 
 class _Tensors(Mapping[str, da.Array]):
@@ -175,9 +175,8 @@ class Checkpoint(_Tensors):
 class Prediction(_Tensors):
     """A predicted checkpoint: tensors by name, computed when asked for."""
 
-    def __init__(self, fitted: Fit, step: int, resources: Resources) -> None:
-        self._fit, self._store, self._resources, self.step = fitted, fitted.store, resources, step
-        self._weights = fitted.weights(step)
+    def __init__(self, fit: TrajectoryFit, step: int) -> None:
+        self._fit, self._store, self.step, self._weights = fit, fit.store, step, fit.weights(step)
 
     def _bits(self, tensor: Tensor) -> Callable[[Block], np.ndarray]:
         if tensor.name not in self._weights:
@@ -186,7 +185,7 @@ class Prediction(_Tensors):
 
     def save(self, directory: str | Path) -> None:
         """Write the checkpoint as a Hugging Face directory. Raises ExistsError if it exists."""
-        predict(self._fit, [Target(self.step, local(directory))], self._resources, silent)
+        predict(self._fit, [Target(self.step, local(directory))], self._fit.resources, silent)
 
 
 def _window(store: Store, window: str | Sequence[int] | None) -> tuple[int, ...]:

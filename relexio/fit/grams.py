@@ -46,13 +46,13 @@ class Grams:
 
 @dataclass(frozen=True)
 class GramPlan:
-    """How Gram matrices over ``steps`` will be had: the solver, and the name under which the store keeps its result.
+    """How Gram matrices over ``steps`` will be had: whole by the ``gram`` solver, or the eigenpairs of a rank by ``blocks``.
 
-    ``executor`` is that of the passes that make them, None where they are kept already.
+    ``name``: under which the store keeps the result. ``executor``: of the passes that make it, None where it is kept.
     """
 
     store: Store
-    solver: str
+    whole: bool
     steps: tuple[int, ...]
     rank: int
     name: str
@@ -63,11 +63,6 @@ class GramPlan:
     def kept(self) -> bool:
         """Whether they are in the store already, so that no pass is needed."""
         return self.executor is None
-
-    @property
-    def whole(self) -> bool:
-        """Whether the solver leaves out no eigenpair."""
-        return self.solver == "gram"
 
     @cached_property
     def rows(self) -> dict[str, int]:
@@ -89,21 +84,21 @@ def plan_grams(store: Store, window: tuple[int, ...], rank: int, solver: str, re
     """
     if solver != "blocks":
         try:
-            return _plan(store, "gram", store.steps, 0, f"gram-{len(store.groups):04d}", resources)
+            return _plan(store, True, store.steps, 0, f"gram-{len(store.groups):04d}", resources)
         except BudgetError:
             if solver == "gram":
                 raise
     digest = hashlib.sha256(repr(window).encode()).hexdigest()[:16]
-    return _plan(store, "blocks", window, rank, f"blocks-{len(store.groups):04d}-rank{rank}-{digest}", resources)
+    return _plan(store, False, window, rank, f"blocks-{len(store.groups):04d}-rank{rank}-{digest}", resources)
 
 
-def _plan(store: Store, solver: str, steps: tuple[int, ...], rank: int, name: str, resources: Resources) -> GramPlan:
+def _plan(store: Store, whole: bool, steps: tuple[int, ...], rank: int, name: str, resources: Resources) -> GramPlan:
     executor = None
     if has(store, name):
         resources.check_reading(store, len(steps))
     else:
-        executor = resources.for_gram(store, len(steps), solver == "gram")
-    return GramPlan(store, solver, steps, rank, name, resources, executor)
+        executor = resources.for_gram(store, len(steps), whole)
+    return GramPlan(store, whole, steps, rank, name, resources, executor)
 
 
 def make_grams(plan: GramPlan, stages: Stages) -> Grams:
