@@ -1,6 +1,7 @@
 """The Python API: a trajectory, its fits and predictions, as lazy Dask arrays. The command line does the same things."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,14 @@ import numpy as np
 from dask.delayed import delayed
 
 from relexio.dtypes import NUMPY, to_native
-from relexio.engine import plan
 from relexio.engine.blocks import combine_block
+from relexio.engine.plan import DEFAULT_MEMORY
 from relexio.engine.resources import Resources
 from relexio.engine.tiles import Rows, tiles
 from relexio.errors import RequestError
-from relexio.fit.fit import Fit, TensorFit, choose_window, fit
+from relexio.fit.fit import Fit, choose_window, fit
 from relexio.methods import Recipe
-from relexio.methods.backtest import Backtest
 from relexio.methods.roles import Choice
-from relexio.methods.verdict import Outlook
 from relexio.progress import silent
 from relexio.store.read import TILE, observed
 from relexio.store.schema import Block, Tensor
@@ -95,7 +94,7 @@ class Trajectory:
         exclude: Sequence[str] = (),
         others: str = "last",
         solver: str = "auto",
-        memory: int | str = plan.DEFAULT_MEMORY,
+        memory: int | str = DEFAULT_MEMORY,
         workers: int | None = None,
         device: str = "auto",
         device_memory: int | str | None = None,
@@ -107,63 +106,36 @@ class Trajectory:
         """
         limit = None if device_memory is None else _bytes(device_memory)
         resources = Resources(_bytes(memory), workers, device, limit, scheduler=scheduler)
-        steps = _window(self._store, window)
         recipe = Recipe(method, rank, strength, curve, refit, last)
-        return TrajectoryFit(
-            fit(self._store, steps, recipe, solver, resources, silent, Choice(tuple(include), tuple(exclude), others)),
-            resources,
-        )
+        choice = Choice(tuple(include), tuple(exclude), others)
+        fitted = fit(self._store, _window(self._store, window), recipe, solver, resources, silent, choice)
+        return TrajectoryFit(**{f.name: getattr(fitted, f.name) for f in fields(fitted)}, resources=resources)
 
-    def judge(self, window: str | Sequence[int] | None = None, memory: int | str = plan.DEFAULT_MEMORY) -> Judged:
-        """Backtest every method, rank, curve and strength on a window, as ``relexio backtest`` does.
+    def judge(
+        self,
+        window: str | Sequence[int] | None = None,
+        memory: int | str = DEFAULT_MEMORY,
+        *,
+        workers: int | None = None,
+        scheduler: str | None = None,
+    ) -> Judged:
+        """Backtest every method, rank, curve and strength on a window, as ``relexio backtest`` does, on the CPU.
 
         Raises RequestError for fewer than 3 steps, BudgetError for too little memory.
         """
-        return judge(self._store, _window(self._store, window), Resources(_bytes(memory)), silent)
+        resources = Resources(_bytes(memory), workers, "cpu", scheduler=scheduler)
+        return judge(self._store, _window(self._store, window), resources, silent)
 
 
-class TrajectoryFit:
-    """A method fitted to a window of a trajectory."""
+@dataclass(frozen=True, repr=False)
+class TrajectoryFit(Fit):
+    """A method fitted to a window of a trajectory, and what predictions may use."""
 
-    def __init__(self, fitted: Fit, resources: Resources) -> None:
-        self._fit, self._resources = fitted, resources
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """The window."""
-        return self._fit.steps
-
-    @property
-    def notes(self) -> list[str]:
-        """What the user of this fit should know."""
-        return list(self._fit.notes)
-
-    def weights(self, step: int) -> dict[str, np.ndarray]:
-        """The T weights of the observed deltas that make up the prediction, by tensor: float64 [T]."""
-        return {name: found[:, 0] for name, found in self._fit.weights([step]).items()}
-
-    def tensors(self) -> list[TensorFit]:
-        """Energy, line, changed share and backtest errors of every tensor."""
-        return self._fit.tensors()
-
-    def backtest(self) -> Backtest | None:
-        """The recipe fitted up to several cut-offs inside the window, held against the steps after each; None without."""
-        return self._fit.backtest
-
-    def outlook(self, step: int) -> Outlook | None:
-        """What the backtest says of a target beyond the window, also as text (``str``); None without a backtest."""
-        return self._fit.outlook(step)
-
-    def skill(self, step: int) -> float | None:
-        """Skill of the prediction at a stored step outside the window: above 0 beats keeping the last checkpoint.
-
-        Raises RequestError for a step that is not stored, and without the ``gram`` solver.
-        """
-        return self._fit.errors_at(step).skill
+    resources: Resources = field(default_factory=Resources)
 
     def predict(self, step: int) -> "Prediction":
         """The predicted checkpoint at a step. Raises RequestError for a step that the method cannot reach."""
-        return Prediction(self._fit, step, self._resources)
+        return Prediction(self, step)
 
 
 class _Tensors(Mapping[str, da.Array]):
@@ -196,27 +168,25 @@ class Checkpoint(_Tensors):
     def _bits(self, tensor: Tensor) -> Callable[[Block], np.ndarray]:
         return partial(_observed_block, self._store, self.step)
 
-    def save(self, directory: str | Path, memory: int | str = plan.DEFAULT_MEMORY) -> None:
+    def save(self, directory: str | Path, memory: int | str = DEFAULT_MEMORY) -> None:
         """Write it as it was: same shards, bytes and side files. Raises ExistsError if the directory exists."""
-        restore(self._store, self.step, local(directory), Resources(_bytes(memory)), silent)
+        restore(self._store, self.step, local(directory), Resources(_bytes(memory), device="cpu"), silent)
 
 
 class Prediction(_Tensors):
     """A predicted checkpoint: tensors by name, computed when asked for."""
 
-    def __init__(self, fitted: Fit, step: int, resources: Resources) -> None:
-        self._fit, self._store, self._resources = fitted, fitted.store, resources
-        self.step = step
-        self._weights = fitted.weights([step])
+    def __init__(self, fit: TrajectoryFit, step: int) -> None:
+        self._fit, self._store, self.step, self._weights = fit, fit.store, step, fit.weights(step)
 
     def _bits(self, tensor: Tensor) -> Callable[[Block], np.ndarray]:
         if tensor.name not in self._weights:
             return partial(_observed_block, self._store, self._fit.steps[-1])
-        return partial(_predicted_block, self._store, self._fit.steps, self._weights[tensor.name])
+        return partial(_predicted_block, self._store, self._fit.steps, self._weights[tensor.name][:, np.newaxis])
 
     def save(self, directory: str | Path) -> None:
         """Write the checkpoint as a Hugging Face directory. Raises ExistsError if it exists."""
-        predict(self._fit, [Target(self.step, local(directory))], self._resources, silent)
+        predict(self._fit, [Target(self.step, local(directory))], self._fit.resources, silent)
 
 
 def _window(store: Store, window: str | Sequence[int] | None) -> tuple[int, ...]:
@@ -233,19 +203,20 @@ def _lazy(store: Store, tensor: Tensor, bits: Callable[[Block], np.ndarray]) -> 
         dtype = to_native(np.zeros(0, tensor.kind.bits), tensor.kind).dtype
     else:
         dtype = np.dtype(NUMPY.get(tensor.dtype, "u1"))
-    parts = []
-    for block in store.blocks(tensor):
-        count = (
-            block.size * tensor.kind.itemsize // (dtype.itemsize if not tensor.kind.is_float else tensor.kind.itemsize)
+    width = tensor.kind.itemsize if tensor.kind.is_float else dtype.itemsize
+    parts = [
+        da.from_delayed(
+            delayed(partial(_native, bits, block, dtype))(), (block.size * tensor.kind.itemsize // width,), dtype
         )
-        parts.append(da.from_delayed(delayed(partial(_native, bits, block, dtype))(), (count,), dtype))
+        for block in store.blocks(tensor)
+    ]
     flat = da.concatenate(parts) if parts else da.zeros((0,), dtype=dtype)
     return flat.reshape(tensor.shape) if tensor.kind.is_float or tensor.dtype in NUMPY else flat
 
 
 def _native(bits: Callable[[Block], np.ndarray], block: Block, dtype: np.dtype[Any]) -> np.ndarray:
-    found = bits(block)
-    return to_native(found, block.kind) if block.kind.is_float else found.view(dtype)
+    values = bits(block)
+    return to_native(values, block.kind) if block.kind.is_float else values.view(dtype)
 
 
 def _observed_block(store: Store, step: int | None, block: Block) -> np.ndarray:

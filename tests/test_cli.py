@@ -1,7 +1,10 @@
 """What the command line prints: plans, results, JSON; the demo; the Python API beside it."""
 
 import json
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -9,11 +12,19 @@ import pytest
 
 import relexio as package
 from relexio.cli.main import _COMMANDS, relexio_command
-from relexio.errors import RequestError
+from relexio.engine import graph
+from relexio.engine.executor import Executor
+from relexio.engine.resources import Resources
+from relexio.errors import BudgetError, RequestError
+from relexio.methods import Recipe
+from relexio.progress import silent
+from relexio.verbs.output import Target
+from relexio.verbs.predict import prepare
+from relexio.verbs.predict import run as predict
 from relexio.words import parse_size
 from tests.support.command import Relexio, in_process, snapshot
 from tests.support.make import BF16, Run, deltas, load_checkpoint, make_run
-from tests.support.steps import fit_run, predict_run, store_run
+from tests.support.steps import CPU, fit_run, predict_run, store_run
 
 
 @pytest.fixture
@@ -62,6 +73,50 @@ def test_the_second_prediction_makes_no_fit(run: Run, tmp_path: Path, monkeypatc
     predict_run(fit_run(store), 100, tmp_path / "one")
     monkeypatch.setattr("relexio.engine.graph.gram", lambda *_: pytest.fail("the fit is there already"))
     predict_run(fit_run(store, window="10:40"), 200, tmp_path / "two")
+
+
+def test_a_kept_fit_is_used_where_the_memory_is_too_small_to_make_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, steps=tuple(range(1, 81)), shapes={f"w{i}": (2, 3) for i in range(12)})
+    store = store_run(run, tmp_path / "run.zarr")
+    outputs = [predict_run(fit_run(store), 100, tmp_path / "roomy")]
+    with pytest.raises(BudgetError) as refusal:
+        Resources(1, 1, "cpu", held=0).for_combine(store, 80, 1)
+    enough = re.search(r"give --memory (\d+MB)", str(refusal.value))
+    assert enough is not None
+    little = Resources(parse_size(enough[1]), 1, "cpu", held=0)
+    with pytest.raises(BudgetError):
+        little.for_gram(store, 80)
+    for solver in ("gram", "operator"):
+        monkeypatch.setattr(f"relexio.engine.graph.{solver}", lambda *_: pytest.fail("the fit is there already"))
+    for solver in ("gram", "auto"):
+        outputs.append(predict_run(fit_run(store, solver=solver, resources=little), 100, tmp_path / solver, little))
+    assert len({(out / "model.safetensors").read_bytes() for out in outputs}) == 1
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_what_was_planned_is_what_runs(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: bool
+) -> None:
+    store = store_run(run, tmp_path / "run.zarr")
+    fit_run(store)
+    job = prepare(store, store.steps, Recipe(), "auto", [Target(100, tmp_path / "out")], CPU)
+    assert job.kept and job.plan is job.executor.plan
+    executors: list[object] = []
+    combine = graph.combine
+
+    def watch(*given: Any) -> None:
+        executors.extend(one for one in given if isinstance(one, Executor))
+        combine(*given)
+
+    monkeypatch.setattr(graph, "combine", watch)
+    if removed:  # which anyone may do at any time
+        shutil.rmtree(tmp_path / "run.zarr" / "cache")
+    fit = predict(job, silent, pytest.fail)
+    assert executors == [job.executor] and executors[0] is job.executor
+    assert repr(fit) == f"<Fit of relex, rank 1 to steps 10, 20, 30, 40, 50 of {store.shown}>"
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_a_model_card_and_side_files(run: Run, tmp_path: Path) -> None:
@@ -121,6 +176,8 @@ def test_python_api(run: Run, tmp_path: Path) -> None:
     observed.save(tmp_path / "back")
     assert snapshot(tmp_path / "back") == snapshot(run.steps_path / "global_step_30")
     fit = trajectory.fit([10, 30, 50], rank=2)
+    assert repr(fit).startswith("<TrajectoryFit of relex, rank 2 to steps 10, 30, 50 of ")
+    assert trajectory.judge([10, 30, 50], workers=1).window == (10, 30, 50)
     prediction = fit.predict(80)
     prediction.save(tmp_path / "out")
     saved = load_checkpoint(tmp_path / "out")

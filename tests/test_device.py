@@ -85,15 +85,15 @@ def test_no_tile_takes_more_of_a_device_than_planned(
     store, tile = dense(tmp_path, 400_000 // steps, steps, dtype), 1 << 19
     cupy.cuda.Stream(non_blocking=True).use()
     (block,) = store.blocks(store.tensors[0])
-    x = np.ones((steps, 3))
+    x, shape = np.ones((steps, 3)), plan.Shape(block=1, itemsize=4, counts=1, chunks=0)
     for need, work in (
-        (plan.fit_need(1, 4, 1, 0, steps, True), lambda: gram_block(store, store.steps, tile, "cuda", block)),
+        (plan.fit_need(shape, steps, True), lambda: gram_block(store, store.steps, tile, "cuda", block)),
         (
-            plan.fit_need(1, 4, 1, 0, steps, False),
+            plan.fit_need(shape, steps, False),
             lambda: operator_block(store, store.steps, {block.tensor.name: x}, tile, "cuda", block),
         ),
         (
-            plan.combine_need(1, 4, 1, 0, steps, targets),
+            plan.combine_need(shape, steps, targets),
             lambda: combine_block(store, store.steps, 1e-3 * np.ones((steps, targets)), tile, "cuda", block),
         ),
     ):
@@ -157,7 +157,7 @@ def test_memory_too_small_for_anything_is_an_error(
 
 
 def test_plans_for_a_device() -> None:
-    need = plan.fit_need(1 << 20, 2, 1, 3 << 20, 40, True)
+    need = plan.fit_need(plan.Shape(1 << 20, 2, 1, 3 << 20), 40, True)
     roomy = plan.make(need, 64_000 * MB, 200 * MB, 16, plan.CUDA, device_memory=64_000 * MB)
     assert (roomy.workers, roomy.tile_bytes) == (16, 64 << 20)
     small = plan.make(need, 64_000 * MB, 200 * MB, 16, plan.CUDA, device_memory=256 * MB)

@@ -361,10 +361,10 @@ def test_a_lock_is_given_back_after_errors_and_only_by_its_owner(bucket: Bucket)
 def test_a_kept_fit_is_used_again(stored: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket.upload(stored)
     bucket.put("run.zarr/cache/gram-0000/zarr.json", b"of fewer steps")
-    made = fit_run(open_store(bucket.url())).weights([100])
+    made = fit_run(open_store(bucket.url())).weights_for([100])
     with monkeypatch.context() as patch:
         patch.setattr("relexio.engine.graph.gram", lambda *_: pytest.fail("the fit is there already"))
-        found = fit_run(open_store(bucket.url())).weights([100])
+        found = fit_run(open_store(bucket.url())).weights_for([100])
     assert all((made[name] == found[name]).all() for name in made)
     assert {name.split("/")[1] for name in bucket.objects() if name.startswith("cache/")} == {"gram-0001"}
 
@@ -385,10 +385,10 @@ def test_a_half_written_fit_is_not_used(whole: Path, bucket: Bucket, monkeypatch
     begun = {name: data for name, data in bucket.objects().items() if name.startswith("cache/")}
     [chunk] = [name for name in begun if "/c/" in name]
     bucket.put(f"run.zarr/{chunk}", b"not a chunk")
-    weights = fit_run(open_store(bucket.url())).weights([100])
+    weights = fit_run(open_store(bucket.url())).weights_for([100])
     made = bucket.objects()
     assert made[chunk] == begun[chunk] and json.loads(made["cache/gram-0001/zarr.json"])["attributes"]["whole"] is True
-    again = fit_run(open_store(bucket.url())).weights([100])
+    again = fit_run(open_store(bucket.url())).weights_for([100])
     assert all((weights[name] == again[name]).all() for name in weights)
 
 

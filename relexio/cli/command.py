@@ -1,4 +1,4 @@
-"""What commands on a trajectory share: the argument, what the work may use, and how a result is printed."""
+"""What the commands share: what the work may use, the trajectory, and how a result is printed."""
 
 import json
 from collections.abc import Callable
@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from relexio.cli import options
-from relexio.cli.options import Command, Decorator, together
+from relexio.cli.options import Decorator, together
+from relexio.cli.show import printable
 from relexio.engine.resources import Resources
-from relexio.errors import RelexioError
 from relexio.fit.fit import choose_window
 from relexio.store.store import open_store
 
@@ -20,34 +20,39 @@ from relexio.store.store import open_store
 class Result:
     """What a command has to print: facts for ``--json``, made when they are asked for, or what it shows to people.
 
-    A ``failure`` is raised afterwards; then there are only facts.
+    ``errors``: lines for stderr, where the work was done and something is wrong all the same.
     """
 
     facts: Callable[[], Any]
     show: Callable[[], None]
-    failure: RelexioError | None = None
+    errors: tuple[str, ...] = ()
 
-    def print(self, as_json: bool) -> None:
-        """One line of JSON, or what people read."""
+    def print(self, as_json: bool) -> int:
+        """One line of JSON, or what people read; then the errors. Returns the exit code."""
         if as_json:
             click.echo(json.dumps(self.facts()))
-        elif self.failure is None:
+        else:
             self.show()
-        if self.failure is not None:
-            raise self.failure
+        for text in self.errors:
+            click.echo(f"error: {printable(text)}", err=True)
+        return 1 if self.errors else 0
 
 
-def on_trajectory(*own: Decorator, window: bool = True, scheduler: bool = True) -> Callable[[Command], click.Command]:
-    """Make a command of a function (store, resources, its own options) -> Result.
+def at_work(
+    *own: Decorator,
+    scheduler: bool = True,
+    dry_run: bool = False,
+    read: Callable[[dict[str, Any]], None] = lambda given: None,
+) -> Callable[[Callable[..., Result]], click.Command]:
+    """Make a command of a function (resources, its own options) -> Result.
 
-    It gets TRAJECTORY as ``store``, with ``window`` the chosen steps, and what the work may use as ``resources``. A command
-    without ``--device`` works on the CPU.
+    It gets what the work may use as ``resources``; a command without ``--device`` works on the CPU. ``read`` may change
+    the options before that.
     """
 
     def make(function: Callable[..., Result]) -> click.Command:
         @wraps(function)
         def run(
-            trajectory: str,
             memory: int,
             workers: int | None,
             as_json: bool,
@@ -55,16 +60,30 @@ def on_trajectory(*own: Decorator, window: bool = True, scheduler: bool = True) 
             device: str = "cpu",
             device_memory: int | None = None,
             **given: Any,
-        ) -> None:
-            store = open_store(trajectory)
-            if window:
-                given["window"] = choose_window(store, given["window"])
+        ) -> int:
+            read(given)
             with Resources(memory, workers, device, device_memory, scheduler=scheduler) as resources:
-                result = function(store, resources=resources, **given)
-            result.print(as_json)
+                result = function(resources=resources, **given)
+            return result.print(as_json)
 
-        shared = [options.memory, options.workers, *([options.scheduler] if scheduler else []), options.as_json]
-        first = [click.argument("trajectory", type=click.Path()), *([options.window] if window else [])]
-        return click.command()(together(*first, *own, *shared)(run))
+        shared = [options.memory, options.workers, *([options.scheduler] if scheduler else [])]
+        return click.command()(together(*own, *shared, *([options.dry_run] if dry_run else []), options.as_json)(run))
 
     return make
+
+
+def on_trajectory(
+    *own: Decorator, window: bool = True, scheduler: bool = True, dry_run: bool = False
+) -> Callable[[Callable[..., Result]], click.Command]:
+    """Make a command of a function (store, resources, its own options) -> Result, as ``at_work`` does.
+
+    It gets TRAJECTORY as ``store``, and with ``window`` the chosen steps.
+    """
+
+    def read(given: dict[str, Any]) -> None:
+        given["store"] = open_store(given.pop("trajectory"))
+        if window:
+            given["window"] = choose_window(given["store"], given["window"])
+
+    first = [click.argument("trajectory", type=click.Path()), *([options.window] if window else [])]
+    return at_work(*first, *own, scheduler=scheduler, dry_run=dry_run, read=read)

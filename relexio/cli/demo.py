@@ -1,14 +1,11 @@
 """``relexio demo``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from relexio.cli.show import stages, table
-
-if TYPE_CHECKING:
-    from relexio.verbs.demo.run import Outcome
+from relexio.verbs.demo.run import TARGET, WINDOW_END, Outcome, free_directory, run
 
 
 @click.command()
@@ -21,32 +18,28 @@ def demo(out: Path | None) -> None:
     Writes its checkpoints, converts the first 50 steps, predicts step 200, and holds that against the checkpoint that
     training really reached there.
     """
-    from relexio.verbs.demo.run import TARGET, WINDOW_END, free_directory, run
-
     directory = out or free_directory(Path("relexio-demo"))
-    found = run(directory, stages, lambda line: click.echo(f"$ {line}"))
+    outcome = run(directory, stages, lambda line: click.echo(f"$ {line}"))
     click.echo()
+    size = f"1.6 M parameters, GRPO on additions; a checkpoint every 5 steps up to {WINDOW_END}, and step {TARGET}"
+    weights = (
+        f"step {TARGET} as trained is {outcome.distance_kept:.3f} away from step {WINDOW_END}, "
+        f"and {outcome.distance:.3f} from the prediction (skill {outcome.skill:+.2f})"
+    )
     table(
         [
-            (
-                "run",
-                f"1.6 M parameters, GRPO on additions; a checkpoint every 5 steps up to {WINDOW_END}, and step {TARGET}",
-            ),
-            (
-                "in weights",
-                f"step {TARGET} as trained is {found.distance_kept:.3f} away from step {WINDOW_END}, "
-                f"and {found.distance:.3f} from the prediction (skill {found.skill:+.2f})",
-            ),
-            ("verdict", str(found.outlook)),
-            ("in task", _accuracies(found)),
+            ("run", size),
+            ("in weights", weights),
+            ("verdict", str(outcome.outlook)),
+            ("in task", _accuracies(outcome)),
         ]
     )
     click.echo(f"\nAll of it is in {directory}; look around, and remove it when you are done. What next:")
     click.echo(f"$ relexio backtest {directory / 'run.zarr'} --window 5:{WINDOW_END}")
 
 
-def _accuracies(found: "Outcome") -> str:
-    if found.accuracy is None:
+def _accuracies(outcome: Outcome) -> str:
+    if outcome.accuracy is None:
         return "not measured: that takes torch and transformers (pip install torch transformers)"
     names = ("base", "step 50", "predicted 200", "trained 200")
-    return "accuracy " + ", ".join(f"{name} {value:.1%}" for name, value in zip(names, found.accuracy, strict=True))
+    return "accuracy " + ", ".join(f"{name} {value:.1%}" for name, value in zip(names, outcome.accuracy, strict=True))

@@ -6,7 +6,7 @@ import sys
 import warnings
 from types import FrameType
 
-_SAID = b"interrupted: nothing half-written has a final name; run the same command again to go on\n"
+INTERRUPTED = "interrupted: nothing half-written has a final name; run the same command again to go on"
 
 
 class _Interrupted(KeyboardInterrupt):
@@ -15,17 +15,17 @@ class _Interrupted(KeyboardInterrupt):
 
 def main() -> None:
     """Run the command line. Ctrl-C ends it with one line and 130 at any moment, also while it starts and ends."""
-    if (
-        signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):  # as under nohup, or embedded: not ours to set
-        _run()
-        return
-    signal.signal(signal.SIGINT, _leave)  # nothing is written yet, so there is nothing to clean up
-    from relexio.cli import main as _  # noqa: F401
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # and not as under nohup, or embedded
+    if ours:
+        signal.signal(signal.SIGINT, _leave)  # nothing is written yet, so there is nothing to clean up
+    from relexio.cli.main import main as command_line
 
+    if not ours:
+        command_line()
+        return
     try:
         signal.signal(signal.SIGINT, _interrupt)
-        _run()
+        command_line()
     except SystemExit as end:
         # What is left is Python's own end. After Ctrl-C a second one need not wait for it; after the work is done it
         # is too late to interrupt.
@@ -37,17 +37,11 @@ def main() -> None:
         _leave()
 
 
-def _run() -> None:
-    from relexio.cli.main import main as command_line
-
-    command_line()
-
-
 def _interrupt(number: int, frame: FrameType | None) -> None:
     sys.unraisablehook = lambda _: None  # what is cut off half-made, as an event loop, complains when it is thrown away
     raise _Interrupted
 
 
 def _leave(number: int = signal.SIGINT, frame: FrameType | None = None) -> None:
-    os.write(2, _SAID)
+    os.write(2, f"{INTERRUPTED}\n".encode())
     os._exit(130)

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from relexio.cli.entry import INTERRUPTED
 from relexio.cli.show import note, printable
 from relexio.engine.process import use_one_heap
 from relexio.errors import RelexioError, RelexioWarning
@@ -76,12 +77,12 @@ def main(arguments: list[str] | None = None) -> Any:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted: nothing half-written has a final name; run the same command again to go on", err=True)
+        click.echo(INTERRUPTED, err=True)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
     except (RelexioError, OSError) as error:
-        click.echo(f"error: {printable(_said(error))}", err=True)
+        click.echo(f"error: {printable(_in_words(error))}", err=True)
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -102,7 +103,7 @@ def _warnings_as_notes() -> Iterator[None]:
         yield
 
 
-def _said(error: Exception) -> str:
+def _in_words(error: Exception) -> str:
     if isinstance(error, OSError) and not isinstance(error, RelexioError) and error.filename:
         return f"{error.filename}: {error.strerror}; check the path and its permissions"
     return str(error)

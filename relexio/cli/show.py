@@ -3,15 +3,11 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, contextmanager
 
 import click
 
 from relexio.words import show, without_secrets
-
-if TYPE_CHECKING:
-    from relexio.verbs.convert.left import Left
 
 _PATIENCE = 1.0  # seconds before anything is said
 _EVERY = 10.0  # seconds between lines where stderr is not a terminal
@@ -29,17 +25,13 @@ def printable(text: str) -> str:
 
 def seconds(count: float) -> str:
     """A duration for people."""
-    whole = int(count)
-    return (
-        f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}" if whole >= 3600 else f"{whole // 60}:{whole % 60:02}"
-    )
+    minutes, rest = divmod(int(count), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
-@contextmanager
-def stages(name: str, total: int) -> Iterator[Callable[[int], None]]:
+def stages(name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
     """Progress of one stage: a bar on a terminal, else a line now and then; silent if it takes under a second."""
-    with (_bar if sys.stderr.isatty() else _lines)(name, total) as advance:
-        yield advance
+    return (_bar if sys.stderr.isatty() else _lines)(name, total)
 
 
 @contextmanager
@@ -77,18 +69,17 @@ def _lines(name: str, total: int) -> Iterator[Callable[[int], None]]:
     def advance(count: int) -> None:
         nonlocal done, due
         done += count
-        now = time.monotonic()
-        telling = 100 * done >= total or now - begun > _EVERY  # before, the rate is that of the first few blocks
+        now, taken = time.monotonic(), time.monotonic() - begun
+        telling = 100 * done >= total or taken > _EVERY  # before, the rate is that of the first few blocks
         if now >= due and telling and done < total:
-            due = now + _EVERY
-            left = (now - begun) / done * (total - done)
-            rate = done / (now - begun)
-            click.echo(f"{name}: {show(done)} of {show(total)}, {show(rate)}/s, {seconds(left)} left", err=True)
+            due, rate = now + _EVERY, done / taken
+            left = seconds((total - done) / rate)
+            click.echo(f"{name}: {show(done)} of {show(total)}, {show(rate)}/s, {left} left", err=True)
 
     yield advance
 
 
-def not_stored(left: "Iterable[Left]") -> list[tuple[str, str]]:
+def not_stored(left: Iterable[object]) -> list[tuple[str, str]]:
     """Rows that say what is not in the store."""
     return [("not stored", str(one)) for one in left]
 

@@ -16,7 +16,6 @@ from relexio.cli import options
 from relexio.cli.command import Result, on_trajectory
 from relexio.cli.show import note, printable, seconds, stages, table
 from relexio.engine.resources import Resources
-from relexio.errors import EvaluationError
 from relexio.store.storage import local
 from relexio.store.store import Store
 from relexio.sweep import Candidate, Evaluation, Request, Sweep, SweepPlan, prepare
@@ -104,7 +103,7 @@ def sweep(store: Store, resources: Resources, steps: Selection, out: str | None,
         with _Progress(request) as progress:
             found = verb(plan, stages, progress, note)
     facts = {**found.to_json(), "out": str(request.out)}
-    return Result(lambda: facts, partial(_show, request, found), _failure(request, found))
+    return Result(lambda: facts, partial(_show, request, found), _errors(request, found))
 
 
 def _beside(trajectory: str) -> str:
@@ -206,14 +205,14 @@ def _show_plan(plan: SweepPlan) -> None:
     )
 
 
-def _failure(request: Request, found: Sweep) -> EvaluationError | None:
-    """The error where no prediction has a score."""
+def _errors(request: Request, found: Sweep) -> tuple[str, ...]:
+    """What is wrong where no prediction has a score."""
     if found.predicted:
-        return None
+        return ()
     failed = [evaluation for evaluation in found.results if evaluation.candidate.predicted]
     last = failed[-1]
-    return EvaluationError(
-        f"none of {len(failed)} predictions has a score; {last.candidate.label}: {last.failed} (see {request.out / last.log})"
+    return (
+        f"none of {len(failed)} predictions has a score; {last.candidate.label}: {last.failed} (see {request.out / last.log})",
     )
 
 

@@ -1,102 +1,69 @@
 """``relexio verify``, and what ``convert --verify`` prints."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from relexio.cli import options
-from relexio.cli.show import not_stored, note, printable, stages, table
-
-if TYPE_CHECKING:
-    from relexio.verbs.verify import Verified
+from relexio.cli.command import Result, on_trajectory
+from relexio.cli.show import not_stored, note, stages, table
+from relexio.engine.resources import Resources
+from relexio.store.store import Store
+from relexio.verbs.verify import Verified, find_originals
+from relexio.verbs.verify import verify as verb
+from relexio.words import describe_steps, show
 
 _SHOWN = 20
 
 
-@click.command()
-@click.argument("trajectory", type=click.Path())
-@click.argument("checkpoints", required=False, type=click.Path(path_type=Path))
-@click.option("--base", type=click.Path(path_type=Path), help="Compare the base with this model too.")
-@options.memory
-@options.workers
-@options.scheduler
-@options.as_json
-def verify(
-    trajectory: str,
-    checkpoints: Path | None,
-    base: Path | None,
-    memory: int,
-    workers: int | None,
-    scheduler: str | None,
-    as_json: bool,
-) -> None:
+@on_trajectory(
+    click.argument("checkpoints", required=False, type=click.Path(path_type=Path)),
+    click.option("--base", type=click.Path(path_type=Path), help="Compare the base with this model too."),
+    window=False,
+)
+def verify(store: Store, resources: Resources, checkpoints: Path | None, base: Path | None) -> Result:
     """Check that a trajectory is whole, to the last bit.
 
     Reads all of TRAJECTORY: checksums, hashes of every tensor at every step, and structure. With CHECKPOINTS, the
     directory that it was converted from, compares every stored step with its files bit for bit, and lists what is there
     and not in the trajectory. Do that before you delete them.
     """
-    from relexio.engine.resources import Resources
-    from relexio.store.store import open_store
-    from relexio.verbs.verify import find_originals
-    from relexio.verbs.verify import verify as check
-
-    store = open_store(trajectory)
-    with Resources(memory, workers, "cpu", scheduler=scheduler) as resources:
-        found = check(store, find_originals(store, checkpoints, base), resources, stages)
-    report(trajectory, found, as_json)
+    return report(store, verb(store, find_originals(store, checkpoints, base), resources, stages))
 
 
-def _compared(found: "Verified") -> str:
-    from relexio.words import describe_steps
-
-    base = "the base" if found.base_compared else "not the base (--base names it)"
-    return (
-        f"{describe_steps(found.compared)}; {base}" if found.compared or found.base_compared else "with no checkpoint"
-    )
-
-
-def _counted(found: "Verified") -> str:
-    return f"{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}"
-
-
-def _whole(found: "Verified") -> str:
-    compared = found.compared or found.base_compared
-    return f"whole: every hash is right{', and the files compared are the same' if compared else ''}"
-
-
-def report(trajectory: str, found: "Verified", as_json: bool) -> None:
-    """Print what was verified. Ends the program with 1 if anything is wrong."""
-    from relexio.words import describe_steps, show, shown
-
-    for text in found.notes:
+def report(store: Store, verified: Verified) -> Result:
+    """What was verified; its notes are printed at once."""
+    for text in verified.notes:
         note(text)
-    if as_json:
-        facts = {
-            "whole": not found.problems,
-            "steps": list(found.steps),
-            "compared": list(found.compared),
-            "base_compared": found.base_compared,
-            "bytes_checked": found.bytes_checked,
-            "problems": list(found.problems),
-            "not_stored": [one.to_json() for one in found.left],
-        }
-        click.echo(json.dumps(facts))
-    else:
-        table(
-            [
-                ("trajectory", shown(trajectory)),
-                ("checked", f"the base and {describe_steps(found.steps)}: {show(found.bytes_checked)} of tensors"),
-                ("compared", _compared(found)),
-                ("result", _counted(found) if found.problems else _whole(found)),
-                *not_stored(found.left),
-            ]
-        )
-    for text in found.problems[:_SHOWN]:
-        click.echo(f"error: {printable(text)}", err=True)
-    if len(found.problems) > _SHOWN:
-        click.echo(f"error: and {len(found.problems) - _SHOWN} more (--json has all)", err=True)
-    if found.problems:
-        raise click.exceptions.Exit(1)
+    problems = list(verified.problems)
+    facts = {
+        "whole": not problems,
+        "steps": list(verified.steps),
+        "compared": list(verified.compared),
+        "base_compared": verified.base_compared,
+        "bytes_checked": verified.bytes_checked,
+        "problems": problems,
+        "not_stored": [one.to_json() for one in verified.left],
+    }
+    rows = [
+        ("trajectory", store.shown),
+        ("checked", f"the base and {describe_steps(verified.steps)}: {show(verified.bytes_checked)} of tensors"),
+        ("compared", _compared(verified)),
+        ("result", _verdict(verified)),
+        *not_stored(verified.left),
+    ]
+    more = [f"and {len(problems) - _SHOWN} more (--json has all)"] if len(problems) > _SHOWN else []
+    return Result(lambda: facts, lambda: table(rows), (*problems[:_SHOWN], *more))
+
+
+def _compared(verified: Verified) -> str:
+    if not verified.compared and not verified.base_compared:
+        return "with no checkpoint"
+    base = "the base" if verified.base_compared else "not the base (--base names it)"
+    return f"{describe_steps(verified.compared)}; {base}"
+
+
+def _verdict(verified: Verified) -> str:
+    if verified.problems:
+        return f"{len(verified.problems)} problem{'s' if len(verified.problems) > 1 else ''}"
+    compared = verified.compared or verified.base_compared
+    return f"whole: every hash is right{', and the files compared are the same' if compared else ''}"

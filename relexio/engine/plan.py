@@ -5,10 +5,17 @@ on what RL did to the model. Peak resident size = what the process holds already
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from relexio.engine.process import cores
 from relexio.errors import BudgetError
+from relexio.store.schema import count_type, moves_chunk
 from relexio.words import show
+
+if TYPE_CHECKING:
+    from relexio.store.store import Store
 
 DEFAULT_MEMORY = 2_000_000_000
 #: Threads, allocator slack, the scheduler, and libraries still to be loaded (measured: 20 to 35 MB).
@@ -40,6 +47,13 @@ class Plan:
     projected: int
     allowed: int
 
+    def __str__(self) -> str:
+        return f"{show(self.projected)} projected, {show(self.allowed)} allowed, {self.workers} workers"
+
+    def to_json(self) -> dict[str, Any]:
+        """For scripts: bytes and workers."""
+        return {"memory_projected": self.projected, "memory_allowed": self.allowed, "workers": self.workers}
+
 
 @dataclass(frozen=True)
 class Need:
@@ -64,26 +78,50 @@ def convert_need(block: int, itemsize: int, steps: int, chunk: int) -> Need:
     return Need(block * (2 * itemsize + 4) + 2 * chunk * (itemsize + 4) + steps * 4096, 6.0 + 36.0 / itemsize)
 
 
-def fit_need(block: int, itemsize: int, counts: int, chunks: int, steps: int, whole: bool) -> Need:
-    """A block of a fit: bits, places, ``counts`` bytes an element; decoded ``chunks`` bytes; T x T if ``whole``."""
+@dataclass(frozen=True)
+class Shape:
+    """The largest block of a store, in elements and bytes an element; over all groups, bytes of the counts of one
+    element, and of one decoded chunk of moves (and of the largest twice more, while it is decoded)."""
+
+    block: int
+    itemsize: int
+    counts: int
+    chunks: int
+
+    @classmethod
+    def of(cls, store: "Store") -> "Shape":
+        """That of a store."""
+        itemsize = max((tensor.kind.itemsize for tensor in store.tensors if tensor.size), default=1)
+        block = min(store.block, max((tensor.size for tensor in store.tensors), default=1))
+        numbers = [np.dtype(count_type(len(group.steps))).itemsize for group in store.groups]
+        chunks = [
+            moves_chunk(store.block, len(group.steps)) * (number + itemsize)
+            for group, number in zip(store.groups, numbers, strict=True)
+        ]
+        return cls(block, itemsize, sum(numbers), sum(chunks) + 2 * max(chunks))
+
+    @property
+    def bytes(self) -> int:
+        """A block with its base bits, counts and places, and the decoded chunks."""
+        return self.block * (2 * self.itemsize + self.counts + 2 + 8 + 8) + self.chunks
+
+
+def fit_need(shape: Shape, steps: int, whole: bool) -> Need:
+    """A block of a fit, and T x T numbers if ``whole``."""
     square = 4 * 8 * steps * steps if whole else 64 * 8 * steps  # the Krylov space: a few columns a pass
-    return Need(_block_bytes(block, itemsize, counts) + chunks + square, _PER_TILE, square, _PER_DEVICE_TILE)
+    return Need(shape.bytes + square, _PER_TILE, square, _PER_DEVICE_TILE)
 
 
-def combine_need(block: int, itemsize: int, counts: int, chunks: int, steps: int, targets: int) -> Need:
-    """A block of the combine pass: as above, and its result for every target."""
-    held = 2 * block * itemsize * targets
-    share = targets / max(steps, 1)
-    return Need(
-        _block_bytes(block, itemsize, counts) + chunks + held,
-        _PER_TILE + 4.0 * share,
-        2 * 8 * steps * targets,
-        _PER_DEVICE_TILE + 6.0 * share,
-    )
+def combine_need(shape: Shape, steps: int, targets: int) -> Need:
+    """A block of the combine pass, and its result for every target."""
+    result, share = 2 * shape.block * shape.itemsize * targets, targets / max(steps, 1)
+    device = 2 * 8 * steps * targets
+    return Need(shape.bytes + result, _PER_TILE + 4.0 * share, device, _PER_DEVICE_TILE + 6.0 * share)
 
 
-def _block_bytes(block: int, itemsize: int, counts: int) -> int:
-    return block * (2 * itemsize + counts + 2 + 8 + 8)
+def gram_bytes(steps: int, tensors: int, small: int) -> int:
+    """One Gram matrix over T = ``steps`` and its copies, and all of them where they are kept whole, up to ``small``."""
+    return 4 * 8 * steps * steps + 2 * min(small, 8 * steps * steps * tensors)
 
 
 def make(
@@ -102,17 +140,17 @@ def make(
     """
     held += OVERHEAD + shared
     sizes = _TILES if device_memory is None else _DEVICE_TILES
-    for some in sizes:
+    for tiles in sizes:
         for count in range(workers or cores(), 0, -1):
-            for tile in some:
-                projected, there = held + count * (each + need.bytes(tile)), count * need.device_bytes(tile)
-                if projected <= memory and (device_memory is None or there <= device_memory):
+            for tile in tiles:
+                projected, on_device = held + count * (each + need.bytes(tile)), count * need.device_bytes(tile)
+                if projected <= memory and (device_memory is None or on_device <= device_memory):
                     return Plan(count, tile, projected, memory)
     smallest = sizes[-1][-1]
-    worker, there = each + need.bytes(smallest), need.device_bytes(smallest)
-    if device_memory is not None and there > device_memory:
+    worker, on_device = each + need.bytes(smallest), need.device_bytes(smallest)
+    if device_memory is not None and on_device > device_memory:
         raise BudgetError(
-            f"--device-memory {show(device_memory)} is too small: one worker needs {show(there)}; give more"
+            f"--device-memory {show(device_memory)} is too small: one worker needs {show(on_device)}; give more"
         )
     raise BudgetError(
         f"--memory {show(memory)} is too small: {show(held + worker)} are needed with one worker "

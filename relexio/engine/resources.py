@@ -3,10 +3,7 @@
 import re
 import sys
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from relexio.engine import device as backend
 from relexio.engine import plan
@@ -14,7 +11,6 @@ from relexio.engine.executor import Executor
 from relexio.engine.process import resident_bytes
 from relexio.errors import BudgetError, ClusterError, RequestError
 from relexio.store.cache import SMALL
-from relexio.store.schema import count_type, moves_chunk
 from relexio.store.store import Store
 
 if TYPE_CHECKING:
@@ -50,24 +46,22 @@ class Resources:
     def __enter__(self) -> "Resources":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._link is not None:
             self._link.close()
 
     def for_gram(self, store: Store, steps: int, whole: bool = True) -> Executor:
         """An executor for the Gram pass over T = ``steps``, or for the matrix-free one. Raises BudgetError."""
-        shape = _Shape.of(store)
-        need = plan.fit_need(shape.block, shape.itemsize, shape.counts, shape.chunks, steps, whole)
-        held = 4 * 8 * steps * steps + 2 * min(SMALL, 8 * steps * steps * len(store.tensors))
-        # one Gram matrix and its copies, and all of them where they are kept whole
-        return self._on_device(need, held)
+        need = plan.fit_need(plan.Shape.of(store), steps, whole)
+        return self._on_device(need, plan.gram_bytes(steps, len(store.tensors), SMALL))
+
+    def check_reading(self, store: Store, steps: int) -> None:
+        """Raise BudgetError unless Gram matrices over T = ``steps`` that are kept can be read."""
+        plan.make(plan.Need(plan.gram_bytes(steps, len(store.tensors), SMALL), 0.0), self.memory, self.held, 1)
 
     def for_combine(self, store: Store, steps: int, targets: int) -> Executor:
         """An executor for the pass that writes ``targets`` predictions. Raises BudgetError."""
-        shape = _Shape.of(store)
-        need = plan.combine_need(shape.block, shape.itemsize, shape.counts, shape.chunks, steps, targets)
+        need = plan.combine_need(plan.Shape.of(store), steps, targets)
         return self._on_device(need, 8 * steps * targets * len(store.tensors))
 
     def on_cpu(self, need: plan.Need, shared: int = 0) -> Executor:
@@ -109,25 +103,3 @@ def _link(scheduler: str) -> "Link":
             f"--scheduler {scheduler} needs dask.distributed ({error}); pip install 'relexio[distributed]'"
         ) from error
     return Link(scheduler)
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """The largest block of a store, in elements and bytes an element; over all groups, bytes of the counts of one
-    element, and of one decoded chunk of moves (and of the largest twice more, while it is decoded)."""
-
-    block: int
-    itemsize: int
-    counts: int
-    chunks: int
-
-    @classmethod
-    def of(cls, store: Store) -> "_Shape":
-        itemsize = max((tensor.kind.itemsize for tensor in store.tensors if tensor.size), default=1)
-        block = min(store.block, max((tensor.size for tensor in store.tensors), default=1))
-        numbers = [np.dtype(count_type(len(group.steps))).itemsize for group in store.groups]
-        chunks = [
-            moves_chunk(store.block, len(group.steps)) * (number + itemsize)
-            for group, number in zip(store.groups, numbers, strict=True)
-        ]
-        return cls(block, itemsize, sum(numbers), sum(chunks) + 2 * max(chunks))

@@ -9,7 +9,7 @@ from threadpoolctl import threadpool_limits
 from relexio.dtypes import is_buffer
 from relexio.engine.resources import Resources
 from relexio.errors import RequestError
-from relexio.fit.grams import SOLVERS, Grams, find_grams
+from relexio.fit.grams import SOLVERS, GramPlan, Grams, make_grams, plan_grams
 from relexio.methods import Recipe, Window, directions
 from relexio.methods.backtest import Backtest, backtest, heeding_norms
 from relexio.methods.curves import Line, fit_line
@@ -26,23 +26,36 @@ from relexio.words import Selection, describe_steps
 
 @dataclass(frozen=True)
 class TensorFit:
-    """How one tensor moved: share of elements changed, sigma^2 kept and in all, its first line, backtest errors.
+    """How one tensor moved: share of elements changed, sigma^2 along the rank and in all, first line, backtest errors.
 
-    ``line`` is None for a tensor that never changed or cannot be fitted, ``total`` where the solver does not know it.
+    ``line`` is None for a tensor that never changed or cannot be fitted, ``sigma2_total`` where the solver does not know
+    it.
     """
 
     name: str
     size: int
     changed: float
-    kept: float = 0.0
-    total: float | None = None
+    sigma2: float = 0.0
+    sigma2_total: float | None = None
     line: Line | None = None
     errors: Errors = field(default_factory=Errors)
 
     @property
     def energy(self) -> float | None:
         """The share of sigma^2 that the rank keeps; None for a tensor that never changed."""
-        return self.kept / self.total if self.total else None
+        return self.sigma2 / self.sigma2_total if self.sigma2_total else None
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """A fit that has been checked and planned; ``notes`` are things that its user should know."""
+
+    store: Store
+    steps: tuple[int, ...]
+    recipe: Recipe
+    choice: Choice
+    grams: GramPlan
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -56,16 +69,26 @@ class Fit:
     choice: Choice = field(default_factory=Choice)
     notes: list[str] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.recipe} to {describe_steps(self.steps)} of {self.store.shown}>"
+
     @cached_property
     def chosen(self) -> frozenset[str]:
         """The names of the tensors that are predicted."""
         return self.choice.of(tensor.name for tensor in self.store.tensors)
 
-    def weights(self, targets: list[int]) -> dict[str, np.ndarray]:
-        """Weights [T, S] over the window for S targets, by tensor; a tensor that stays as it was last has none."""
+    def weights(self, step: int) -> dict[str, np.ndarray]:
+        """The weights [T] of the observed deltas that make up the prediction, by tensor; as ``weights_for`` has them."""
+        return {name: weights[:, 0] for name, weights in self.weights_for([step]).items()}
+
+    def weights_for(self, targets: list[int]) -> dict[str, np.ndarray]:
+        """Weights [T, S] over the window for S targets, by tensor; a tensor that stays as it was last has none.
+
+        Raises RequestError for a target that the recipe cannot reach.
+        """
         self.recipe.check(np.array(self.steps), targets)
-        found = {tensor.name: self._weights(tensor, targets) for tensor in self.store.tensors}
-        return {name: weights for name, weights in found.items() if weights is not None}
+        weights = ((tensor.name, self._weights(tensor, targets)) for tensor in self.store.tensors)
+        return {name: array for name, array in weights if array is not None}
 
     def _weights(self, tensor: Tensor, targets: list[int]) -> np.ndarray | None:
         if tensor.name not in self.chosen and self.choice.others == "base":
@@ -100,8 +123,8 @@ class Fit:
         if not folds or not fitted:
             return None
         with threadpool_limits(1):
-            found = backtest(pairs, len(fitted), steps, [trial], folds, (self.recipe.strength,), self._recipe)
-        return found if found.baseline.any() else None
+            result = backtest(pairs, len(fitted), steps, [trial], folds, (self.recipe.strength,), self._recipe)
+        return result if result.baseline.any() else None
 
     def outlook(self, target: int) -> Outlook | None:
         """What the backtest says of a target; None without a backtest."""
@@ -121,13 +144,20 @@ class Fit:
         """
         if not self.grams.whole:
             return None
-        place, apart, whole = self.steps.index(step), 0.0, 0.0
+        row, unit, lost, total = self.steps.index(step), np.eye(len(self.steps)), 0.0, 0.0
         for tensor in self.store.fitted():
             gram, weights = self.grams.of(tensor, self.steps), self._weights(tensor, [step])
-            gap = np.eye(len(self.steps))[place] - (np.eye(len(self.steps))[-1] if weights is None else weights[:, 0])
-            apart += max(float(gap @ gram @ gap), 0.0)
-            whole += float(gram[place, place])
-        return apart / whole if whole > 0 else None
+            gap = unit[row] - (unit[-1] if weights is None else weights[:, 0])
+            lost += max(float(gap @ gram @ gap), 0.0)
+            total += float(gram[row, row])
+        return lost / total if total > 0 else None
+
+    def skill(self, step: int) -> float | None:
+        """Skill of the prediction at a stored step outside the window: above 0 beats keeping the last checkpoint.
+
+        Raises RequestError as ``errors_at`` does.
+        """
+        return self.errors_at(step).skill
 
     def errors_at(self, step: int) -> Errors:
         """Errors of the prediction at a stored step outside the window, over all tensors.
@@ -143,10 +173,9 @@ class Fit:
         count, total = len(self.steps), Errors()
         for tensor in self.store.fitted():
             gram, weights = self.grams.of(tensor, (*self.steps, step)), self._weights(tensor, [step])
-            whole = np.zeros((count, 1)) if weights is None else weights
-            found = terms(gram, count - 1, weights is None, slice(count), whole, np.array([count]))
-            predicted, kept = errors(found, 1.0)
-            total += Errors(float(predicted[0]), float(kept[0]))
+            update = np.zeros((count, 1)) if weights is None else weights
+            parts = terms(gram, count - 1, weights is None, slice(count), update, np.array([count]))
+            total += Errors(*(float(values[0]) for values in errors(parts, 1.0)))
         return total
 
     def tensors(self) -> list[TensorFit]:
@@ -155,7 +184,7 @@ class Fit:
         held_out = tested.tensor_errors(tested.trials[0], self.recipe.strength) if tested else {}
         return [self._tensor(t, shares[t.name], held_out.get(t.name, Errors())) for t in self.store.tensors]
 
-    def _tensor(self, tensor: Tensor, share: float, errors: Errors) -> TensorFit:
+    def _tensor(self, tensor: Tensor, share: float, held_out: Errors) -> TensorFit:
         if not tensor.kind.is_float or not share:
             return TensorFit(tensor.name, tensor.size, share)
         gram = self.grams.of(tensor, self.steps)
@@ -163,13 +192,47 @@ class Fit:
         energies = np.einsum("tr,ts,sr->r", vectors, gram, vectors)
         line = fit_line(np.array(self.steps), np.sqrt(max(energies[0], 0.0)) * vectors[:, 0])
         total = float(np.trace(gram)) if self.grams.whole else None
-        return TensorFit(tensor.name, tensor.size, share, float(energies.sum()), total, line, errors)
+        return TensorFit(tensor.name, tensor.size, share, float(energies.sum()), total, line, held_out)
 
 
 def changed_shares(store: Store, steps: tuple[int, ...]) -> dict[str, float]:
     """The largest share of each tensor's elements that differ from the base at any one of ``steps``."""
     counts = np.max([store.changed(group)[:, held].max(axis=1) for group, held, _ in store.columns(steps)], axis=0)
     return {t.name: float(n) / t.size if t.size else 0.0 for t, n in zip(store.tensors, counts, strict=True)}
+
+
+def plan_fit(
+    store: Store,
+    window: tuple[int, ...],
+    recipe: Recipe,
+    solver: str,
+    resources: Resources,
+    choice: Choice | None = None,
+) -> FitPlan:
+    """Check and plan the fit of a recipe to a window of observed steps, for the chosen tensors (all, without a choice).
+
+    Raises RequestError where the window is too short or a tensor cannot be predicted, BudgetError where memory is.
+    """
+    choice = choice or Choice()
+    recipe.check(np.array(window), [])
+    if solver not in SOLVERS:
+        raise RequestError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
+    shares = changed_shares(store, window)
+    chosen = choice.of(shares)
+    notes = _carried(store, window, {name: shares[name] for name in chosen})
+    if not any(shares[name] for name in chosen):
+        what = "of the chosen tensors" if choice != Choice() else "of the tensors"
+        notes.append(f"none {what} changed within the window: they stay as they are")
+    return FitPlan(store, window, recipe, choice, plan_grams(store, window, recipe.rank, solver, resources), notes)
+
+
+def make_fit(plan: FitPlan, stages: Stages) -> Fit:
+    """Fit as planned: passes over the store only where the Gram matrices are not kept."""
+    grams, notes = make_grams(plan.grams, stages), list(plan.notes)
+    if not grams.lasting:
+        notes.append(f"{plan.store.shown} cannot be written: the fit is not kept for later")
+    doubt = doubt_of_base(plan.store, grams)
+    return Fit(plan.store, plan.steps, plan.recipe, grams, plan.choice, [*notes, *([doubt] if doubt else [])])
 
 
 def fit(
@@ -181,24 +244,8 @@ def fit(
     stages: Stages,
     choice: Choice | None = None,
 ) -> Fit:
-    """Fit a recipe to a window of observed steps, for the chosen tensors (all, without a choice).
-
-    Raises RequestError where the window is too short or a tensor cannot be predicted, BudgetError where memory is.
-    """
-    choice = choice or Choice()
-    recipe.check(np.array(window), [])
-    if solver not in SOLVERS:
-        raise RequestError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
-    notes = check_carried(store, window, choice)
-    grams = find_grams(store, window, recipe.rank, solver, resources, stages)
-    shares = changed_shares(store, window)
-    if not any(shares[name] for name in choice.of(shares)):
-        what = "of the chosen tensors" if choice != Choice() else "of the tensors"
-        notes.append(f"none {what} changed within the window: they stay as they are")
-    if not grams.lasting:
-        notes.append(f"{store.shown} cannot be written: the fit is not kept for later")
-    doubt = doubt_of_base(store, grams)
-    return Fit(store, window, recipe, grams, choice, [*notes, *([doubt] if doubt else [])])
+    """Plan a fit and make it at once. Raises as ``plan_fit`` does."""
+    return make_fit(plan_fit(store, window, recipe, solver, resources, choice), stages)
 
 
 def doubt_of_base(store: Store, grams: Grams) -> str | None:
@@ -206,21 +253,19 @@ def doubt_of_base(store: Store, grams: Grams) -> str | None:
 
     None too where the solver keeps no whole Gram matrices.
     """
-    first, total = grams.steps[:LEAD], np.zeros(())
+    first = grams.steps[:LEAD]
     if not grams.whole or len(first) < 2:
         return None
-    for tensor in store.fitted():
-        total = total + grams.of(tensor, first)
+    total = sum((grams.of(tensor, first) for tensor in store.fitted()), np.zeros(()))
     return base_doubt(total, np.array(first)) if total.any() else None
 
 
-def check_carried(store: Store, window: tuple[int, ...], choice: Choice) -> list[str]:
-    """Notes on chosen integer and bool tensors that changed within the window: they are carried over from its last step.
+def _carried(store: Store, window: tuple[int, ...], shares: dict[str, float]) -> list[str]:
+    """Notes on integer and bool tensors that changed, by the shares given: they are carried over from the last step.
 
     Raises RequestError, by name, for tensors of another type that changed: nothing can be said of their future.
     """
-    shares, chosen = changed_shares(store, window), choice.of(tensor.name for tensor in store.tensors)
-    moved = [t for t in store.tensors if not t.kind.is_float and shares[t.name] and t.name in chosen]
+    moved = [tensor for tensor in store.tensors if not tensor.kind.is_float and shares.get(tensor.name)]
     refused = [f"{t.name} ({t.dtype})" for t in moved if not is_buffer(t.dtype)]
     if refused:
         raise RequestError(

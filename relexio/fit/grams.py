@@ -1,4 +1,4 @@
-"""Gram matrices of a trajectory: made once by one of two solvers, and kept.
+"""Gram matrices of a trajectory: planned, made once by one of two solvers, and kept.
 
 The ``gram`` solver keeps M M^T of every tensor, over all stored steps, beside the data (``cache/`` in the store), so
 that every later window, rank, target and backtest reads nothing. The ``blocks`` solver never forms M M^T of the data;
@@ -7,6 +7,7 @@ it keeps the top eigenpairs of one window, and M M^T is what they make up.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -38,79 +39,110 @@ class Grams:
 
     def of(self, tensor: Tensor, steps: tuple[int, ...]) -> np.ndarray:
         """M M^T [T, T] over some of the steps."""
-        places = [self.steps.index(step) for step in steps]
-        return self.read(tensor)[np.ix_(places, places)]
+        rows = [self.steps.index(step) for step in steps]
+        return self.read(tensor)[np.ix_(rows, rows)]
 
 
-def choose_solver(store: Store, window: tuple[int, ...], solver: str, resources: Resources) -> tuple[str, Executor]:
-    """The solver and its executor: ``auto`` takes ``gram`` wherever it fits the memory. Raises BudgetError if none does."""
+@dataclass(frozen=True)
+class GramPlan:
+    """How Gram matrices over ``steps`` will be had: whole by the ``gram`` solver, or the eigenpairs of a rank by ``blocks``.
+
+    ``name``: under which the store keeps the result. ``executor``: of the passes that make it, None where it is kept.
+    """
+
+    store: Store
+    whole: bool
+    steps: tuple[int, ...]
+    rank: int
+    name: CacheName
+    resources: Resources
+    executor: Executor | None
+
+    @property
+    def kept(self) -> bool:
+        """Whether they are in the store already, so that no pass is needed."""
+        return self.executor is None
+
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        """Where each fitted tensor's result stands among those that are kept."""
+        return {tensor.name: row for row, tensor in enumerate(self.store.fitted())}
+
+    def begin(self) -> Executor:
+        """The executor, once whoever works with it sees the store. Raises BudgetError, ClusterError."""
+        # what was kept when this was planned may have been removed since
+        executor = self.executor or self.resources.for_gram(self.store, len(self.steps), self.whole)
+        executor.require(self.store.files(METADATA))
+        return executor
+
+
+def plan_grams(store: Store, window: tuple[int, ...], rank: int, solver: str, resources: Resources) -> GramPlan:
+    """Choose the solver and plan it: ``auto`` takes ``gram`` wherever that fits the memory.
+
+    Memory for making them is planned only where they are not kept yet. Raises BudgetError where no solver fits.
+    """
     if solver != "blocks":
         try:
-            return "gram", resources.for_gram(store, len(store.steps))
+            return _plan(store, True, store.steps, 0, resources)
         except BudgetError:
             if solver == "gram":
                 raise
-    return "blocks", resources.for_gram(store, len(window), whole=False)
+    return _plan(store, False, window, rank, resources)
+
+
+def _plan(store: Store, whole: bool, steps: tuple[int, ...], rank: int, resources: Resources) -> GramPlan:
+    name, executor = CacheName.of(store, "gram" if whole else "blocks", steps, rank), None
+    if has(store, name):
+        resources.check_reading(store, len(steps))
+    else:
+        executor = resources.for_gram(store, len(steps), whole)
+    return GramPlan(store, whole, steps, rank, name, resources, executor)
+
+
+def make_grams(plan: GramPlan, stages: Stages) -> Grams:
+    """The Gram matrices as planned, made unless they are kept. Raises StoreError for moves that are no numbers."""
+    make, read = (_make_whole, _read_whole) if plan.whole else (_make_pairs, _read_pairs)
+    result = keep(plan.store, plan.name, partial(make, plan, stages))
+    return Grams(plan.steps, plan.whole, partial(read, plan, result), result.owner is None)
 
 
 def find_grams(
     store: Store, window: tuple[int, ...], rank: int, solver: str, resources: Resources, stages: Stages
 ) -> Grams:
-    """Gram matrices by the solver that was asked for, from the cache if they are there. Raises BudgetError."""
-    chosen, executor = choose_solver(store, window, solver, resources)
-    if chosen == "gram":
-        return _gram_solver(store, executor, stages)
-    return _blocks_solver(store, window, rank, executor, stages)
+    """Plan Gram matrices, and have them at once. Raises BudgetError."""
+    return make_grams(plan_grams(store, window, rank, solver, resources), stages)
 
 
-def is_kept(store: Store, window: tuple[int, ...], rank: int, solver: str) -> bool:
-    """Whether the fit that a solver needs is in the store already."""
-    return has(store, CacheName.of(store, solver, window, rank))
+def _make_whole(plan: GramPlan, stages: Stages, result: Kept) -> None:
+    count, tensors = len(plan.steps), plan.store.fitted()
+    with result.create("gram", (len(tensors), count, count)) as array:
+
+        def put(tensor: Tensor, gram: np.ndarray) -> None:
+            array[plan.rows[tensor.name]] = gram
+
+        executor = plan.begin()
+        with stages("fit: Gram matrices", sum(tensor.nbytes for tensor in tensors) * count) as advance:
+            graph.gram(plan.store, plan.steps, put, executor, advance)
 
 
-def _gram_solver(store: Store, executor: Executor, stages: Stages) -> Grams:
-    places = {tensor.name: place for place, tensor in enumerate(store.fitted())}
-    steps, count = store.steps, len(store.steps)
-
-    def build(kept: Kept) -> None:
-        with kept.create("gram", (len(places), count, count)) as grams:
-
-            def keep_one(tensor: Tensor, gram: np.ndarray) -> None:
-                grams[places[tensor.name]] = gram
-
-            executor.require(store.files(METADATA))
-            with stages("fit: Gram matrices", _window_bytes(store, count)) as advance:
-                graph.gram(store, steps, keep_one, executor, advance)
-
-    kept = keep(store, CacheName.of(store, "gram", (), 0), build)
-    return Grams(
-        steps,
-        True,
-        lambda tensor: kept.read("gram", places[tensor.name], (len(places), count, count)),
-        kept.owner is None,
-    )
+def _read_whole(plan: GramPlan, result: Kept, tensor: Tensor) -> np.ndarray:
+    return result.read("gram", plan.rows[tensor.name], (len(plan.rows), len(plan.steps), len(plan.steps)))
 
 
-def _blocks_solver(store: Store, window: tuple[int, ...], rank: int, executor: Executor, stages: Stages) -> Grams:
-    places = {tensor.name: place for place, tensor in enumerate(store.fitted())}
+def _make_pairs(plan: GramPlan, stages: Stages, result: Kept) -> None:
+    pairs = _iterate_all(plan.store, plan.steps, plan.rank, plan.begin(), stages)
+    with (
+        result.create("values", (len(plan.rows), plan.rank)) as values,
+        result.create("vectors", (len(plan.rows), len(plan.steps), plan.rank)) as vectors,
+    ):
+        for name, row in plan.rows.items():
+            values[row], vectors[row] = pairs[name].values, pairs[name].vectors
 
-    def build(kept: Kept) -> None:
-        executor.require(store.files(METADATA))
-        pairs = _iterate_all(store, window, rank, executor, stages)
-        with (
-            kept.create("values", (len(places), rank)) as values,
-            kept.create("vectors", (len(places), len(window), rank)) as vectors,
-        ):
-            for name, found in pairs.items():
-                values[places[name]], vectors[places[name]] = found.values, found.vectors
 
-    def read(tensor: Tensor) -> np.ndarray:
-        place = places[tensor.name]
-        vectors = kept.read("vectors", place, (len(places), len(window), rank))
-        return (vectors * kept.read("values", place, (len(places), rank))) @ vectors.T
-
-    kept = keep(store, CacheName.of(store, "blocks", window, rank), build)
-    return Grams(window, False, read, kept.owner is None)
+def _read_pairs(plan: GramPlan, result: Kept, tensor: Tensor) -> np.ndarray:
+    row, count = plan.rows[tensor.name], len(plan.rows)
+    vectors = result.read("vectors", row, (count, len(plan.steps), plan.rank))
+    return (vectors * result.read("values", row, (count, plan.rank))) @ vectors.T
 
 
 def _iterate_all(
@@ -120,11 +152,11 @@ def _iterate_all(
     running = {tensor.name: power_iteration(len(window), rank) for tensor in store.fitted()}
     wanted = {name: next(iteration) for name, iteration in running.items()}
     done: dict[str, Eigenpairs] = {}
-    round_ = 0
+    number = 0
     while wanted:
-        round_ += 1
+        number += 1
         total = sum(store.tensor(name).nbytes for name in wanted) * len(window)
-        with stages(f"fit: power iteration, pass {round_}", total) as advance:
+        with stages(f"fit: power iteration, pass {number}", total) as advance:
             images = graph.operator(store, wanted, window, executor, advance)
         wanted = {}
         for name, image in images.items():
@@ -135,7 +167,3 @@ def _iterate_all(
             except StopIteration as end:
                 done[name] = end.value
     return done
-
-
-def _window_bytes(store: Store, steps: int) -> int:
-    return sum(tensor.nbytes for tensor in store.fitted()) * steps

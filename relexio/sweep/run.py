@@ -84,9 +84,9 @@ def prepare(store: Store, request: Request, resources: Resources) -> SweepPlan:
     table = _known(store, request, files)
     needed, free = _disk(store, request, files)
     target = Target(request.steps[0], files.candidate("none"))
-    one = predict.prospect(store, request.window, recipes[0], "auto", [target], resources)
+    one = predict.prepare(store, request.window, recipes[0], "auto", [target], resources)
     candidates = tuple(request.candidates(store.steps))
-    return SweepPlan(store, request, resources, candidates, one.plan, one.device, table, needed, free)
+    return SweepPlan(store, request, resources, candidates, one.plan, one.executor.device, table, needed, free)
 
 
 def sweep(plan: SweepPlan, stages: Stages, watch: Watch, note: Callable[[str], None]) -> Sweep:

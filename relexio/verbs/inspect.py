@@ -54,8 +54,8 @@ class Inspection:
     @property
     def energy(self) -> float | None:
         """The share of sigma^2 that the rank keeps, summed over all tensors."""
-        total = sum(tensor.total or 0.0 for tensor in self.tensors)
-        return sum(tensor.kept for tensor in self.tensors if tensor.total) / total if total else None
+        total = sum(tensor.sigma2_total or 0.0 for tensor in self.tensors)
+        return sum(tensor.sigma2 for tensor in self.tensors if tensor.sigma2_total) / total if total else None
 
     @property
     def skill(self) -> float | None:

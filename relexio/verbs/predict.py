@@ -1,7 +1,8 @@
-"""``predict`` and restore: whole checkpoints streamed out of a trajectory; none has its name before it is whole."""
+"""``predict``: whole checkpoints streamed out of a trajectory; none has its name before it is whole."""
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from relexio.checkpoints.header import header_for_transformers, parse_header
 from relexio.checkpoints.read import INDEX
 from relexio.checkpoints.side import TEMPLATE, TOKENIZER, template
 from relexio.checkpoints.write import CARD, model_card, without_clashes, write_files
-from relexio.engine import graph, plan
+from relexio.engine import graph
 from relexio.engine.executor import Executor
+from relexio.engine.plan import Plan
 from relexio.engine.resources import Resources
 from relexio.errors import BudgetError
-from relexio.fit.fit import Fit, check_carried
-from relexio.fit.grams import choose_solver, is_kept
+from relexio.fit.fit import Fit, FitPlan, make_fit, plan_fit
 from relexio.methods import Recipe
 from relexio.methods.roles import Choice
 from relexio.progress import Stages
@@ -37,18 +38,30 @@ PROVENANCE = "relexio.json"
 
 
 @dataclass(frozen=True)
-class Prospect:
-    """What a ``predict`` will do: bytes to read and write, whether the fit is kept already, and the memory it takes."""
+class PredictJob:
+    """A prediction, checked and planned: what ``--dry-run`` prints and ``run`` does, ``batch`` targets in one pass."""
 
-    kept: bool
+    fit: FitPlan
+    targets: list[Target]
+    executor: Executor
+    batch: int
     bytes_read: int
     bytes_written: int
     bytes_free: int
-    plan: plan.Plan
-    device: str
+
+    @property
+    def kept(self) -> bool:
+        """Whether the store has the fit already."""
+        return self.fit.grams.kept
+
+    @property
+    def plan(self) -> Plan:
+        """That of the pass that takes most memory."""
+        plans = [executor.plan for executor in (self.executor, self.fit.grams.executor) if executor is not None]
+        return max(plans, key=lambda plan: plan.projected)
 
 
-def prospect(
+def prepare(
     store: Store,
     window: tuple[int, ...],
     recipe: Recipe,
@@ -56,30 +69,36 @@ def prospect(
     targets: list[Target],
     resources: Resources,
     choice: Choice | None = None,
-) -> Prospect:
-    """Check a prediction and say what it takes; no tensor is read, nothing is written. Raises as ``predict`` does."""
+) -> PredictJob:
+    """Check and plan a prediction; no tensor is read, nothing is written.
+
+    Raises RequestError for a window or a target that the recipe does not fit and for a tensor that cannot be predicted,
+    ExistsError for an output that is there already, BudgetError and StorageError for too little memory or disk.
+    """
     recipe.check(np.array(window), [target.step for target in targets])
-    check_carried(store, window, choice or Choice())
     check_targets(store, targets)
-    chosen, executor = choose_solver(store, window, solver, resources)
-    kept = is_kept(store, window, recipe.rank, chosen)
-    combine, batch = _most_at_once(store, len(window), len(targets), resources)
-    plans = [combine.plan] if kept else [combine.plan, executor.plan]
-    passes = -(-len(targets) // batch) + (0 if kept else 1)
-    return Prospect(
-        kept,
-        passes * stored_bytes(store),
-        bytes_of(store) * len(targets),
-        atomic.free_bytes(targets[0].out),
-        max(plans, key=lambda p: p.projected),
-        combine.device,
-    )
+    fit = plan_fit(store, window, recipe, solver, resources, choice)
+    executor, batch = _most_at_once(store, len(window), len(targets), resources)
+    passes = -(-len(targets) // batch) + (0 if fit.grams.kept else 1)
+    written, free = bytes_of(store) * len(targets), atomic.free_bytes(targets[0].out)
+    return PredictJob(fit, targets, executor, batch, passes * stored_bytes(store), written, free)
+
+
+def run(job: PredictJob, stages: Stages, note: Callable[[str], None]) -> Fit:
+    """Fit, pass on the notes of the fit, and write the predicted checkpoint of every target."""
+    fit = make_fit(job.fit, stages)
+    for text in fit.notes:
+        note(text)
+    if names := left_out(fit.store, fit.steps):
+        note(f"not in the prediction, which has files of its own where these would be: {', '.join(names[:6])}")
+    _write(fit, job.targets, job.executor, job.batch, stages)
+    return fit
 
 
 def stored_bytes(store: Store) -> int:
     """Bytes of base and committed steps in the store."""
-    where = place(store.address)
-    return sum(where.below(top).nbytes() for top in ("base", *(group.path for group in store.groups)))
+    top = place(store.address)
+    return sum(top.below(name).nbytes() for name in ("base", *(group.path for group in store.groups)))
 
 
 def predict(fit: Fit, targets: list[Target], resources: Resources, stages: Stages) -> None:
@@ -87,10 +106,12 @@ def predict(fit: Fit, targets: list[Target], resources: Resources, stages: Stage
 
     Raises RequestError for a target that the recipe cannot reach, ExistsError for an output that is there already.
     """
-    store = fit.store
-    check_targets(store, targets)
-    weights = fit.weights([target.step for target in targets])
-    executor, batch = _most_at_once(store, len(fit.steps), len(targets), resources)
+    check_targets(fit.store, targets)
+    _write(fit, targets, *_most_at_once(fit.store, len(fit.steps), len(targets), resources), stages)
+
+
+def _write(fit: Fit, targets: list[Target], executor: Executor, batch: int, stages: Stages) -> None:
+    store, weights = fit.store, fit.weights_for([target.step for target in targets])
     shards = list(output_shards(store, store.base(), header_for_transformers))
     with staged(targets, shards) as outputs:
         for target, output in zip(targets, outputs, strict=True):
@@ -99,8 +120,8 @@ def predict(fit: Fit, targets: list[Target], resources: Resources, stages: Stage
         with stages("predict", bytes_of(store) * len(targets)) as advance:
             for first in range(0, len(targets), batch):
                 sink = Sink(tuple(outputs[first : first + batch]))
-                some = {name: w[:, first : first + batch] for name, w in weights.items()}
-                graph.combine(store, some, len(sink.outputs), fit.steps, sink, executor, advance)
+                part = {name: array[:, first : first + batch] for name, array in weights.items()}
+                graph.combine(store, part, len(sink.outputs), fit.steps, sink, executor, advance)
         executor.settle(Path(output.directory) for output in outputs)
 
 
@@ -142,10 +163,9 @@ def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
     public = {**facts, "window": describe_steps(fit.steps), "base": store.base_content}
     method = fit.recipe.way
     did = "extrapolated" if method.extrapolates else "reconstructed"
-    made = f"relexio {__version__} {did} them from observed checkpoints of a training run ({method.name}: {method.source})."
-    card = model_card(_model_name(base.source), public, made)
-    own = [(CARD, card.encode()), (PROVENANCE, (json.dumps(facts, indent=2) + "\n").encode())]
-    write_files(directory, own)
+    origin = f"relexio {__version__} {did} them from observed checkpoints of a training run ({method.name}: {method.source})."
+    card = model_card(_model_name(base.source), public, origin)
+    write_files(directory, [(CARD, card.encode()), (PROVENANCE, (json.dumps(facts, indent=2) + "\n").encode())])
 
 
 def _tensors(store: Store, record: StoredCheckpoint) -> set[str]:
@@ -158,13 +178,12 @@ def lacking(store: Store, record: StoredCheckpoint) -> dict[str, str]:
 
     Where the step's tokenizer has its chat template in its configuration, a file with the base's would displace it.
     """
-    found = {
-        name: array for name, array in store.base().side.items() if name not in record.side and not is_tensors(name)
-    }
-    own = {name: store.file(record.side[name]) for name in (TOKENIZER,) if TEMPLATE in found and name in record.side}
+    base = store.base().side
+    lacks = {name: array for name, array in base.items() if name not in record.side and not is_tensors(name)}
+    own = {name: store.file(record.side[name]) for name in (TOKENIZER,) if TEMPLATE in lacks and name in record.side}
     if template(own) is not None:
-        del found[TEMPLATE]
-    return found
+        del lacks[TEMPLATE]
+    return lacks
 
 
 def provenance(fit: Fit, step: int) -> dict[str, Any]:

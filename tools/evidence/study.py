@@ -76,7 +76,7 @@ def study_window(run: Trajectory, share: float, evaluate: Evaluate) -> dict[str,
     steps = run.steps[-1]
     end = round(share * steps)
     fits = {method: run.fit(f"1:{end}", method=method) for method in METHODS}
-    tests = {method: fit.backtest() for method, fit in fits.items()}
+    tests = {method: fit.backtest for method, fit in fits.items()}
     fits["advised"], advice = advised(run, f"1:{end}")
     return {
         "share": share,
