@@ -114,7 +114,10 @@ def test_progress_is_told_block_by_block(run: Run, tmp_path: Path, there: Resour
 
 
 def hang_once(module: str, name: str, marker: Path) -> None:
-    """Runs in a worker: its next call of a function does its work, says so, and never returns."""
+    """Runs in a worker: its next call of a function does its work, says so, and never returns.
+
+    Of a function that is looked up when it is called: one bound in a kernel could travel to the other worker with it.
+    """
     import importlib
 
     where = importlib.import_module(module)
@@ -140,8 +143,8 @@ def kill_when_marked(marker: Path) -> None:
     ("module", "function", "solvers"),
     [
         ("relexio.verbs.convert.write", "encode_block", ()),
-        ("relexio.engine.blocks", "gram_block", ("gram",)),
-        ("relexio.engine.blocks", "operator_block", ("blocks",)),
+        ("relexio.engine.blocks", "to_host", ("gram",)),
+        ("relexio.engine.blocks", "to_host", ("blocks",)),
         ("relexio.engine.graph", "combine_block", ("gram",)),
     ],
 )
@@ -183,7 +186,7 @@ def test_a_block_that_kills_its_workers_is_an_error(run: Run, tmp_path: Path) ->
         Resources(device="cpu", scheduler=made.scheduler_address) as there,
     ):
         made.scheduler.allowed_failures = 0
-        client.run(replace_function, "relexio.engine.blocks", "gram_block", die)
+        client.run(replace_function, "relexio.engine.blocks", "to_host", die)
         with pytest.raises(ClusterError, match=r"workers died .* memory"):
             fit_run(trajectory, resources=there)
     assert not list((tmp_path / "run.zarr" / "cache").iterdir())

@@ -3,7 +3,8 @@
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from relexio.errors import BudgetError, RelexioWarning, RequestError
 from relexio.store.schema import Block
 from relexio.store.store import Store
 
+T = TypeVar("T")
 _SMALLEST_TILE = 1 << 12
 _WAIT, _WAITS = 0.1, 20  # seconds, times
 #: One text for all, so that Python says it once for however many blocks and threads.
@@ -22,55 +24,56 @@ _SHRUNK = (
 )
 
 
-def _shrinking(work: Callable[[int], Any], tile_bytes: int) -> Any:
-    """Run ``work(tile_bytes)``; where the device has no room for a tile so large, again with half of it.
+def _shrinking(kernel: Callable[..., T]) -> Callable[..., T]:
+    """A kernel (..., tile bytes, device, block) that goes on with half a tile where the device has no room for all of it.
 
-    Raises BudgetError where there is no room for the smallest either, though others were given time to end theirs.
+    It raises BudgetError where there is no room for the smallest either, though others were given time to end theirs.
     """
-    waits = iter(range(_WAITS))
-    while True:
-        try:
-            return work(tile_bytes)
-        except out_of_memory() as error:
-            if tile_bytes <= _SMALLEST_TILE and next(waits, None) is None:
-                raise BudgetError("--device-memory is too small for the smallest tile; give more") from error
-        warnings.warn(_SHRUNK, RelexioWarning, stacklevel=1)  # out here, since the error holds what did fit
-        if tile_bytes <= _SMALLEST_TILE:
-            time.sleep(_WAIT)
-        tile_bytes = max(tile_bytes // 2, _SMALLEST_TILE)
+
+    @wraps(kernel)
+    def run(*arguments: Any) -> T:
+        *bound, tile_bytes, device, block = arguments
+        waits = iter(range(_WAITS))
+        while True:
+            try:
+                return kernel(*bound, tile_bytes, device, block)
+            except out_of_memory() as error:
+                if tile_bytes <= _SMALLEST_TILE and next(waits, None) is None:
+                    raise BudgetError("--device-memory is too small for the smallest tile; give more") from error
+            warnings.warn(_SHRUNK, RelexioWarning, stacklevel=1)  # out here, since the error holds what did fit
+            if tile_bytes <= _SMALLEST_TILE:
+                time.sleep(_WAIT)
+            tile_bytes = max(tile_bytes // 2, _SMALLEST_TILE)
+
+    return run
 
 
+@_shrinking
 def gram_block(store: Store, steps: tuple[int, ...], tile_bytes: int, device: str, block: Block) -> np.ndarray:
     """M M^T over one block: float64 [T, T]."""
-
-    def work(size: int) -> np.ndarray:
-        rows = Rows.of(store, steps)
-        total = zeros((rows.count, rows.count), device)
-        for tile in tiles(store, block, steps, size):
-            total += tile.gram(size, device)
-        return rows.sum_up(rows.sum_up(to_host(total)).T)
-
-    return _shrinking(work, tile_bytes)
+    rows = Rows.of(store, steps)
+    total = zeros((rows.count, rows.count), device)
+    for tile in tiles(store, block, steps, tile_bytes):
+        total += tile.gram(tile_bytes, device)
+    return rows.sum_up(rows.sum_up(to_host(total)).T)
 
 
+@_shrinking
 def operator_block(
     store: Store, steps: tuple[int, ...], x: dict[str, np.ndarray], tile_bytes: int, device: str, block: Block
 ) -> np.ndarray:
     """M (M^T x) over one block, for its tensor's x [T, k]: float64 [T, k], without ever holding T x T."""
-
-    def work(size: int) -> np.ndarray:
-        rows = Rows.of(store, steps)
-        vectors = to_device(rows.spread(x[block.tensor.name]), device)
-        total = zeros(vectors.shape, device)
-        for tile in tiles(store, block, steps, size):
-            for piece in tile.pieces(size):
-                increments = piece.increments(device)
-                total += increments.T @ (increments @ vectors)
-        return rows.sum_up(to_host(total))
-
-    return _shrinking(work, tile_bytes)
+    rows = Rows.of(store, steps)
+    vectors = to_device(rows.spread(x[block.tensor.name]), device)
+    total = zeros(vectors.shape, device)
+    for tile in tiles(store, block, steps, tile_bytes):
+        for piece in tile.pieces(tile_bytes):
+            increments = piece.increments(device)
+            total += increments.T @ (increments @ vectors)
+    return rows.sum_up(to_host(total))
 
 
+@_shrinking
 def combine_block(
     store: Store, steps: tuple[int, ...], weights: np.ndarray, tile_bytes: int, device: str, block: Block
 ) -> list[np.ndarray]:
@@ -79,26 +82,21 @@ def combine_block(
     Raises RequestError where a prediction is not finite though the base is.
     """
     base = store.base_bits(block)
-
-    def work(size: int) -> list[np.ndarray]:
-        results = [base.copy() for _ in range(weights.shape[1])]
-        if not weights.any():
-            return results
-        spread = Rows.of(store, steps).spread(weights)
-        for tile in tiles(store, block, steps, size, base):
-            for piece in (tile,) if device == "cpu" else tile.pieces(size):
-                start = to_device(piece.base.reshape(-1, 1), device)
-                with np.errstate(over="ignore", invalid="ignore"):  # refused below, by name
-                    values = piece.weigh(spread, device)
-                values += to_float64(start, block.kind)
-                bits = from_float64(values, block.kind)
-                _check_finite(bits, start, block)
-                columns = to_host(bits).T
-                for result, column in zip(results, columns, strict=True):
-                    result[piece.elements] = column
+    results = [base.copy() for _ in range(weights.shape[1])]
+    if not weights.any():
         return results
-
-    return _shrinking(work, tile_bytes)
+    spread = Rows.of(store, steps).spread(weights)
+    for tile in tiles(store, block, steps, tile_bytes, base):
+        for piece in (tile,) if device == "cpu" else tile.pieces(tile_bytes):
+            start = to_device(piece.base.reshape(-1, 1), device)
+            with np.errstate(over="ignore", invalid="ignore"):  # refused below, by name
+                values = piece.weigh(spread, device)
+            values += to_float64(start, block.kind)
+            bits = from_float64(values, block.kind)
+            _check_finite(bits, start, block)
+            for result, column in zip(results, to_host(bits).T, strict=True):
+                result[piece.elements] = column
+    return results
 
 
 def _check_finite(bits: Array, base: Array, block: Block) -> None:

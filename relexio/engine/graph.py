@@ -45,51 +45,42 @@ def _fold(nodes: Pass, terms: list[Delayed], name: str) -> Delayed:
     return terms[0]
 
 
-def _sum_by_tensor(
+def sums(
     store: Store,
-    tensors: Iterable[Tensor],
     steps: int,
     kernel: Callable[[Block], np.ndarray],
     executor: Executor,
     progress: Progress,
+    tensors: Iterable[Tensor] | None = None,
     keep: Keep | None = None,
-) -> list[np.ndarray]:
-    """Run a kernel over the blocks of some tensors, each of which has one at least; the sum of its results for each."""
+) -> dict[str, np.ndarray]:
+    """Run a kernel over every block of some tensors, else of the store; the sum of its results for every tensor with blocks.
+
+    With ``keep`` a sum is handed over, with the place of its tensor, as soon as its last block is in, and not held.
+    """
+    chosen = [tensor for tensor in (store.tensors if tensors is None else tensors) if store.blocks(tensor)]
     nodes = executor.begin()
     shared = nodes.shared(kernel)
     tasks = (
         _fold(nodes, [_node(nodes, block, steps, shared) for block in store.blocks(tensor)], tensor.name)
-        for tensor in tensors
+        for tensor in chosen
     )
-    return executor.run(nodes, tasks, progress, keep)
-
-
-def _blocks(store: Store) -> Iterator[Block]:
-    return (block for tensor in store.tensors for block in store.blocks(tensor))
-
-
-def _run_each(
-    store: Store, steps: int, kernel: Callable[[Block], T], executor: Executor, progress: Progress
-) -> list[T]:
-    nodes = executor.begin()
-    shared = nodes.shared(kernel)
-    return executor.run(nodes, (_node(nodes, block, steps, shared) for block in _blocks(store)), progress)
-
-
-def sums(
-    store: Store, steps: int, kernel: Callable[[Block], np.ndarray], executor: Executor, progress: Progress
-) -> dict[str, np.ndarray]:
-    """Run a kernel over every block of the store; the sum of its results for every tensor that has a block."""
-    tensors = [tensor for tensor in store.tensors if store.blocks(tensor)]
-    results = _sum_by_tensor(store, tensors, steps, kernel, executor, progress)
-    return {tensor.name: result for tensor, result in zip(tensors, results, strict=True)}
+    results = executor.run(nodes, tasks, progress, keep)
+    return {tensor.name: result for tensor, result in zip(chosen, results, strict=True)}
 
 
 def each(
     store: Store, steps: int, kernel: Callable[[Block], T], executor: Executor, progress: Progress
-) -> list[tuple[Block, T]]:
+) -> Iterator[tuple[Block, T]]:
     """Run a kernel over every block of the store; the blocks and its results, in order."""
-    return list(zip(_blocks(store), _run_each(store, steps, kernel, executor, progress), strict=True))
+
+    def blocks() -> Iterator[Block]:
+        return (block for tensor in store.tensors for block in store.blocks(tensor))
+
+    nodes = executor.begin()
+    shared = nodes.shared(kernel)
+    results = executor.run(nodes, (_node(nodes, block, steps, shared) for block in blocks()), progress)
+    return zip(blocks(), results, strict=True)
 
 
 def gram(
@@ -100,9 +91,9 @@ def gram(
     progress: Progress,
 ) -> None:
     """One pass: the Gram matrix of every fitted tensor, handed to ``keep`` as soon as its last block is in."""
-    fitted = store.fitted()
     kernel = partial(gram_block, store, steps, executor.plan.tile_bytes, executor.device)
-    _sum_by_tensor(store, fitted, len(steps), kernel, executor, progress, lambda place, gram: keep(fitted[place], gram))
+    fitted = store.fitted()
+    sums(store, len(steps), kernel, executor, progress, fitted, lambda place, total: keep(fitted[place], total))
 
 
 def operator(
@@ -110,8 +101,7 @@ def operator(
 ) -> dict[str, np.ndarray]:
     """One pass: M (M^T x) for every tensor named in ``x`` ([T, k] each)."""
     kernel = partial(operator_block, store, steps, x, executor.plan.tile_bytes, executor.device)
-    tensors = [store.tensor(name) for name in x]
-    return dict(zip(x, _sum_by_tensor(store, tensors, len(steps), kernel, executor, progress), strict=True))
+    return sums(store, len(steps), kernel, executor, progress, map(store.tensor, x))
 
 
 def combine(
@@ -127,8 +117,8 @@ def combine(
 
     Tensors without weights (buffers) are handed over as they are at the last of ``steps``.
     """
-    bound = (store, weights, targets, steps, sink, executor.plan.tile_bytes, executor.device)
-    _run_each(store, targets, partial(_write_block, *bound), executor, progress)
+    kernel = partial(_write_block, store, weights, targets, steps, sink, executor.plan.tile_bytes, executor.device)
+    each(store, targets, kernel, executor, progress)
 
 
 def _write_block(
