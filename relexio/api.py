@@ -11,8 +11,9 @@ from dask.delayed import delayed
 
 from relexio.dtypes import NUMPY, to_native
 from relexio.engine import plan
-from relexio.engine.kernels import Rows, combine_block, tiles
+from relexio.engine.blocks import combine_block
 from relexio.engine.resources import Resources
+from relexio.engine.tiles import Rows, tiles
 from relexio.errors import RequestError
 from relexio.fit.fit import Fit, TensorFit, choose_window, fit
 from relexio.methods import Recipe
@@ -252,7 +253,7 @@ def _observed_block(store: Store, step: int | None, block: Block) -> np.ndarray:
 
 
 def _predicted_block(store: Store, steps: tuple[int, ...], weights: np.ndarray, block: Block) -> np.ndarray:
-    return combine_block(store, block, steps, weights, TILE, "cpu")[0]
+    return combine_block(store, steps, weights, TILE, "cpu", block)[0]
 
 
 def _delta_block(store: Store, block: Block) -> np.ndarray:

@@ -13,6 +13,8 @@ from relexio.errors import BusyError, ExistsError, StorageError
 
 #: What the name of anything unfinished ends with. Nobody else uses it, so the next run may remove it.
 PARTIAL = ".relexio-partial"
+#: What an error says where it is not bytes that a disk lacks.
+NO_INODES = "no inode"
 _TRIES = 100
 
 
@@ -167,7 +169,7 @@ def storage_errors(path: Path) -> Iterator[None]:
             raise
         where = error.filename or path
         advice = {
-            errno.ENOSPC: f"free space on its disk ({free_bytes(path):,} bytes are left) and run the same command again",
+            errno.ENOSPC: _full(path),
             errno.EDQUOT: "the quota is used up: free space and run the same command again",
             errno.EROFS: "the file system is read-only: write elsewhere",
             errno.EACCES: "no permission: check owner and mode",
@@ -176,6 +178,14 @@ def storage_errors(path: Path) -> Iterator[None]:
         failure = StorageError(f"{where}: {error.strerror}; {advice}")
         failure.errno = error.errno
         raise failure from error
+
+
+def _full(path: Path) -> str:
+    """What to do where a disk takes no more: bytes may be at an end, or inodes, of which each file takes one."""
+    disk = os.statvfs(existing_parent(path))
+    if disk.f_files and not disk.f_favail:
+        return f"{NO_INODES} of its disk is left, of which each file takes one: remove files and run the same command again"
+    return f"free space on its disk ({free_bytes(path):,} bytes are left) and run the same command again"
 
 
 def free_bytes(path: Path) -> int:

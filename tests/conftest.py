@@ -1,4 +1,7 @@
-"""What every test shares: an in-process command line, and a subprocess one; a directory that other users can reach."""
+"""What every test shares: an in-process command line, and a subprocess one; a directory that other users can reach.
+
+None depends on how fast the machine is.
+"""
 
 import os
 import shutil
@@ -8,12 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from relexio.cli.main import main
-from tests.support.command import Outcome, Relexio
+from tests.support.command import Outcome, Relexio, without_progress
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture
@@ -24,7 +31,7 @@ def relexio(capsys: pytest.CaptureFixture[str]) -> Relexio:
         with pytest.raises(SystemExit) as end:
             main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
-        return Outcome(int(end.value.code or 0), out, err)
+        return Outcome(int(end.value.code or 0), out, without_progress(err))
 
     return run
 

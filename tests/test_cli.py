@@ -150,3 +150,26 @@ def test_the_list_of_commands_says_what_each_says_of_itself() -> None:
     for name, line in _COMMANDS.items():
         command = relexio_command.get_command(click.Context(relexio_command), name)
         assert command is not None and (command.help or "").split("\n\n")[0].replace("\n", " ") == line
+
+
+def test_side_files_where_predictions_have_their_own(tmp_path: Path, relexio: Relexio) -> None:
+    """A directory of that name: restored as it was, and named where it is left out of a prediction."""
+    run, out = make_run(tmp_path), tmp_path / "out"
+    strange = ["README.md/x.md", "relexio.json/x.json"]
+    for name in strange:
+        (run.base_path / name).parent.mkdir()
+        (run.base_path / name).write_text(name)
+    last = run.steps_path / "global_step_8" / "config.json"  # a file in the base
+    last.unlink()
+    last.mkdir()
+    (last / "x.json").write_text("{}")
+    assert relexio("convert", run.steps_path, "--base", run.base_path, "-o", tmp_path / "run.zarr").code == 0
+    done = relexio("predict", tmp_path / "run.zarr", "--step", 20, "-o", out)
+    assert done.code == 0, done.err
+    (said,) = (line for line in done.err.splitlines() if "not in the prediction" in line)
+    assert all(name in said for name in (*strange, "config.json/x.json"))
+    assert (out / "README.md").is_file() and (out / "relexio.json").is_file() and (out / "config.json").is_file()
+    for step, original in (("base", run.base_path), (8, run.steps_path / "global_step_8")):
+        restored = tmp_path / f"restored-{step}"
+        assert relexio("restore", tmp_path / "run.zarr", "--step", step, "-o", restored).code == 0
+        assert snapshot(restored) == snapshot(original)

@@ -5,10 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relexio.dtypes import KINDS, to_float64
-from relexio.engine.kernels import Part, Tile, increments
+from relexio.engine.tiles import GroupMoves, Tile, increments
 from relexio.store.chunks import decode, encode
 from relexio.store.moves import changed, count_changed, expand, find_moves
-from relexio.store.schema import Block, Tensor
 
 
 def some_bits(steps: int, width: int, share: float, kind: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -77,11 +76,10 @@ def test_every_way_to_the_gram_matrix_is_the_same(steps: int, groups: int, share
         xor = some_bits(steps, 300, share, "bf16", seed + group)[1]
         columns = changed(xor)
         moves = find_moves(np.take(xor, columns, axis=1))
-        parts.append(Part(group * steps, steps, columns, moves))
+        parts.append(GroupMoves(group * steps, steps, columns, moves))
         values = to_float64(xor ^ base, KINDS["bf16"]) - to_float64(base, KINDS["bf16"])
         dense.append(np.diff(values, axis=0, prepend=np.zeros((1, 300))))
-    block = Block(Tensor("w", "BF16", (300,), 0), 0, 0, 300)
-    tile = Tile(block, np.arange(300), base, tuple(p for p in parts if len(p.columns)), groups * steps)
+    tile = Tile(KINDS["bf16"], np.arange(300), base, tuple(p for p in parts if len(p.elements)), groups * steps)
     f = np.concatenate(dense)
     weights = np.random.default_rng(0).standard_normal((len(f), 2))
     close = {"rtol": 1e-9, "atol": 1e-9 * max(1e-30, np.abs(f).max() ** 2)}

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from relexio.engine import plan
+from relexio.engine.blocks import combine_block, gram_block, operator_block
 from relexio.engine.device import own_stream
-from relexio.engine.kernels import combine_block, gram_block, operator_block
 from relexio.engine.resources import Resources
 from relexio.errors import BudgetError, DeviceError, RelexioWarning
 from relexio.progress import silent
@@ -87,11 +87,14 @@ def test_no_tile_takes_more_of_a_device_than_planned(
     (block,) = store.blocks(store.tensors[0])
     x = np.ones((steps, 3))
     for need, work in (
-        (plan.fit_need(1, 4, 1, 0, steps, True), lambda: gram_block(store, block, store.steps, tile, "cuda")),
-        (plan.fit_need(1, 4, 1, 0, steps, False), lambda: operator_block(store, block, store.steps, x, tile, "cuda")),
+        (plan.fit_need(1, 4, 1, 0, steps, True), lambda: gram_block(store, store.steps, tile, "cuda", block)),
+        (
+            plan.fit_need(1, 4, 1, 0, steps, False),
+            lambda: operator_block(store, store.steps, {block.tensor.name: x}, tile, "cuda", block),
+        ),
         (
             plan.combine_need(1, 4, 1, 0, steps, targets),
-            lambda: combine_block(store, block, store.steps, 1e-3 * np.ones((steps, targets)), tile, "cuda"),
+            lambda: combine_block(store, store.steps, 1e-3 * np.ones((steps, targets)), tile, "cuda", block),
         ),
     ):
         cupy.pool.peak = 0

@@ -102,6 +102,18 @@ def test_every_dependency_is_explained() -> None:
         assert f"`{extra}`" in text
 
 
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    bounds = dict(re.fullmatch(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", text).groups() for text in project["dependencies"])  # type: ignore[union-attr,misc]
+    text = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
+    oldest = dict(re.findall(r"^\| `([\w-]+)(?:\[\w+\])?` \|.*\| ([\d.]+) \|$", text, re.MULTILINE))
+    assert oldest.keys() == bounds.keys()
+    for name, bound in bounds.items():
+        assert re.fullmatch(rf"{re.escape(bound)}(\.0)*", oldest[name]), (
+            f"{name}: {bound}, and the page says {oldest[name]}"
+        )
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory in which ``relexio demo`` could have run: checkpoints and store in relexio-demo."""

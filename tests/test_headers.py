@@ -2,6 +2,8 @@
 
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
+from relexio.bounded import loads
 from relexio.checkpoints.header import MAX_HEADER, Entry, header_for_transformers, parse_header, read_shard
 from relexio.errors import CheckpointError
 from tests.support.make import save_file
@@ -292,3 +295,41 @@ def test_a_header_that_says_pt_already_stays_as_it_is() -> None:
 def test_the_header_for_transformers_is_padded_to_eight_bytes() -> None:
     lengths = {len(header_for_transformers(json.dumps({"w" * i: entry()}).encode())) % 8 for i in range(1, 10)}
     assert lengths == {0}
+
+
+#: Reads a header that is in no file, and says what that took.
+MEASURED = """import resource, sys
+from pathlib import Path
+from relexio.checkpoints.header import read_shard
+from relexio.errors import CheckpointError
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    read_shard(Path(sys.argv[1]))
+except CheckpointError as error:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error)"""
+
+
+@pytest.mark.parametrize(
+    ("body", "entry"),
+    [(b'{%s"k":0}', b'"k":0,'), (b'{%s"k":{}}', b'"k":{},'), (b'{"k":[%s0]}', b"0,"), (b'{"k":[%s[]]}', b"[],")],
+    ids=["keys", "tables", "numbers", "lists"],
+)
+def test_a_vast_header_is_refused_before_it_fills_the_memory(tmp_path: Path, body: bytes, entry: bytes) -> None:
+    header = body % (entry * (60_000_000 // len(entry)))
+    path = tmp_path / FILE
+    path.write_bytes(file_of(header))
+    done = subprocess.run([sys.executable, "-c", MEASURED, path], capture_output=True, text=True)
+    taken, said = done.stdout.split(maxsplit=1)
+    assert str(path) in said and "more entries than any model" in said
+    assert int(taken) << 10 < 2 * len(header)
+
+
+def test_as_many_entries_as_the_largest_models_have() -> None:
+    many = 400_000
+    index = b'{"metadata":{"total_size":1},"weight_map":{%s"k":"a"}}'
+    table = b'{"tensors":[%s{}]}'
+    for text, entry in (
+        (index, b'"k":"model-00001-of-00163.safetensors",'),
+        (table, b'{"name":"k","dtype":"BF16","shape":[128,7168,2048],"first_block":12345678},'),
+    ):
+        assert loads(text % (entry * many))

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 def peak(*arguments: object) -> int:
     """Bytes resident at most while a command ran in a process of its own."""
     command = [sys.executable, "-c", MEASURED, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return int(re.search(r"PEAK (\d+)", done.stderr)[1]) * 1024  # type: ignore[index]
 

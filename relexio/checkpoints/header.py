@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from relexio.bounded import loads
 from relexio.dtypes import BITS
 from relexio.errors import CheckpointError, IncompleteError
 
@@ -109,8 +110,9 @@ def parse_header(header: bytes, size: int, path: Path | str) -> tuple[Entry, ...
 def parse_json(data: bytes, path: Path | str) -> dict[str, Any]:
     """A JSON object without duplicate keys. Raises CheckpointError naming the file."""
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates)
-        json.dumps(value, ensure_ascii=False).encode()  # refuses lone surrogates, as every other reader will
+        value = loads(data, _no_duplicates)
+        if b"\\u" in data:
+            json.dumps(value, ensure_ascii=False).encode()  # refuses lone surrogates, as every other reader will
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); copy it again") from error
     if not isinstance(value, dict):

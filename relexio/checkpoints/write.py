@@ -5,7 +5,7 @@ import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from relexio.checkpoints.header import parse_header
 from relexio.checkpoints.read import EMBEDDINGS, HEAD
@@ -72,6 +72,26 @@ def begin(directory: Path, shards: Iterable[OutputShard]) -> Output:
         for entry in parse_header(shard.header, shard.size, path):
             places[entry.name] = [(shard.name, entry.start)]
     return Output(str(directory.absolute()), places)
+
+
+def without_clashes(names: Iterable[str], taken: Iterable[str]) -> list[str]:
+    """Of side files, in order, those that can stand beside files that are ``taken`` and the ones before them.
+
+    Where a file stands there can be no directory of its name (``README.md/x``), nor the other way round.
+    """
+    files = set(taken)
+    folders = {parent for name in files for parent in _parents(name)}
+    fitting = []
+    for name in names:
+        if name not in files | folders and not files.intersection(_parents(name)):
+            files.add(name)
+            folders.update(_parents(name))
+            fitting.append(name)
+    return fitting
+
+
+def _parents(name: str) -> list[str]:
+    return [parent.as_posix() for parent in PurePosixPath(name).parents][:-1]
 
 
 def write_files(directory: Path, files: Iterable[tuple[str, bytes | Iterable[bytes]]]) -> None:

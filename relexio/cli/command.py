@@ -11,23 +11,30 @@ import click
 from relexio.cli import options
 from relexio.cli.options import Command, Decorator, together
 from relexio.engine.resources import Resources
+from relexio.errors import RelexioError
 from relexio.fit.fit import choose_window
 from relexio.store.store import open_store
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a command has to print: facts for ``--json``, made when they are asked for, or what it shows to people."""
+    """What a command has to print: facts for ``--json``, made when they are asked for, or what it shows to people.
+
+    A ``failure`` is raised afterwards; then there are only facts.
+    """
 
     facts: Callable[[], Any]
     show: Callable[[], None]
+    failure: RelexioError | None = None
 
     def print(self, as_json: bool) -> None:
         """One line of JSON, or what people read."""
         if as_json:
             click.echo(json.dumps(self.facts()))
-        else:
+        elif self.failure is None:
             self.show()
+        if self.failure is not None:
+            raise self.failure
 
 
 def on_trajectory(*own: Decorator, window: bool = True, scheduler: bool = True) -> Callable[[Command], click.Command]:

@@ -28,7 +28,7 @@ _COMMANDS = {
     "findings": "See whether the findings of the RELEX paper hold on this run.",
     "report": "Write a page that shows how the run moved, and what to believe of its future.",
     "verify": "Check that a trajectory is whole, to the last bit.",
-    "restore": "Write a stored checkpoint again, exactly as it was.",
+    "restore": "Write a stored checkpoint again: the model's files, exactly as they were.",
     "demo": "Try it all on a real, tiny RLVR run that comes with relexio.",
 }
 
@@ -63,6 +63,9 @@ def relexio_command() -> None:
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line. Exit codes: 0 done, 1 an error of the input or the machine, 2 wrong usage, 130 interrupted."""
     use_one_heap()
+    logging.getLogger("asyncio").setLevel(
+        logging.CRITICAL + 1
+    )  # of writes that Zarr had under way, one error is enough
     try:
         with _warnings_as_notes():
             code = relexio_command(args=arguments, prog_name="relexio", standalone_mode=False)
@@ -73,7 +76,6 @@ def main(arguments: list[str] | None = None) -> Any:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)  # what Zarr had under way is of no interest now
         click.echo("interrupted: nothing half-written has a final name; run the same command again to go on", err=True)
         sys.exit(130)
     except BrokenPipeError:

@@ -81,6 +81,8 @@ def predict(
         fitted = fit(store, chosen, recipe, solver, resources, stages, choice)
         for text in fitted.notes:
             note(text)
+        if lacking := verb.left_out(store, chosen):
+            note(f"not in the prediction, which has files of its own where these would be: {', '.join(lacking[:6])}")
         verb.predict(fitted, targets, resources, stages)
     _show_result(fitted, targets, as_json)
 

@@ -11,11 +11,11 @@ from relexio.cli.show import not_stored, stages, table
 class _Step(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
     name = "step"
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        """A step's number, None for the base."""
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """A step's number, or "base" (not None: click before 8.4 takes it for an option that is missing)."""
         text = str(value)
         if text == "base":
-            return None
+            return text
         if not (text.isascii() and text.isdigit() and len(text) <= 15):
             self.fail(f"{text!r} is neither a step nor base", param, ctx)
         return int(text)
@@ -31,7 +31,7 @@ class _Step(click.ParamType):  # type: ignore[type-arg]  # generic only since cl
 @options.as_json
 def restore(
     trajectory: str,
-    step: int | None,
+    step: int | str,
     out: str,
     memory: int,
     workers: int | None,
@@ -50,12 +50,12 @@ def restore(
     from relexio.verbs.convert.left import recorded_of
     from relexio.verbs.restore import restore as verb
 
-    store = open_store(trajectory)
+    store, number = open_store(trajectory), step if isinstance(step, int) else None
     with Resources(memory, workers, "cpu", scheduler=scheduler) as resources:
-        verb(store, step, local(out), resources, stages)
-    left = recorded_of(store.record(step))
+        verb(store, number, local(out), resources, stages)
+    left = recorded_of(store.record(number))
     if as_json:
-        click.echo(json.dumps({"step": step, "out": out, "not_stored": [one.to_json() for one in left]}))
+        click.echo(json.dumps({"step": number, "out": out, "not_stored": [one.to_json() for one in left]}))
         return
-    what = "the base" if step is None else f"step {step}"
+    what = "the base" if number is None else f"step {number}"
     table([("wrote", f"{out}: {what}, the model's files as they were"), *not_stored(left)])

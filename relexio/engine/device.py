@@ -3,6 +3,8 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 
@@ -21,16 +23,14 @@ def resolve(device: str) -> str:
     if device == "cpu":
         return "cpu"
     problem = _cuda_problem()
-    if problem is None:
-        return "cuda"
-    if device == "cuda":
+    if problem and device == "cuda":
         raise DeviceError(
             f"--device cuda: {problem}; use --device cpu, or install relexio[gpu] on a machine with a GPU"
         )
-    return "cpu"
+    return "cpu" if problem else "cuda"
 
 
-def _cuda_problem() -> str | None:
+def _cuda_problem() -> str:
     try:
         import cupy
     except ImportError:
@@ -39,7 +39,7 @@ def _cuda_problem() -> str | None:
         cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         return f"no GPU can be used ({error})"
-    return None
+    return ""
 
 
 def own_stream(device: str) -> None:
@@ -101,20 +101,16 @@ def to_device(array: np.ndarray, device: str) -> Array:
 
     CuPy copies it to pinned memory, which it keeps until the stream is past the copy, and goes on without waiting.
     """
-    if device != "cuda":
-        return array
-    import cupy
-
-    return cupy.asarray(array)
+    return _library(device).asarray(array)
 
 
 def zeros(shape: tuple[int, ...], device: str) -> Array:
     """Float64 zeros on the device."""
-    if device != "cuda":
-        return np.zeros(shape)
-    import cupy
+    return _library(device).zeros(shape)
 
-    return cupy.zeros(shape)
+
+def _library(device: str) -> Any:
+    return import_module("cupy") if device == "cuda" else np
 
 
 def to_host(array: Array) -> np.ndarray:

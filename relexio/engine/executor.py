@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 from relexio.engine.device import limited, own_stream
 from relexio.engine.plan import Plan
 
-#: Told the bytes of each finished task.
+#: Takes the bytes of each finished task, in the thread that asked for the pass.
 Progress = Callable[[int], None]
 #: Takes a result, and its place among those of a pass, in the process that asked for it; perhaps in one of its threads.
 Keep = Callable[[int, Any], None]
@@ -30,28 +30,29 @@ _BLOCKS_AT_ONCE = 1024
 class Pass:
     """One pass over blocks: makes the nodes of its graph, and knows the bytes of each by its key, for the progress.
 
-    The token makes keys that no other pass on the same cluster has.
+    The token makes keys that no other pass on the same cluster has. ``within`` is what works on blocks elsewhere: it is
+    called with the token, the key, the function and its arguments.
     """
 
+    within: Callable[..., Any] | None = None
     sizes: dict[str, int] = field(default_factory=dict)
     token: str = field(default_factory=lambda: uuid4().hex)
 
-    def task(self, function: Callable[..., Any], *parts: Any, key: str) -> Delayed:
-        """One node, under a key; only ``parts`` may hold other nodes."""
-        return delayed(function, pure=False, traverse=False)(*parts, dask_key_name=f"{key}-{self.token}")
+    def task(self, function: Callable[..., Any], *arguments: Any, key: str) -> Delayed:
+        """One node, under a key; only ``arguments`` may hold other nodes."""
+        return delayed(function, pure=False, traverse=False)(*arguments, dask_key_name=f"{key}-{self.token}")
 
-    def block(self, function: Callable[..., Any], *parts: Any, key: str, size: int) -> Delayed:
+    def block(self, function: Callable[..., Any], *arguments: Any, key: str, size: int) -> Delayed:
         """One node that works on a block of ``size`` bytes."""
-        self.sizes[f"{key}-{self.token}"] = size
-        return self.task(function, *parts, key=key)
+        name = f"{key}-{self.token}"
+        self.sizes[name] = size
+        if self.within is not None:
+            function = partial(self.within, self.token, name, function)
+        return self.task(function, *arguments, key=key)
 
     def shared(self, value: Any) -> Delayed:
         """A node that holds what many others need: on a cluster it travels once to each worker, not with every task."""
-        return self.task(partial(_same, value), key="shared")
-
-
-def _same(value: Any) -> Any:
-    return value
+        return delayed(value, name=f"shared-{self.token}", traverse=False)
 
 
 @dataclass(frozen=True)
@@ -66,25 +67,29 @@ class Executor:
         """A new pass, whose tasks ``run`` takes."""
         return Pass()
 
-    def run(self, made: Pass, tasks: Iterable[Delayed], progress: Progress, keep: Keep | None = None) -> list[Any]:
+    def run(self, nodes: Pass, tasks: Iterable[Delayed], progress: Progress, keep: Keep | None = None) -> list[Any]:
         """Compute all tasks and return their results in order, some thousand blocks at a time: a graph has its size too.
 
         With ``keep`` a result is handed over as soon as it is there, and not held.
         """
-        limit_threads(self.plan.workers)
         results: list[Any] = []
-        with (
-            threadpool_limits(1),
-            limited(self.device, self.device_memory),
-            _Reporter(made.sizes, progress),
-            _pool(self.plan.workers, self.device) as pool,
-        ):
-            for batch in batches(made, tasks):
+        with self.limits(), _Reporter(nodes.sizes, progress), _pool(self.plan.workers, self.device) as pool:
+            for batch in batches(nodes, tasks):
                 if keep is not None:
-                    batch = [_kept(made, node, keep, place) for place, node in enumerate(batch, len(results))]
+                    batch = [
+                        nodes.task(partial(keep, place), task, key=f"keep-{place}")
+                        for place, task in enumerate(batch, len(results))
+                    ]
                 results += compute(*batch, scheduler=threaded.get, pool=pool, optimize_graph=False)
-                made.sizes.clear()
+                nodes.sizes.clear()
         return results
+
+    @contextmanager
+    def limits(self) -> Iterator[None]:
+        """Hold this process to the plan while inside: Zarr's threads, those of linear algebra, and the device's memory."""
+        limit_threads(self.plan.workers)
+        with threadpool_limits(1), limited(self.device, self.device_memory):
+            yield
 
     def require(self, paths: Iterable[Path]) -> None:
         """Raise ClusterError unless whoever does the work sees these files as this process does."""
@@ -93,16 +98,12 @@ class Executor:
         """Make durable what was written below directories by machines other than this one."""
 
 
-def _kept(made: Pass, node: Delayed, keep: Keep, place: int) -> Delayed:
-    return made.task(partial(keep, place), node, key=f"keep-{place}")
-
-
-def batches(made: Pass, tasks: Iterable[Delayed]) -> Iterator[list[Delayed]]:
+def batches(nodes: Pass, tasks: Iterable[Delayed]) -> Iterator[list[Delayed]]:
     """The tasks, some thousand blocks at a time; they are made when they are asked for."""
     batch: list[Delayed] = []
-    for node in tasks:
-        batch.append(node)
-        if len(made.sizes) >= _BLOCKS_AT_ONCE:
+    for task in tasks:
+        batch.append(task)
+        if len(nodes.sizes) >= _BLOCKS_AT_ONCE:
             yield batch
             batch = []
     if batch:
@@ -121,11 +122,11 @@ def _pool(workers: int, device: str) -> Iterator[ThreadPoolExecutor]:
 
 class _Reporter(Callback):
     def __init__(self, sizes: dict[str, int], progress: Progress) -> None:
-        def done(key: str, *_: Any) -> None:
+        def report(key: str, *_: Any) -> None:
             if key in sizes:
                 progress(sizes[key])
 
-        super().__init__(posttask=done)
+        super().__init__(posttask=report)
 
 
 def limit_threads(workers: int) -> None:

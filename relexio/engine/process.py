@@ -13,10 +13,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of malloc.h
 def resident_bytes() -> int:
     """The resident size of this process now; where the system does not tell, its peak so far."""
     status = Path("/proc/self/status")
-    if status.exists():
-        found = re.search(r"VmRSS:\s+(\d+) kB", status.read_text())
-        if found:
-            return int(found[1]) * 1024
+    size = re.search(r"VmRSS:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if size:
+        return int(size[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -89,12 +89,24 @@ def report(store: Store, request: ReportRequest, resources: Resources, stages: S
     target = default_target(measured) if request.target is None else request.target
     facts = Facts(measured, sizes(store), changed_counts(store, request.window), target)
     text, pictures = render(facts, request)
-    files = {**pictures, request.page: text.encode()}
-    for path, data in files.items():
-        with storage_errors(path):
-            path.absolute().parent.mkdir(parents=True, exist_ok=True)
-            write_new(path, data)
-    return ReportFiles(request.page, len(files[request.page]), list(pictures), target)
+    page = text.encode()
+    _write({**pictures, request.page: page})
+    return ReportFiles(request.page, len(page), list(pictures), target)
+
+
+def _write(files: dict[Path, bytes]) -> None:
+    """Write all, or none: what an error leaves would block the same command."""
+    written: list[Path] = []
+    try:
+        for path, data in files.items():
+            with storage_errors(path):
+                path.absolute().parent.mkdir(parents=True, exist_ok=True)
+                write_new(path, data)
+            written.append(path)
+    except BaseException:  # also Ctrl-C
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def render(facts: Facts, request: ReportRequest) -> tuple[str, dict[Path, bytes]]:

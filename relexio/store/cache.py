@@ -5,7 +5,6 @@ store that cannot be written keeps them in a temporary directory for the length 
 """
 
 import errno
-import json
 import shutil
 import tempfile
 import weakref
@@ -19,6 +18,7 @@ import numpy as np
 import zarr
 
 from relexio.atomic import PARTIAL
+from relexio.bounded import loads
 from relexio.errors import BusyError, StoreError
 from relexio.store.chunks import decode, most_bytes
 from relexio.store.schema import check_array, hashes_from_json
@@ -110,7 +110,7 @@ class Kept:
         data = place(self.address).get(f"{name}/{METADATA}") or b""
         if hash_of(data) != self._hashes()[name]:
             raise ValueError("the checksum of its zarr.json is wrong")
-        shape, chunks = check_array(json.loads(data), ("float64",))
+        shape, chunks = check_array(loads(data), ("float64",))
         if chunks not in (shape, (1, *shape[1:])):
             raise ValueError(f"its chunks {list(chunks)[:4]} are neither all of it nor those of a tensor")
         return shape, chunks

@@ -9,6 +9,7 @@ from typing import Any
 
 from xxhash import xxh3_128_hexdigest
 
+from relexio.bounded import loads
 from relexio.store.schema import FORMAT
 from relexio.store.storage import METADATA, Place
 
@@ -34,7 +35,7 @@ def unseal(data: bytes) -> Json:
 
     A store of another format, or something that is none, is not looked at.
     """
-    attributes: Json = json.loads(data)["attributes"]
+    attributes: Json = loads(data)["attributes"]
     record = attributes.get("relexio")
     if isinstance(record, dict) and record.get("format") == FORMAT:
         found = str(record.get("seal")).encode()

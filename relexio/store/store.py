@@ -1,7 +1,6 @@
 """Opening a trajectory store, and reading its blocks. What the commit marker does not list does not exist."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import zarr
 
+from relexio.bounded import loads
 from relexio.dtypes import KINDS
 from relexio.errors import MissingError, RequestError, StoreError
 from relexio.store.chunks import decode, encode, most_bytes
@@ -133,7 +133,7 @@ class Store:
         with damage(f"{self.shown}: {path}/{METADATA}"):
             if known is not None and hash_of(data) != known:
                 raise ValueError("its checksum is wrong")
-            return json.loads(data)
+            return loads(data)
 
     def _check_layout(self, path: str, found: Any) -> None:
         """Raise ValueError unless an array is as large, and in chunks of such a size, as its tensors and steps ask for.

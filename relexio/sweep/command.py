@@ -20,7 +20,7 @@ _TAIL = 2000  # characters
 
 
 @dataclass(frozen=True)
-class Ended:
+class CommandResult:
     """How a command ended: its exit code (None: its time was up), seconds, the last line it printed, and its log's end."""
 
     code: int | None
@@ -29,7 +29,7 @@ class Ended:
     tail: str
 
 
-def run(command: str, environment: dict[str, str], log: Path, timeout: float | None) -> Ended:
+def run(command: str, environment: dict[str, str], log: Path, timeout: float | None) -> CommandResult:
     """Run a command with the shell, in this directory, with nothing to read; stdout and stderr go to ``log`` as they come.
 
     However this ends, what the command has started ends with it, unless it made a session of its own. Raises OSError
@@ -47,7 +47,9 @@ def run(command: str, environment: dict[str, str], log: Path, timeout: float | N
             printed = _follow(process, process.stdout, file, None if timeout is None else begun + timeout)
     seconds = time.monotonic() - begun
     lines = [line for line in _text(printed or b"").replace("\r", "\n").split("\n") if line.strip()]
-    return Ended(None if printed is None else process.returncode, seconds, lines[-1] if lines else "", tail(log))
+    return CommandResult(
+        None if printed is None else process.returncode, seconds, lines[-1] if lines else "", tail(log)
+    )
 
 
 def _follow(process: "subprocess.Popen[bytes]", out: IO[bytes], log: IO[bytes], deadline: float | None) -> bytes | None:

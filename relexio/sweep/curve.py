@@ -2,7 +2,7 @@
 
 from itertools import groupby
 
-from relexio.sweep.table import Result, Sweep
+from relexio.sweep.table import Evaluation, Sweep
 
 _WIDTH = 80
 _LEAST = 24  # columns of the curve itself, whatever is written to the left of it
@@ -51,7 +51,7 @@ class _Scale:
         span = self.high / 2 - self.low / 2  # halves: the difference of two floats may be none
         return round((score / 2 - self.low / 2) / span * (self.width - 1)) if span > 0 else self.width // 2
 
-    def line(self, result: Result, mark: int | None, best: bool) -> str:
+    def line(self, result: Evaluation, mark: int | None, best: bool) -> str:
         """The dots that lead to the mark of a score, and the last observed score."""
         cells = [" "] * self.width
         at = None if result.score is None else self.place(result.score)

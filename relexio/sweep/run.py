@@ -17,10 +17,10 @@ from relexio.methods import Recipe
 from relexio.progress import Stages
 from relexio.store.store import Store
 from relexio.sweep.candidates import BASE, Candidate, Request, filled
-from relexio.sweep.command import Ended, run
+from relexio.sweep.command import CommandResult, run
 from relexio.sweep.files import Files
 from relexio.sweep.score import read_score
-from relexio.sweep.table import Result, Setting, Sweep
+from relexio.sweep.table import Evaluation, Setting, Sweep
 from relexio.verbs import predict
 from relexio.verbs.output import Target
 from relexio.verbs.restore import restore
@@ -28,29 +28,46 @@ from relexio.words import show
 
 #: Told of each evaluation when its checkpoint is written (no result yet), and after it: its number, how many there are,
 #: and the table so far.
-Watch = Callable[[int, int, Candidate, Result | None, Sweep], None]
+Watch = Callable[[int, int, Candidate, Evaluation | None, Sweep], None]
 _CARD = 1 << 16  # bytes of model card and provenance, and some
 
 
 @dataclass(frozen=True)
-class Prospect:
-    """What a sweep will do: all that was asked for, what of it is still to be evaluated, and what that takes."""
+class SweepPlan:
+    """What a sweep will do: the table so far, all candidates, those still to be evaluated, and what that takes.
 
-    known: Sweep
+    ``bytes_needed`` and ``bytes_free`` are of disk; ``plan`` is that of one prediction, on ``device``.
+    """
+
+    store: Store
+    request: Request
+    resources: Resources
     candidates: tuple[Candidate, ...]
-    waiting: tuple[Candidate, ...]
-    bytes_needed: int
-    bytes_free: int
     plan: plan.Plan
     device: str
+    table: Sweep
+    bytes_needed: int
+    bytes_free: int
+
+    @property
+    def waiting(self) -> tuple[Candidate, ...]:
+        """The candidates that have no score yet."""
+        known = {evaluation.candidate for evaluation in self.table.find(lambda _: True)}
+        return tuple(candidate for candidate in self.candidates if candidate not in known)
 
     @property
     def failed(self) -> int:
         """How many of those that wait have failed before."""
-        return sum(self.known.of(candidate) is not None for candidate in self.waiting)
+        return sum(self.table.of(candidate) is not None for candidate in self.waiting)
+
+    def as_of_now(self) -> "SweepPlan":
+        """The same with what the directory holds now, which another process may have changed since."""
+        files = Files(self.request.out)
+        needed, free = _disk(self.store, self.request, files)
+        return replace(self, table=_known(self.store, self.request, files), bytes_needed=needed, bytes_free=free)
 
 
-def prospect(store: Store, request: Request, resources: Resources) -> Prospect:
+def prepare(store: Store, request: Request, resources: Resources) -> SweepPlan:
     """Check a sweep and say what it takes; no tensor is read, nothing is written.
 
     Raises RequestError for a step, method, strength or rank that the window does not allow and for a directory that
@@ -59,57 +76,45 @@ def prospect(store: Store, request: Request, resources: Resources) -> Prospect:
     """
     if not (request.steps and request.strengths and request.methods):
         raise RequestError("nothing to predict: a sweep takes a step, a strength and a method at least")
-    for method in request.methods:
-        for strength in request.strengths:
-            Recipe(method=method, rank=request.rank, strength=strength).check(
-                np.array(request.window), list(request.steps)
-            )
+    recipes = [Recipe(method, request.rank, strength) for method in request.methods for strength in request.strengths]
+    for recipe in recipes:
+        recipe.check(np.array(request.window), list(request.steps))
     files = Files(request.out)
     files.check()
-    known = _known(store, request, files)
-    candidates = request.candidates(store.steps)
-    waiting = [c for c in candidates if (found := known.of(c)) is None or found.score is None]
+    table = _known(store, request, files)
     needed, free = _disk(store, request, files)
-    first = Recipe(method=request.methods[0], rank=request.rank, strength=request.strengths[0])
     target = Target(request.steps[0], files.candidate("none"))
-    one = predict.prospect(store, request.window, first, "auto", [target], resources)
-    return Prospect(known, tuple(candidates), tuple(waiting), needed, free, one.plan, one.device)
+    one = predict.prospect(store, request.window, recipes[0], "auto", [target], resources)
+    candidates = tuple(request.candidates(store.steps))
+    return SweepPlan(store, request, resources, candidates, one.plan, one.device, table, needed, free)
 
 
-def sweep(
-    store: Store,
-    request: Request,
-    resources: Resources,
-    stages: Stages,
-    watch: Watch,
-    note: Callable[[str], None],
-) -> Sweep:
+def sweep(plan: SweepPlan, stages: Stages, watch: Watch, note: Callable[[str], None]) -> Sweep:
     """Evaluate all that has no score yet, and return the table. An evaluation that fails is recorded, and no error.
 
-    Raises as ``prospect`` does, and BusyError while another sweep uses the directory. Interrupted at any moment, even
+    Raises as ``prepare`` does, and BusyError while another sweep uses the directory. Interrupted at any moment, even
     killed, the same call goes on.
     """
-    prospect(store, request, resources)  # before there is a directory
-    files = Files(request.out)
-    with files.opened(), atomic.storage_errors(request.out):
-        ahead = prospect(store, request, resources)  # what it holds now, with nobody else writing
-        known, total = ahead.known, len(ahead.candidates)
-        work = _Work(store, request, files, resources, stages, note)
+    files = Files(plan.request.out)
+    with files.opened(), atomic.storage_errors(plan.request.out):
+        plan = plan.as_of_now()
+        table, waiting, total = plan.table, plan.waiting, len(plan.candidates)
+        work = _Work(plan.store, plan.request, files, plan.resources, stages, note)
         try:
-            files.save(known)
-            work.settle(known)
-            for number, candidate in enumerate(ahead.candidates, 1):
-                if candidate in ahead.waiting:
+            files.save(table)
+            work.settle(table)
+            for number, candidate in enumerate(plan.candidates, 1):
+                if candidate in waiting:
                     checkpoint = work.write(candidate)
-                    watch(number, total, candidate, None, known)
-                    result = work.evaluate(candidate, checkpoint)
-                    known = known.added(result)
-                    files.save(known)
-                    work.settle(known)
-                    watch(number, total, candidate, result, known)
+                    watch(number, total, candidate, None, table)
+                    evaluation = work.evaluate(candidate, checkpoint)
+                    table = table.added(evaluation)
+                    files.save(table)
+                    work.settle(table)
+                    watch(number, total, candidate, evaluation, table)
         finally:
             files.clear()
-    return known
+    return table
 
 
 def _known(store: Store, request: Request, files: Files) -> Sweep:
@@ -178,7 +183,7 @@ class _Work:
     fits: dict[str, Fit] = field(default_factory=dict)
     placed: Candidate | None = None
 
-    def evaluate(self, candidate: Candidate, checkpoint: Path) -> Result:
+    def evaluate(self, candidate: Candidate, checkpoint: Path) -> Evaluation:
         """Run the command on a checkpoint."""
         environment = {
             "RELEXIO_STEP": str(candidate.step),
@@ -192,8 +197,8 @@ class _Work:
             score = read_score(_line(ended, self.request.timeout), self.request.metric)
         except EvaluationError as error:
             line = ended.line if ended.code == 0 else None
-            return Result(candidate, None, str(error), ended.seconds, line, ended.tail, content)
-        return Result(candidate, score, None, ended.seconds, ended.line, content=content)
+            return Evaluation(candidate, None, str(error), ended.seconds, line, ended.tail, content)
+        return Evaluation(candidate, score, None, ended.seconds, ended.line, content=content)
 
     def settle(self, known: Sweep) -> None:
         """Let the best checkpoint be that of the table, and remove the others. It is predicted again if need be."""
@@ -239,7 +244,7 @@ class _Work:
                 self.note(text)
 
 
-def _line(ended: Ended, timeout: float | None) -> str:
+def _line(ended: CommandResult, timeout: float | None) -> str:
     """The line that holds the score. Raises EvaluationError for a command that did not end well."""
     if ended.code is None:
         raise EvaluationError(f"no score within {timeout:g} seconds")

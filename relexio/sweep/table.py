@@ -18,7 +18,7 @@ _COLUMNS = ("name", "method", "step", "strength", "score", "gain", "best", "fail
 
 
 @dataclass(frozen=True)
-class Result:
+class Evaluation:
     """How one evaluation ended: a score, or ``failed``, the reason why there is none.
 
     ``line`` is the last line that the command printed, if it ended well; ``tail`` the end of its log, if there is no
@@ -38,7 +38,7 @@ class Result:
         """Where the output of its command is, in the directory of the sweep."""
         return f"logs/{self.candidate.name}.log"
 
-    def rescored(self, metric: str | None) -> "Result":
+    def rescored(self, metric: str | None) -> "Evaluation":
         """The same with the score by another metric: the line that was printed is kept for that."""
         if self.line is None:
             return self
@@ -77,47 +77,47 @@ class Sweep:
     setting: Setting
     metric: str | None = None
     lower_is_better: bool = False
-    results: tuple[Result, ...] = ()
+    results: tuple[Evaluation, ...] = ()
 
     def judged(self, metric: str | None, lower_is_better: bool) -> "Sweep":
         """The same results by another metric or in the other direction; no evaluation is needed for that."""
         results = self.results if metric == self.metric else tuple(r.rescored(metric) for r in self.results)
         return replace(self, metric=metric, lower_is_better=lower_is_better, results=results)
 
-    def added(self, result: Result) -> "Sweep":
+    def added(self, result: Evaluation) -> "Sweep":
         """With one more result, in place of an earlier one of the same candidate."""
         others = [known for known in self.results if known.candidate != result.candidate]
         return replace(self, results=tuple(sorted([*others, result], key=_place)))
 
-    def of(self, candidate: Candidate) -> Result | None:
+    def of(self, candidate: Candidate) -> Evaluation | None:
         """The result of a candidate, if there is one."""
         return next((known for known in self.results if known.candidate == candidate), None)
 
-    def find(self, chosen: Callable[[Result], bool]) -> list[Result]:
+    def find(self, chosen: Callable[[Evaluation], bool]) -> list[Evaluation]:
         """The results that have a score and are chosen."""
         return [result for result in self.results if result.score is not None and chosen(result)]
 
     @property
-    def last_observed(self) -> Result | None:
+    def last_observed(self) -> Evaluation | None:
         """The result of the window's last step: what predictions are to beat."""
         return self.of(Candidate(OBSERVED, self.setting.window[-1][0]))
 
     @property
-    def predicted(self) -> list[Result]:
+    def predicted(self) -> list[Evaluation]:
         """The predictions that have a score."""
         return self.find(lambda result: result.candidate.predicted)
 
     @property
-    def best(self) -> Result | None:
+    def best(self) -> Evaluation | None:
         """The prediction of the best score; of several the one of the nearest step, then the smallest strength."""
 
-        def place(result: Result) -> tuple[float, int, float]:
+        def place(result: Evaluation) -> tuple[float, int, float]:
             score, candidate = result.score or 0.0, result.candidate
             return score if self.lower_is_better else -score, candidate.step, abs(candidate.strength or 0.0)
 
         return min(self.predicted, key=place, default=None)
 
-    def gain(self, result: Result) -> float | None:
+    def gain(self, result: Evaluation) -> float | None:
         """By how much it is better than the last observed checkpoint; None where one of the two has no score."""
         last = self.last_observed
         if last is None or last.score is None or result.score is None:
@@ -125,7 +125,7 @@ class Sweep:
         gain = last.score - result.score if self.lower_is_better else result.score - last.score
         return float(f"{gain:.12g}")  # 0.15, and not 0.15000000000000002
 
-    def row(self, result: Result) -> dict[str, Any]:
+    def row(self, result: Evaluation) -> dict[str, Any]:
         """One line of the table."""
         candidate = result.candidate
         values = (
@@ -166,7 +166,7 @@ class Sweep:
         return text.getvalue()
 
 
-def _place(result: Result) -> tuple[bool, bool, str, float, int]:
+def _place(result: Evaluation) -> tuple[bool, bool, str, float, int]:
     candidate = result.candidate
     return candidate.predicted, candidate.method != BASE, candidate.method, candidate.strength or 0.0, candidate.step
 
@@ -189,10 +189,10 @@ def parse(data: bytes, where: str) -> Sweep:
         raise RequestError(f"{where}: not as a sweep writes it; give another -o, or remove it") from error
 
 
-def _result(row: dict[str, Any]) -> Result:
+def _result(row: dict[str, Any]) -> Evaluation:
     candidate = Candidate(str(row["method"]), int(row["step"]), _number(row["strength"]))
     score, content = _number(row["score"]), row["content"]
-    return Result(candidate, score, row["failed"], float(row["seconds"]), row["line"], str(row["tail"]), content)
+    return Evaluation(candidate, score, row["failed"], float(row["seconds"]), row["line"], str(row["tail"]), content)
 
 
 def _number(value: Any) -> float | None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from relexio import atomic
 from relexio.checkpoints.header import parse_header
-from relexio.checkpoints.read import EMBEDDINGS, HEAD
+from relexio.checkpoints.read import EMBEDDINGS, HEAD, INDEX
 from relexio.checkpoints.write import Output, OutputShard, begin, validate
 from relexio.errors import ExistsError, RequestError, StorageError, StoreError
 from relexio.store.schema import Block, StoredCheckpoint
@@ -121,4 +121,4 @@ def side_files(store: Store, record: StoredCheckpoint) -> Iterator[tuple[str, by
     for name, array in record.side.items():
         yield name, store.pieces(array)
     if record.index is not None:
-        yield "model.safetensors.index.json", store.file(record.index)
+        yield INDEX, store.file(record.index)

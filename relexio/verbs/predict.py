@@ -11,8 +11,9 @@ import numpy as np
 from relexio import atomic
 from relexio.checkpoints.files import is_tensors
 from relexio.checkpoints.header import header_for_transformers, parse_header
+from relexio.checkpoints.read import INDEX
 from relexio.checkpoints.side import TEMPLATE, TOKENIZER, template
-from relexio.checkpoints.write import CARD, model_card, write_files
+from relexio.checkpoints.write import CARD, model_card, without_clashes, write_files
 from relexio.engine import graph, plan
 from relexio.engine.executor import Executor
 from relexio.engine.resources import Resources
@@ -114,15 +115,29 @@ def _most_at_once(store: Store, steps: int, count: int, resources: Resources) ->
             count = (count + 1) // 2
 
 
+def left_out(store: Store, window: tuple[int, ...]) -> list[str]:
+    """Side files that a prediction cannot have: where it writes a file of its own, there can be no directory."""
+    return _carried(store, window)[1]
+
+
+def _carried(store: Store, window: tuple[int, ...]) -> tuple[dict[str, str], list[str]]:
+    """The side files of a prediction, by the arrays that hold them, and the names of those that cannot stand there."""
+    base = store.base()
+    last = store.checkpoints(store.find(window[-1])[0])[window[-1]]
+    wanted = {n: array for n, array in last.side.items() if n not in _NOT_CARRIED and not is_tensors(n)}
+    if _CONFIG in base.side and _tensors(store, last) != _tensors(store, base):
+        wanted[_CONFIG] = base.side[_CONFIG]  # it says whether the head is tied, and so which tensors the files hold
+    wanted |= {name: array for name, array in lacking(store, last).items() if name not in _NOT_CARRIED}
+    own = [CARD, PROVENANCE, *(shard.name for shard in base.shards), *([] if base.index is None else [INDEX])]
+    names = without_clashes(wanted, own)
+    gone = [name for name in wanted if name not in names and name != PROVENANCE]
+    return {name: wanted[name] for name in names}, gone
+
+
 def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
     """The last observed step's side files and what only the base has besides, a model card, and where it all came from."""
     store, base = fit.store, fit.store.base()
-    last = store.checkpoints(store.find(fit.steps[-1])[0])[fit.steps[-1]]
-    side = {n: array for n, array in last.side.items() if n not in _NOT_CARRIED and not is_tensors(n)}
-    if _CONFIG in base.side and _tensors(store, last) != _tensors(store, base):
-        side[_CONFIG] = base.side[_CONFIG]  # it says whether the head is tied, and so which tensors the files hold
-    side |= {name: array for name, array in lacking(store, last).items() if name not in _NOT_CARRIED}
-    write_files(directory, side_files(store, replace(base, side=side)))
+    write_files(directory, side_files(store, replace(base, side=_carried(store, fit.steps)[0])))
     facts = provenance(fit, target.step)
     public = {**facts, "window": describe_steps(fit.steps), "base": store.base_content}
     method = fit.recipe.way

@@ -1,6 +1,7 @@
 """The command line in tests: in this process, and in a fresh one."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,10 +10,18 @@ from pathlib import Path
 
 from relexio.store.store import open_store
 
+#: A line of progress. There are some where a pass takes longer than a second.
+PROGRESS = re.compile(r"^[^\n]*: \S+ \S+ of \S+ \S+, \S+ \S+/s, [\d:]+ left\n", re.MULTILINE)
+
+
+def without_progress(text: str) -> str:
+    """What a command said on stderr, without its lines of progress."""
+    return PROGRESS.sub("", text)
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended."""
+    """How a command ended; ``err`` is without lines of progress."""
 
     code: int
     out: str
@@ -22,11 +31,11 @@ class Outcome:
 Relexio = Callable[..., Outcome]
 
 
-def in_process(*arguments: object, timeout: float = 120) -> Outcome:
+def in_process(*arguments: object, timeout: float = 600) -> Outcome:
     """The command line, in a fresh process."""
     command = [sys.executable, "-m", "relexio", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    return Outcome(done.returncode, done.stdout, without_progress(done.stderr))
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:

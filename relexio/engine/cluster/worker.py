@@ -1,24 +1,23 @@
-"""What runs in a worker process: what it says of itself, and blocks, within the settings of a pass."""
+"""What runs in a worker process: what it says of itself, and blocks, within the limits of a pass."""
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distributed import get_worker
-from threadpoolctl import threadpool_limits
 
 from relexio import atomic
 from relexio.engine import device as backend
-from relexio.engine.device import limited, own_stream
-from relexio.engine.executor import limit_threads
+from relexio.engine.device import own_stream
+from relexio.engine.executor import Executor
 from relexio.engine.process import resident_bytes, use_one_heap
 from relexio.errors import DeviceError, RelexioError
 
-TOPIC = "relexio"  # of the events by which workers tell of finished blocks
+TOPIC = "relexio"  # of the events by which workers report finished blocks
 _PIECE = 4096  # bytes of a file by which two machines see whether they mean the same one
 
 
@@ -44,7 +43,7 @@ def look(device: str, dask_worker: Any) -> Worker:
     return Worker(resident_bytes(), dask_worker.state.nthreads, device, problem, free)
 
 
-def seen(path: Path) -> tuple[int, str] | None:
+def fingerprint(path: Path) -> tuple[int, str] | None:
     """Size of a file and a hash of how it begins; None if it cannot be read."""
     try:
         with open(path, "rb") as file:
@@ -55,7 +54,7 @@ def seen(path: Path) -> tuple[int, str] | None:
 
 def unlike(expected: dict[Path, tuple[int, str] | None]) -> Path | None:
     """Runs in a worker: the first of some files that it does not see as the client does."""
-    return next((path for path, there in expected.items() if seen(path) != there), None)
+    return next((path for path, known in expected.items() if fingerprint(path) != known), None)
 
 
 def sync_all(directories: list[Path]) -> None:
@@ -64,78 +63,53 @@ def sync_all(directories: list[Path]) -> None:
         atomic.sync_tree(directory)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a worker process keeps to while it works on one pass."""
+class _Pass:
+    """One pass in one worker process: its limits, in force until it ends, and as many blocks at once as planned."""
 
-    token: str
-    threads: int
-    device: str
-    device_memory: int
-
-
-class _Turns:
-    """One pass in one worker process: its settings, in force until it ends, and as many blocks at once as planned."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.running, self.ended = 0, False
-        self._lock, self._turn = threading.Lock(), threading.Semaphore(settings.threads)
-        self._stack = ExitStack()
+    def __init__(self, limits: Executor) -> None:
+        self.running = 0
+        self.turn = threading.Semaphore(limits.plan.workers)
+        self.stack = ExitStack()
         use_one_heap()  # again: a worker that died may have been replaced
-        limit_threads(settings.threads)
-        self._stack.enter_context(threadpool_limits(1))
-        self._stack.enter_context(limited(settings.device, settings.device_memory))
-
-    @contextmanager
-    def take(self) -> Iterator[bool]:
-        """Wait for a turn; False if the pass has ended meanwhile."""
-        with self._turn:
-            with self._lock:
-                go = not self.ended
-                self.running += int(go)
-            try:
-                yield go
-            finally:
-                with self._lock:
-                    self.running -= int(go)
-
-    def end(self) -> int:
-        """Start nothing any more; how many blocks are still being worked on, and once there is none, undo the settings."""
-        with self._lock:
-            self.ended = True
-            if not self.running:
-                self._stack.close()
-            return self.running
+        self.stack.enter_context(limits.limits())
 
 
-_passes: dict[str, _Turns | None] = {}  # None for those that have ended: a task that comes late does nothing
-_passes_lock = threading.Lock()
+_passes: dict[str, _Pass] = {}
+_ended: set[str] = set()  # a task that comes late does nothing
+_lock = threading.Lock()
 
 
-def work(settings: Settings, key: str, function: Callable[..., Any], *parts: Any) -> Any:
-    """Runs in a worker: one block, within the settings; then tell of it."""
-    with _passes_lock:
-        if settings.token not in _passes:
-            _passes[settings.token] = _Turns(settings)
-        turns = _passes[settings.token]
-    if turns is None:
-        return None
-    try:
-        own_stream(settings.device)
-        with turns.take() as go:
-            result = function(*parts) if go else None
-    except (RelexioError, OSError) as error:
-        error.__cause__ = error.__context__ = None  # of Zarr's and the codecs' errors some cannot be pickled
-        raise
+def work(limits: Executor, token: str, key: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Runs in a worker: one block of a pass, within its limits, and when it is its turn; then report it."""
+    with _lock:
+        if token in _ended:
+            return None
+        if token not in _passes:
+            _passes[token] = _Pass(limits)
+        this = _passes[token]
+    own_stream(limits.device)
+    with this.turn:
+        with _lock:
+            if token in _ended:
+                return None
+            this.running += 1
+        try:
+            result = function(*arguments)
+        except (RelexioError, OSError) as error:
+            error.__cause__ = error.__context__ = None  # of Zarr's and the codecs' errors some cannot be pickled
+            raise
+        finally:
+            with _lock:
+                this.running -= 1
     get_worker().log_event(TOPIC, key)
     return result
 
 
 def end_pass(token: str) -> int:
-    """Runs in a worker: end a pass there; how many blocks are still being worked on."""
-    with _passes_lock:
-        turns = _passes.setdefault(token, None)
-        left = turns.end() if turns is not None else 0
-        if not left:
-            _passes[token] = None
-        return left
+    """Runs in a worker: start nothing of a pass any more; how many of its blocks are still being worked on there."""
+    with _lock:
+        _ended.add(token)
+        running = _passes[token].running if token in _passes else 0
+        if not running and token in _passes:
+            _passes.pop(token).stack.close()
+        return running

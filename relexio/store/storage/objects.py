@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from errno import EACCES
+from errno import EACCES, EROFS
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,10 @@ class Remote:
         files, path = self._files()
         with _told(self.address), suppress(FileNotFoundError):
             files.invalidate_cache()
-            return sum(entry["size"] for entry in files.find(path, detail=True).values())
+            found = {name: entry["size"] for name, entry in files.find(path, detail=True).items()}
+            untold = [name for name, size in found.items() if size is None]  # a listing over http:// has names alone
+            more = files.sizes(untold) if untold else []
+            return sum(size or 0 for size in (*found.values(), *more))
         return 0
 
     def free_bytes(self) -> None:
@@ -267,15 +270,33 @@ def _told(address: str) -> Iterator[None]:
         raise
     except _network() as error:
         said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        code = _code(error)
+        advice = "check the address, the credentials and the network, and run it again"
+        if code == EROFS:
+            said, advice = "can be read, not written", "give another place"
         said = without_secrets(f"{address}: {said}", address)
-        failure = StorageError(f"{said}; check the address, the credentials and the network, and run it again")
-        failure.errno = EACCES if isinstance(error, PermissionError) else getattr(error, "errno", None)
+        failure = StorageError(f"{said}; {advice}")
+        failure.errno = code
         raise failure from error
+
+
+def _code(error: Exception) -> int | None:
+    """The system's number for an error: also where it came over HTTP, or as a way to write that fsspec has not got."""
+    status = getattr(error, "status", None)
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return EACCES
+    if isinstance(error, NotImplementedError) or status in (405, 501):
+        return EROFS
+    return getattr(error, "errno", None)
 
 
 def _network() -> tuple[type[Exception], ...]:
     loaded = {sys.modules[module]: names for module, names in _NETWORK.items() if module in sys.modules}
-    return (OSError, *(getattr(module, name) for module, names in loaded.items() for name in names))
+    return (
+        OSError,
+        NotImplementedError,
+        *(getattr(module, name) for module, names in loaded.items() for name in names),
+    )
 
 
 def _owner() -> bytes:

@@ -1,10 +1,11 @@
 """What a store needs of where it is, whichever way it is there."""
 
-import json
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from zarr.abc.store import Store as ZarrStore
+
+from relexio.bounded import loads
 
 #: Metadata of a Zarr group. That of a store's root carries the commit marker.
 METADATA = "zarr.json"
@@ -97,7 +98,7 @@ def attributes(where: Place) -> dict[str, Any]:
 def parse_record(held: bytes | None) -> dict[str, Any]:
     """A JSON object; empty for what is none."""
     try:
-        found = json.loads(held or b"{}")
+        found = loads(held or b"{}")
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

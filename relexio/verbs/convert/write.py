@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from relexio import atomic
 from relexio.checkpoints.read import Checkpoint, assert_unchanged
 from relexio.checkpoints.side import COMPARED, differences
 from relexio.dtypes import is_buffer
@@ -102,7 +103,7 @@ def _needed_said(conversion: Conversion) -> Iterator[None]:
     try:
         yield
     except StorageError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or atomic.NO_INODES in str(error):
             raise
         most = show(conversion.bytes_written_at_most)
         failure = StorageError(f"{error} (at the very most {most} in all; mostly a small part of that)")
