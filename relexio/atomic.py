@@ -26,40 +26,56 @@ def staging(path: Path) -> Path:
 def publish(staged: Path, final: Path) -> None:
     """Make a finished staging directory durable and give it its name. Raises ExistsError if that is taken."""
     sync_tree(staged)
+    taken = ExistsError(f"{final} has appeared meanwhile; what was made stands in {staged}")
+    if final.exists():
+        raise taken
     try:
-        if final.exists():
-            raise ExistsError(f"{final} has appeared meanwhile; what was made stands in {staged}")
         staged.rename(final)
     except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and not isinstance(error, ExistsError):
-            raise ExistsError(f"{final} has appeared meanwhile; what was made stands in {staged}") from error
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise taken from error
         raise
     sync(final.parent)
 
 
 def write_new(path: Path, data: bytes) -> None:
     """Write one file, durably, that nobody sees before it is whole. Raises ExistsError if its name is taken."""
-    staged = staging(path)
+    write_file(staging(path), path, data, new=True)
+
+
+def write_file(staged: Path, final: Path, data: bytes, durable: bool = True, new: bool = False) -> None:
+    """Write a file under another name and rename it, first data, then name ``durable``; remove it after an error.
+
+    Raises ExistsError if it is to be ``new`` and its name is taken.
+    """
     try:
-        with open(staged, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            raise ExistsError(f"{path} has appeared meanwhile; remove it, or give another name")
-        staged.rename(path)
+        staged.write_bytes(data)
+        if durable:
+            sync(staged)
+        if new and final.exists():
+            raise ExistsError(f"{final} has appeared meanwhile; remove it, or give another name")
+        staged.replace(final)
+        if durable:
+            sync(final.parent)
+    except BaseException:
+        with suppress(OSError):  # what went wrong first is what matters
+            staged.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        yield fd
     finally:
-        staged.unlink(missing_ok=True)
-    sync(path.parent)
+        os.close(fd)
 
 
 def sync(path: Path) -> None:
     """fsync one file or directory."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
+    with _opened(path) as fd:
         os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def sync_tree(top: Path) -> None:
@@ -69,13 +85,10 @@ def sync_tree(top: Path) -> None:
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "syncfs"):
-        fd = os.open(top, os.O_RDONLY)
-        try:
+        with _opened(top) as fd:
             if libc.syncfs(fd) != 0:
                 code = ctypes.get_errno()
                 raise OSError(code, os.strerror(code), str(top))
-        finally:
-            os.close(fd)
         return
     for folder, _, files in os.walk(top, topdown=False):
         for name in files:
@@ -92,10 +105,8 @@ def remove_tree(path: Path) -> None:
 def empty_tree(directory: Path) -> None:
     """Remove all that is in a directory of this program's, and keep the directory itself (and a lock on it)."""
     for path in directory.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        remove_tree(path)
+        path.unlink(missing_ok=True)  # what is no directory
 
 
 @contextmanager
@@ -167,7 +178,6 @@ def storage_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, StorageError) or not error.errno or type(error).__module__ != "builtins":
             raise
-        where = error.filename or path
         advice = {
             errno.ENOSPC: _full(path),
             errno.EDQUOT: "the quota is used up: free space and run the same command again",
@@ -175,7 +185,7 @@ def storage_errors(path: Path) -> Iterator[None]:
             errno.EACCES: "no permission: check owner and mode",
             errno.EPERM: "no permission: check owner and mode",
         }.get(error.errno, "run the same command again when it is there")
-        failure = StorageError(f"{where}: {error.strerror}; {advice}")
+        failure = StorageError(f"{error.filename or path}: {error.strerror}; {advice}")
         failure.errno = error.errno
         raise failure from error
 
@@ -206,6 +216,4 @@ def tree_bytes(top: Path) -> int:
 def existing_parent(path: Path) -> Path:
     """The path itself if it exists, else the nearest directory above it that does."""
     path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
+    return next(folder for folder in (path, *path.parents) if folder.exists())

@@ -16,9 +16,12 @@ def loads(data: bytes, hook: Callable[[list[tuple[str, Any]]], Any] | None = Non
     """The value of a JSON text in UTF-8; ``hook`` makes what an object becomes, as ``object_pairs_hook`` does.
 
     Signs are counted first, at the speed of memory, since it is not bytes but objects that fill it: a key of twelve
-    bytes takes three hundred. Raises ValueError for what is no JSON, and for more of it than any model has.
+    bytes takes three hundred. Raises ValueError for what is no JSON, nested too deeply, or more than any model has.
     """
     tables = data.count(b"{")
     if tables > _TABLES or any(data.count(sign) > each * tables + _MORE for sign, each in _EACH.items()):
         raise ValueError("it has more entries than any model")
-    return json.loads(data.decode("utf-8"), object_pairs_hook=hook)
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=hook)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error

@@ -39,22 +39,16 @@ def show(count: float) -> str:
 
 #: What stands in place of what is left out.
 HIDDEN = "***"
-
-
 _SCHEME = re.compile(r"[A-Za-z][\w+.:-]*:/{1,3}")  # one slash is left of two where a URL was taken for a path
-
-
 _ADDRESS = re.compile(_SCHEME.pattern + r"\S*[^\s:;,.)'\"]")
-
-
 _SHORT = 4  # characters; a shorter password is only known by its place
 
 
 def shown(address: str) -> str:
     """An address without user, password and query, where it has them; a path as it is."""
     login, query = _secrets(address)
-    found = address.replace(f"{login}@", f"{HIDDEN}@", 1) if login else address
-    return found.replace(f"?{query}", f"?{HIDDEN}") if query else found
+    text = address.replace(f"{login}@", f"{HIDDEN}@", 1) if login else address
+    return text.replace(f"?{query}", f"?{HIDDEN}") if query else text
 
 
 def stem(address: str) -> str:
@@ -68,8 +62,8 @@ def without_secrets(text: str, address: str = "") -> str:
     login, query = _secrets(address)
     password = login.partition(":")[2]
     for secret in (query, login, password if len(password) >= _SHORT else ""):
-        for found in {secret, unquote(secret)} - {""}:
-            text = text.replace(found, HIDDEN)
+        for form in {secret, unquote(secret)} - {""}:
+            text = text.replace(form, HIDDEN)
     return _ADDRESS.sub(lambda match: shown(match[0]), text)
 
 

@@ -10,12 +10,14 @@ import pytest
 from relexio.engine.resources import Resources
 from relexio.errors import BudgetError, RequestError
 from relexio.methods import METHODS, Recipe, Window
+from relexio.methods.advice_words import words
 from relexio.methods.backtest import Backtest, backtest
 from relexio.methods.line_tests import random_walk, signs, split_half, straightness
 from relexio.methods.roles import part_of
-from relexio.methods.spectrum import alike, find, thrown_away
+from relexio.methods.skill import errors, ratio
+from relexio.methods.spectrum import alike, find, left_over, thrown_away
 from relexio.methods.trials import HORIZONS, STRENGTHS, Trial, make_folds, make_trials
-from relexio.methods.verdict import advise, caveat, outlook, words
+from relexio.methods.verdict import advise, caveat, outlook
 from relexio.progress import silent
 from relexio.verbs.backtest import judge
 from tests.support.command import Relexio
@@ -42,6 +44,11 @@ def backtested(moved: dict[str, np.ndarray], steps: np.ndarray = LINE, trials: l
     return backtest(pairs, len(pairs), steps, trials or make_trials(len(steps)), make_folds(steps), STRENGTHS)
 
 
+def skills(test: Backtest, trial: Trial, strength: float) -> np.ndarray:
+    """Skill of every prediction, over all tensors."""
+    return ratio(*errors(test.pooled(trial), strength))
+
+
 def test_every_figure_is_that_of_weight_space() -> None:
     """Whatever the method, window, rank, strength and horizon: predict in weight space, subtract, square, add up."""
     steps = np.array([1, 2, 4, 7, 8, 12, 13, 20, 31, 32, 40, 44, 60, 90])
@@ -50,8 +57,8 @@ def test_every_figure_is_that_of_weight_space() -> None:
     moved["model.layers.9.mlp.up_proj.weight"] = np.zeros((len(steps), 30))
     test = backtested(moved, steps)
     columns = [(fold.known, index) for fold in test.folds for index in fold.held_out]
-    for place, trial in enumerate(test.trials):
-        if np.isnan(test.pooled(place)).any():
+    for trial in test.trials:
+        if np.isnan(test.pooled(trial)).any():
             assert any(trial.window(fold.known) is None for fold in test.folds)
             continue
         for strength in (0.25, 1.0):
@@ -70,31 +77,34 @@ def test_every_figure_is_that_of_weight_space() -> None:
                     want["dot"][column, row], want["moved"][column, row] = real @ went, went @ went
             kept = want["kept"].sum(axis=1)
             np.testing.assert_allclose(
-                test.skills(place, strength), 1 - want["error"].sum(axis=1) / kept, rtol=1e-6, atol=1e-7
+                skills(test, trial, strength), 1 - want["error"].sum(axis=1) / kept, rtol=1e-6, atol=1e-7
             )
             with np.errstate(invalid="ignore"):  # of what stays where it is
                 cosine = want["dot"].sum(axis=1) / np.sqrt(want["moved"].sum(axis=1) * kept)
-            np.testing.assert_allclose(test.cosines(place, strength), cosine, rtol=1e-6, atol=1e-7)
+            np.testing.assert_allclose(test.cosines(trial, strength), cosine, rtol=1e-6, atol=1e-7)
             each = 1 - want["error"][:, :3] / want["kept"][:, :3]  # the last tensor never moved
-            np.testing.assert_allclose(test.medians(place, strength), np.median(each, axis=1), rtol=1e-6, atol=1e-7)
+            np.testing.assert_allclose(test.medians(trial, strength), np.median(each, axis=1), rtol=1e-6, atol=1e-7)
             for h in range(len(HORIZONS)):
                 inside = test.horizons == h
                 pooled = 1 - want["error"][inside].sum() / want["kept"][inside].sum() if inside.any() else np.nan
-                np.testing.assert_allclose(test.by_horizon(place, strength)[h], pooled, rtol=1e-6, atol=1e-7)
-            norm = 1 - want["error"][:, 2].sum() / want["kept"][:, 2].sum()
-            np.testing.assert_allclose(test.errors(place, strength, "norm").skill, norm, rtol=1e-6, atol=1e-7)
+                np.testing.assert_allclose(test.by_horizon(trial, strength)[h], pooled, rtol=1e-6, atol=1e-7)
+            norms = errors(test.pooled(trial, "norm"), strength)
+            np.testing.assert_allclose(norms, (want["error"][:, 2], want["kept"][:, 2]), rtol=1e-6, atol=1e-7)
 
 
 def test_no_prediction_sees_what_it_is_judged_by() -> None:
     """Other steps after a cut-off, and the fits before it are the same."""
     moved = model(LINE, 0.3, 1.0)
-    first = backtested(moved, LINE, [Trial(Recipe("pinned"))])
+    trial = Trial(Recipe("pinned"))
+    first = backtested(moved, LINE, [trial])
     known = first.folds[0].known
     for m in moved.values():
         m[known:] += 5.0  # all that comes later is elsewhere
-    again = backtested(moved, LINE, [Trial(Recipe("pinned"))])
+    again = backtested(moved, LINE, [trial])
     columns = len(first.folds[0].held_out)
-    np.testing.assert_allclose(again.pooled(0)[:columns, 2], first.pooled(0)[:columns, 2], rtol=1e-12)  # |update|^2
+    np.testing.assert_allclose(
+        again.pooled(trial)[:columns, 2], first.pooled(trial)[:columns, 2], rtol=1e-12
+    )  # |update|^2
 
 
 def test_a_run_that_is_stored_from_step_0_on() -> None:
@@ -103,9 +113,9 @@ def test_a_run_that_is_stored_from_step_0_on() -> None:
     test = backtested(model(steps, 1.0, 0.3), steps)
     verdict = advise(test)
     assert verdict is not None and verdict.sure == "high"
-    for place, trial in enumerate(test.trials):
+    for trial in test.trials:
         counts = trial.recipe.way.from_zero
-        assert np.isnan(test.pooled(place)).all() if counts else not np.isnan(test.pooled(place)).any(), trial
+        assert np.isnan(test.pooled(trial)).all() if counts else not np.isnan(test.pooled(trial)).any(), trial
 
 
 def test_a_straight_run_is_believed() -> None:
@@ -113,7 +123,7 @@ def test_a_straight_run_is_believed() -> None:
     verdict = advise(test)
     assert verdict is not None and verdict.sure == "high" and verdict.pick.score > 0.8
     assert verdict.reach is not None and verdict.reach[1] == verdict.tested > 3
-    assert all(one.skill > 0.5 for one in verdict.followed) and len(verdict.followed) >= 4
+    assert all(one.skill > 0.5 for one in verdict.history) and len(verdict.history) >= 4
     assert any("How sure" in line for line in words(test, verdict))
 
 
@@ -169,7 +179,7 @@ def test_advice_that_failed_before_is_not_sure() -> None:
         m[20:] = 2 * m[19] - m[20:]
     verdict = advise(backtested(moved))
     assert verdict is not None and verdict.sure in ("none", "low", "moderate")
-    assert any(one.skill < 0 for one in verdict.followed)
+    assert any(one.skill < 0 for one in verdict.history)
 
 
 def test_outlook_of_near_far_and_farther_targets() -> None:
@@ -226,14 +236,15 @@ def test_a_gap_in_the_steps_is_no_jump() -> None:
 def test_what_rank_r_throws_away_by_brute_force() -> None:
     m = model(LINE[:12], 0.3, 1.0, tensors=1).popitem()[1]
     u, sigma, v = np.linalg.svd(m, full_matrices=False)
-    found = find(m @ m.T, LINE[:12], 2)
+    window = Window(m @ m.T, LINE[:12])
+    found, left = find(window, 2), left_over(window, 2)
     rest = m - (u[:, :2] * sigma[:2]) @ v[:2]
-    np.testing.assert_allclose(thrown_away(found.left, found.lengths), (rest**2).sum(1) / (m**2).sum(1), rtol=1e-8)
+    np.testing.assert_allclose(thrown_away(left, np.diag(window.gram)), (rest**2).sum(1) / (m**2).sum(1), rtol=1e-8)
     steps = np.diff(rest, axis=0)
     lengths = np.linalg.norm(steps, axis=1)
-    np.testing.assert_allclose(
-        alike(found.left), (steps[1:] * steps[:-1]).sum(1) / (lengths[1:] * lengths[:-1]), atol=1e-8
-    )
+    np.testing.assert_allclose(alike(left), (steps[1:] * steps[:-1]).sum(1) / (lengths[1:] * lengths[:-1]), atol=1e-8)
+    np.testing.assert_allclose(found.energy, (sigma[:2] ** 2).sum() / (sigma**2).sum(), rtol=1e-8)
+    np.testing.assert_allclose(found.sigma2, (sigma**2).sum(), rtol=1e-8)
     np.testing.assert_allclose(found.spectrum, (sigma**2 / (sigma**2).sum())[:10], rtol=1e-8)
     np.testing.assert_allclose(np.abs(found.coefficients), sigma[0] * np.abs(u[:, 0]), rtol=1e-8)
 
@@ -260,8 +271,8 @@ def test_a_fit_is_judged_by_its_own_recipe(run: Run, tmp_path: Path) -> None:
     fitted = fit_run(store, Recipe("pinned", strength=0.5), "18:32")
     assert fitted.backtest is not None and fitted.backtest.trials == [Trial(Recipe("pinned", strength=0.5), 0.5)]
     judged = judge(store, store.steps, CPU, silent)
-    place = judged.test.trials.index(Trial(Recipe("pinned"), 0.5))
-    np.testing.assert_allclose(fitted.backtest.skills(0, 0.5), judged.test.skills(place, 0.5), rtol=1e-9)
+    own, same = fitted.backtest.trials[0], Trial(Recipe("pinned"), 0.5)
+    np.testing.assert_allclose(skills(fitted.backtest, own, 0.5), skills(judged.test, same, 0.5), rtol=1e-9)
 
 
 def test_command(run: Run, tmp_path: Path, relexio: Relexio) -> None:

@@ -133,7 +133,7 @@ def test_a_disk_that_fills_up_while_predicting(
 ) -> None:
     out = disk / "run.zarr"
     assert relexio("convert", run.steps_path, "--base", run.base_path, "-o", out).code == 0
-    monkeypatch.setattr("relexio.verbs.output.check_targets", lambda store, targets: fill(disk, 100 << 10))
+    monkeypatch.setattr("relexio.verbs.predict.check_targets", lambda store, targets: fill(disk, 100 << 10))
     refused(relexio("predict", out, "--step", 9, "-o", disk / "out"), str(disk / "out"), "bytes are left")
     assert sorted(p.name for p in disk.iterdir()) == ["filler", "run.zarr"]
 

@@ -11,10 +11,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from relexio.cli.main import relexio_command
 from relexio.engine.resources import Resources
+from relexio.methods import METHODS, Recipe, Window, formulas
+from relexio.methods.trials import make_trials
 from relexio.progress import silent
 from relexio.verbs.convert import Request, convert, prepare
 from relexio.verbs.demo.data import TARGET, WINDOW_END, unpack
@@ -142,6 +145,30 @@ def test_examples_run_and_print_what_they_say(page: Path, demo: Path, monkeypatc
         with contextlib.redirect_stdout(out):
             exec(compile("\n" * line + code, str(page), "exec"), names)
         assert out.getvalue() == (said or ""), f"{page.name}, line {line + 1}"
+
+
+@pytest.fixture
+def table_of_methods() -> Iterator[None]:
+    """What is entered into the table of methods is gone after the test."""
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
+
+
+def test_the_example_of_a_method_is_one(table_of_methods: None) -> None:
+    """It stands where the page says, among the names of formulas.py; and commands and backtest have it from the table."""
+    page = ROOT / "docs" / "method.md"
+    ((line, code, _),) = examples(page)
+    before = set(METHODS)
+    exec(compile("\n" * line + code, str(page), "exec"), dict(vars(formulas)))
+    (name,) = METHODS.keys() - before
+    steps, deltas = np.array([1, 2, 4, 7]), np.array([[1.0, 0.0], [2.0, 1.0], [3.0, 0.0], [8.0, 2.0]])
+    recipe = Recipe(name)
+    recipe.check(steps, [12])
+    ahead = recipe.weights(Window(deltas @ deltas.T, steps), [12])[:, 0] @ deltas
+    np.testing.assert_allclose(ahead, deltas[-1] + 5 / 5 * (deltas[-1] - deltas[1]))
+    assert recipe in [trial.recipe for trial in make_trials(len(steps))]
 
 
 def test_json_of_the_store_page_is_what_a_store_holds(demo: Path) -> None:

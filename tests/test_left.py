@@ -132,7 +132,7 @@ def test_a_file_of_the_model_that_came_later_is_a_problem(run: Run, relexio: Rel
 def test_large_files_are_stored_and_those_of_tensors_named(
     tmp_path: Path, run: Run, relexio: Relexio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("schema", "store", "write"):
+    for module in ("schema", "arrays", "write"):
         monkeypatch.setattr(f"relexio.store.{module}.FILE_CHUNK", 1 << 10)
     monkeypatch.setattr("relexio.checkpoints.files._MOST_TENSORS", 4096)
     monkeypatch.setattr("relexio.checkpoints.files._MOST", 1 << 16)

@@ -169,7 +169,7 @@ def test_a_fit_that_another_process_clears_away(
 
         def clear_away() -> None:
             if ended:
-                cache._clear_away(kept, "gram-0001")
+                cache._clear_away(kept, cache.CacheName("gram", 1))
             else:
                 (name,) = kept.names()
                 other.enter_context(kept.below(name).locked())

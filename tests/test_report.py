@@ -143,7 +143,7 @@ def test_page_has_figures_verdict_and_keys(facts: Facts, text: str) -> None:
 def test_tables_of_coefficients_and_energy(facts: Facts) -> None:
     tables = curves(facts.findings, 48)
     drawn = {row["tensor"]: row for row in tables.points}
-    tensor = max(facts.findings.tensors, key=lambda t: t.energy)
+    tensor = max(facts.findings.tensors, key=lambda t: t.sigma2)
     row, line = drawn[tensor.name], tensor.line
     np.testing.assert_allclose(row["value"], tensor.coefficients / tensor.coefficients[-1], rtol=1e-4)
     (end,) = [t for t in tables.targets if t["tensor"] == tensor.name]
@@ -157,7 +157,7 @@ def test_tables_of_coefficients_and_energy(facts: Facts) -> None:
     cells = {(row["layer"], row["part"]): row for row in data.energy_cells(facts.findings)}
     some = [t for t in facts.findings.tensors if (t.layer, t.part) == (1, "norm")]
     assert cells["1", "norm"]["tensors"] == len(some) == 4
-    weighted = sum(t.kept * t.energy for t in some) / sum(t.energy for t in some)
+    weighted = sum(t.energy * t.sigma2 for t in some) / sum(t.sigma2 for t in some)
     assert cells["1", "norm"]["kept"] == pytest.approx(weighted, rel=1e-4)
     assert sum(row["share"] for row in cells.values()) == pytest.approx(1, rel=1e-3)
     assert data.layers(facts.findings) == ["none", "0", "1"]
@@ -167,13 +167,13 @@ def test_skills_are_those_of_the_backtest_and_awful_ones_are_left_out(facts: Fac
     judged, found = facts.findings.judged, data.skill_lines(facts.findings)
     assert judged is not None and judged.verdict is not None and found is not None
     first = found.methods[0]
-    assert first.startswith(str(judged.test.trials[judged.verdict.pick.trial].recipe))
+    assert first.startswith(str(judged.verdict.pick.recipe))
     values = [row["skill"] for row in found.rows if row["method"] == first]
     expected = judged.verdict.skills[~np.isnan(judged.verdict.skills)]
     np.testing.assert_allclose(values, expected, rtol=1e-4)
     assert -1 <= found.floor < 0 and found.top > max(values)
     worst = judged.best_of_each_method()[-1]
-    name = str(judged.test.trials[worst.trial].recipe)
+    name = str(worst.recipe)
     below = np.nanmax(judged.test.by_horizon(worst.trial, worst.strength)) <= found.floor
     assert below == any(name in other for other in found.below)
 

@@ -33,8 +33,7 @@ def _show(judged: Judged, everything: bool) -> None:
     _show_recipes(judged, judged.ranked() if everything else judged.best_of_each_method())
     if judged.verdict is not None:
         pick = judged.verdict.pick
-        trial = judged.test.trials[pick.trial]
-        click.echo(f"\n{trial.recipe}, window {_share(trial.share)}, strength {pick.strength:g}, by part of the model")
+        click.echo(f"\n{pick.recipe}, window {_share(pick)}, strength {pick.strength:g}, by part of the model")
         skill_table(judged.test, judged.parts(pick), "part")
     click.echo("\nverdict")
     for line in judged.words():
@@ -45,7 +44,7 @@ def _show(judged: Judged, everything: bool) -> None:
 
 def _show_run(judged: Judged) -> None:
     test, straight = judged.test, judged.straight
-    known = ", ".join(str(step) for step in sorted(set(test.known.tolist())))
+    known = ", ".join(map(str, np.unique(test.known)))
     rows = [
         ("trajectory", judged.store.shown),
         ("window", describe_steps(judged.window)),
@@ -65,17 +64,16 @@ def _show_run(judged: Judged) -> None:
 
 
 def _show_recipes(judged: Judged, picks: list[Pick]) -> None:
-    test, advised = judged.test, judged.verdict.pick if judged.verdict and judged.verdict.sure != "none" else None
-    recipes = [str(test.trials[pick.trial].recipe) for pick in picks]
-    width = max(map(len, (*recipes, "method")))
+    test = judged.test
+    width = max(len(text) for text in ("method", *(str(pick.recipe) for pick in picks)))
     click.echo("\nskill up to so many times the last known step, beyond the column before (pooled over all tensors)")
     click.echo(f"  {'method':<{width}}  window  strength{horizon_heads(test)}    mean  median  cosine")
-    for recipe, pick in zip(recipes, picks, strict=True):
+    for pick in picks:
         skills = skill_columns(test, test.by_horizon(pick.trial, pick.strength))
         median, cosines = np.nanmean(test.medians(pick.trial, pick.strength)), test.cosines(pick.trial, pick.strength)
         cosine = f"{np.nanmean(cosines):+.2f}" if not np.isnan(cosines).all() else "-"
         click.echo(
-            f"{'*' if pick == advised else ' '} {recipe:<{width}}  {_share(test.trials[pick.trial].share):>6}  "
+            f"{'*' if pick == judged.advised else ' '} {pick.recipe!s:<{width}}  {_share(pick):>6}  "
             f"{pick.strength:>8g}{skills}{pick.score:>+8.2f}{median:>+8.2f}{cosine:>8}"
         )
     click.echo("*: recommended")
@@ -85,5 +83,5 @@ def _show_recipes(judged: Judged, picks: list[Pick]) -> None:
     )
 
 
-def _share(share: float) -> str:
-    return "all" if share == 1 else f"1/{round(1 / share)}"
+def _share(pick: Pick) -> str:
+    return "all" if pick.trial.share == 1 else f"1/{round(1 / pick.trial.share)}"

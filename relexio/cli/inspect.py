@@ -45,36 +45,37 @@ def _skill(inspection: Inspection) -> str:
     return f"{number(inspection.skill, '+.2f')} inside the window, at {cut_offs} cut-offs (relexio backtest tells more)"
 
 
-def _show(found: Inspection) -> None:
-    size, last, straight = found.sizes, found.window[-1], found.straight
+def _show(inspection: Inspection) -> None:
+    size, last, straight = inspection.sizes, inspection.window[-1], inspection.straight
+    moved = len(inspection.moved)
     walk_energy = f" (rank 1 of a random walk: {straight.walk_energy:.1%})" if straight else ""
     walk_r2 = f" (a random walk: {straight.walk_r_squared:.3f})" if straight else ""
     smaller = f"{show(size.checkpoints)} of checkpoints ({size.compression:.1f} times smaller)"
     table(
         [
-            ("trajectory", found.store.shown),
-            ("holds", describe_steps(found.store.steps)),
-            ("window", describe_steps(found.window)),
+            ("trajectory", inspection.store.shown),
+            ("holds", describe_steps(inspection.store.steps)),
+            ("window", describe_steps(inspection.window)),
             ("size", f"{show(size.steps)} for {smaller}"),
             ("", f"{show(size.base)} for the base, {show(size.cache)} of kept fits"),
-            ("changed", f"{found.changed[last]:.1%} of all elements at step {last}"),
-            ("energy", _figure(found.energy, ".1%", f" of the movement is along rank {found.rank}{walk_energy}")),
+            ("changed", f"{inspection.changed[last]:.1%} of all elements at step {last}"),
             (
-                "r2",
-                _figure(found.r_squared, ".3f", f", the median of {len(found.moved)} tensors that changed{walk_r2}"),
+                "energy",
+                _figure(inspection.energy, ".1%", f" of the movement is along rank {inspection.rank}{walk_energy}"),
             ),
-            ("split-half", _split_half(found)),
-            ("slope", _figure(found.slope, ".3g", " a step")),
-            ("skill", _skill(found)),
+            ("r2", _figure(inspection.r_squared, ".3f", f", the median of {moved} tensors that changed{walk_r2}")),
+            ("split-half", _split_half(inspection)),
+            ("slope", _figure(inspection.slope, ".3g", " a step")),
+            ("skill", _skill(inspection)),
         ]
     )
-    if found.doubt is not None:
-        note(found.doubt)
+    if inspection.doubt is not None:
+        note(inspection.doubt)
     for text in straight.signs if straight else ():
         note(f"not one line: {text}")
-    width = max(len(printable(t.name)) for t in found.tensors)
+    width = max(len(printable(t.name)) for t in inspection.tensors)
     click.echo(f"\n{'tensor':<{width}}  {'elements':>11}  changed  energy     r2       slope   skill")
-    for t in found.tensors:
+    for t in inspection.tensors:
         r2, slope = (t.line.r_squared, t.line.slope) if t.line else (None, None)
         click.echo(
             f"{printable(t.name):<{width}}  {t.size:>11,}  {t.changed:>7.1%}  {number(t.energy, '.3f'):>6}  "

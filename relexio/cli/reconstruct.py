@@ -53,6 +53,6 @@ def _show(window: tuple[int, ...], rank: int, targets: list[Target], lost: dict[
     rows = [("window", describe_steps(window)), ("rank", str(rank))]
     for target in targets:
         share = lost[target.step]
-        said = "" if share is None else f"; {1 - share:.1%} of its squared distance from the base is kept"
-        rows.append(("wrote", f"{target.out}: step {target.step}{said}"))
+        energy = "" if share is None else f"; {1 - share:.1%} of its squared distance from the base is kept"
+        rows.append(("wrote", f"{target.out}: step {target.step}{energy}"))
     table(rows)

@@ -101,7 +101,7 @@ class Fit:
             return None
         with threadpool_limits(1):
             found = backtest(pairs, len(fitted), steps, [trial], folds, (self.recipe.strength,), self._recipe)
-        return found if found.kept.any() else None
+        return found if found.baseline.any() else None
 
     def outlook(self, target: int) -> Outlook | None:
         """What the backtest says of a target; None without a backtest."""
@@ -152,7 +152,7 @@ class Fit:
     def tensors(self) -> list[TensorFit]:
         """Every tensor's figures, in the order of the checkpoint; those that cannot be fitted have only ``changed``."""
         shares, tested = changed_shares(self.store, self.steps), self.backtest
-        held_out = tested.tensor_errors(0, self.recipe.strength) if tested else {}
+        held_out = tested.tensor_errors(tested.trials[0], self.recipe.strength) if tested else {}
         return [self._tensor(t, shares[t.name], held_out.get(t.name, Errors())) for t in self.store.tensors]
 
     def _tensor(self, tensor: Tensor, share: float, errors: Errors) -> TensorFit:

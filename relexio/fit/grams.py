@@ -5,7 +5,6 @@ that every later window, rank, target and backtest reads nothing. The ``blocks``
 it keeps the top eigenpairs of one window, and M M^T is what they make up.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from relexio.engine.resources import Resources
 from relexio.errors import BudgetError, StoreError
 from relexio.methods.eigen import Eigenpairs, power_iteration
 from relexio.progress import Stages
-from relexio.store.cache import Kept, has, keep
+from relexio.store.cache import CacheName, Kept, has, keep
 from relexio.store.schema import Tensor
 from relexio.store.storage import METADATA
 from relexio.store.store import Store
@@ -64,16 +63,9 @@ def find_grams(
     return _blocks_solver(store, window, rank, executor, stages)
 
 
-def _kept_name(store: Store, solver: str, window: tuple[int, ...], rank: int) -> str:
-    if solver == "gram":
-        return f"gram-{len(store.groups):04d}"
-    digest = hashlib.sha256(repr(window).encode()).hexdigest()[:16]
-    return f"blocks-{len(store.groups):04d}-rank{rank}-{digest}"
-
-
 def is_kept(store: Store, window: tuple[int, ...], rank: int, solver: str) -> bool:
     """Whether the fit that a solver needs is in the store already."""
-    return has(store, _kept_name(store, solver, window, rank))
+    return has(store, CacheName.of(store, solver, window, rank))
 
 
 def _gram_solver(store: Store, executor: Executor, stages: Stages) -> Grams:
@@ -90,7 +82,7 @@ def _gram_solver(store: Store, executor: Executor, stages: Stages) -> Grams:
             with stages("fit: Gram matrices", _window_bytes(store, count)) as advance:
                 graph.gram(store, steps, keep_one, executor, advance)
 
-    kept = keep(store, _kept_name(store, "gram", (), 0), build)
+    kept = keep(store, CacheName.of(store, "gram", (), 0), build)
     return Grams(
         steps,
         True,
@@ -117,7 +109,7 @@ def _blocks_solver(store: Store, window: tuple[int, ...], rank: int, executor: E
         vectors = kept.read("vectors", place, (len(places), len(window), rank))
         return (vectors * kept.read("values", place, (len(places), rank))) @ vectors.T
 
-    kept = keep(store, _kept_name(store, "blocks", window, rank), build)
+    kept = keep(store, CacheName.of(store, "blocks", window, rank), build)
     return Grams(window, False, read, kept.owner is None)
 
 

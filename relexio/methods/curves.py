@@ -37,7 +37,10 @@ def read_off(curve: str, steps: np.ndarray, values: np.ndarray, at: np.ndarray) 
 
 
 def _polynomial(steps: np.ndarray, values: np.ndarray, at: np.ndarray, degree: int) -> np.ndarray:
-    """A polynomial in steps that are centred and scaled first: powers of 500 would cost all digits."""
+    """A polynomial in steps that are centred and scaled first: powers of 500 would cost all digits.
+
+    As numpy.polynomial.Polynomial.fit, which takes the values of one curve only.
+    """
     middle, half = steps.mean(), np.ptp(steps) / 2
     powers = np.vander((steps - middle) / half, degree + 1)
     return np.vander((at - middle) / half, degree + 1) @ np.linalg.lstsq(powers, values, rcond=None)[0]
@@ -59,8 +62,7 @@ def _sinusoid(steps: np.ndarray, values: np.ndarray, at: np.ndarray) -> np.ndarr
         best = int(np.argmax(explained >= (1 - equal) * explained.max()))
         low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
         f, grid = grid[best : best + 1], np.linspace(low, high, _ZOOM)
-    found = np.linalg.lstsq(_waves(steps, f)[0], values, rcond=None)[0]
-    return _waves(at, f)[0] @ found
+    return _waves(at, f)[0] @ np.linalg.lstsq(_waves(steps, f)[0], values, rcond=None)[0]
 
 
 def _waves(steps: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
@@ -98,15 +100,15 @@ def _refit_weights(curve: str, steps: tuple[float, ...], at: tuple[float, ...], 
 
 def _refitted(curve: str, steps: np.ndarray, values: np.ndarray, at: np.ndarray, every: int) -> np.ndarray:
     gap, size = _distance(steps), len(steps)
-    found = np.empty((len(at), values.shape[1]))
+    result = np.empty((len(at), values.shape[1]))
     steps = steps.astype(np.float64)
     for target in np.argsort(at, kind="stable"):
         while at[target] > steps[-1] + gap * every:
             ahead = steps[-1] + gap * np.arange(1, every + 1)
-            seen = read_off(curve, steps, values, ahead)
-            steps, values = np.concatenate([steps, ahead])[-size:], np.concatenate([values, seen])[-size:]
-        found[target] = read_off(curve, steps, values, at[target : target + 1])[0]
-    return found
+            values = np.concatenate([values, read_off(curve, steps, values, ahead)])[-size:]
+            steps = np.concatenate([steps, ahead])[-size:]
+        result[target] = read_off(curve, steps, values, at[target : target + 1])[0]
+    return result
 
 
 @dataclass(frozen=True)
@@ -124,5 +126,5 @@ def fit_line(steps: np.ndarray, values: np.ndarray) -> Line:
     slope = float(centred @ values / (centred @ centred))
     intercept = float(values.mean() - slope * steps.mean())
     spread = float(((values - values.mean()) ** 2).sum())
-    left = float(((values - slope * steps - intercept) ** 2).sum())
-    return Line(slope, intercept, 1.0 - left / spread if spread > 0 else 1.0)
+    residual = float(((values - slope * steps - intercept) ** 2).sum())
+    return Line(slope, intercept, 1.0 - residual / spread if spread > 0 else 1.0)

@@ -14,7 +14,8 @@ Matrix = np.ndarray
 #: Yields X [T, k], is sent A X [T, k], returns the eigenpairs.
 Iteration = Generator[Matrix, Matrix, "Eigenpairs"]
 
-GUARD = 2  # extra columns that are iterated along, so that a close next eigenvalue does not slow the wanted ones
+_TOLERANCE = 1e-12  # of sigma_1^2: how near every |A u - sigma^2 u| must come to 0
+_GUARD = 2  # extra columns that are iterated along, so that a close next eigenvalue does not slow the wanted ones
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,13 @@ class Eigenpairs:
     vectors: np.ndarray
 
 
-def power_iteration(size: int, rank: int, tol: float = 1e-12) -> Iteration:
-    """Iterate from a fixed start until every |A u - sigma^2 u| <= tol sigma_1^2, or the space is full.
+def power_iteration(size: int, rank: int) -> Iteration:
+    """Iterate from a fixed start until every |A u - sigma^2 u| <= 1e-12 sigma_1^2, or the space is full.
 
     ``size`` is T, ``rank`` how many pairs are wanted (at most T). Signs: the last component of each u is >= 0,
     so that the coefficient at the last step of the window is.
     """
-    block = min(size, rank + GUARD)
+    block = min(size, rank + _GUARD)
     start = np.random.default_rng(0).standard_normal((size, block))
     start[:, 0] = np.arange(1, size + 1)  # coefficients grow about linearly: begin there
     basis, images = np.empty((size, 0)), np.empty((size, 0))
@@ -41,9 +42,9 @@ def power_iteration(size: int, rank: int, tol: float = 1e-12) -> Iteration:
         images = np.hstack([images, (yield fresh)])
         values, vectors, residual = _ritz(basis, images, rank)
         scale = max(abs(values[0]), np.finfo(float).tiny)
-        open_ = np.linalg.norm(residual, axis=0) > tol * scale
-        fresh = _orthonormal(residual[:, open_], basis)
-        if not open_.any() or fresh.shape[1] == 0:
+        unfinished = np.linalg.norm(residual, axis=0) > _TOLERANCE * scale
+        fresh = _orthonormal(residual[:, unfinished], basis)
+        if not unfinished.any() or fresh.shape[1] == 0:
             sign = np.where(vectors[-1] < 0, -1.0, 1.0)
             return Eigenpairs(np.maximum(values, 0.0), vectors * sign)
 

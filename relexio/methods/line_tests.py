@@ -5,14 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from relexio.methods.curves import fit_line
+from relexio.methods.curves import fit_line, read_off
 from relexio.methods.registry import directions
 
 _UNDONE = -0.2  # cosine of the directions of two halves
 _JUMP = 5.0  # times the usual increment
 _BREAK = 2.5  # one slope in terms of the other
-_LEFT = 0.25  # of the squared distances from one line, those from two
-_KINK = 0.5  # of those from a cubic
+_TWO_LINES, _CUBIC = 0.25, 0.5  # of the squared distances from one line, and from a cubic, those from two lines
 _FAR = 30.0  # times the distance between two steps; real runs have up to 1.0
 LEAD = 8  # steps that tell whether the base is the right one
 
@@ -41,16 +40,9 @@ def split_half(gram: np.ndarray) -> float | None:
     count = len(gram)
     if count < 4 or not gram.any():
         return None
-    found = []
-    for offset in (0, 1):
-        picked = np.arange(offset, count, 2)
-        rows = np.zeros((len(picked), count))  # deltas of this half, as weights of the real ones
-        for place, step in enumerate(picked):
-            rows[place:, step] += 1.0
-            if step:
-                rows[place:, step - 1] -= 1.0
-        found.append(rows.T @ directions(rows @ gram @ rows.T, 1)[:, 0])
-    a, b = found
+    increments = np.eye(count) - np.eye(count, k=-1)  # as weights of the deltas
+    halves = [np.cumsum(increments[offset::2], axis=0) for offset in (0, 1)]
+    a, b = (half.T @ directions(half @ gram @ half.T, 1)[:, 0] for half in halves)
     length = np.sqrt(max(a @ gram @ a, 0.0) * max(b @ gram @ b, 0.0))
     return float(a @ gram @ b / length) if length > 0 else None
 
@@ -73,28 +65,22 @@ class Straightness:
 
 def straightness(grams: Iterable[np.ndarray], steps: np.ndarray) -> Straightness | None:
     """Measure the Gram matrices [T, T] of a model's tensors, one at a time; None where nothing moved, or T < 2."""
-    whole, kept, lines, halves = np.zeros((len(steps), len(steps))), 0.0, [], []
     if len(steps) < 2:
         return None
+    total, along, lines, halves = np.zeros((len(steps), len(steps))), 0.0, [], []
     for gram in grams:
         if gram.any():
-            whole += gram
+            total += gram
             u = directions(gram, 1)[:, 0]
-            kept += float(u @ gram @ u)
+            along += float(u @ gram @ u)
             lines.append(fit_line(steps, u).r_squared)
-            half = split_half(gram)
-            halves += [] if half is None else [half]
+            halves.append(split_half(gram))
     if not lines:
         return None
-    walk_energy, walk_r_squared = random_walk(steps)
-    return Straightness(
-        kept / float(np.trace(whole)),
-        float(np.median(lines)),
-        float(np.median(halves)) if halves else None,
-        walk_energy,
-        walk_r_squared,
-        signs(whole, steps),
-    )
+    cosines = [half for half in halves if half is not None]
+    half = float(np.median(cosines)) if cosines else None
+    energy, r_squared = along / float(np.trace(total)), float(np.median(lines))
+    return Straightness(energy, r_squared, half, *random_walk(steps), signs(total, steps))
 
 
 def base_doubt(gram: np.ndarray, steps: np.ndarray) -> str | None:
@@ -128,18 +114,18 @@ def signs(gram: np.ndarray, steps: np.ndarray) -> list[str]:
     apart = squares[:, None] + squares[None, :] - 2 * gram
     same = np.tril(apart <= 1e-12 * squares.max(), -1)
     fresh = ~same.any(axis=1)
-    found = _repeats(same, steps)
+    repeats = _repeats(same, steps)
     gram, steps = gram[np.ix_(fresh, fresh)], steps[fresh]
-    return [*found, *_noise(gram), *_jumps(gram, steps), *_break(gram, steps)]
+    return [*repeats, *_noise(gram), *_jumps(gram, steps), *_break(gram, steps)]
 
 
 def _repeats(same: np.ndarray, steps: np.ndarray) -> list[str]:
-    again = np.flatnonzero(same.any(axis=1))
-    if not len(again):
+    repeats = np.flatnonzero(same.any(axis=1))
+    if not len(repeats):
         return []
-    first = steps[np.flatnonzero(same[again[0]])[0]]
-    more = f", and {len(again) - 1} more repeat one before them" if len(again) > 1 else ""
-    return [f"step {steps[again[0]]} is the same as step {first}{more}: leave repeated checkpoints out with --window"]
+    first = steps[np.flatnonzero(same[repeats[0]])[0]]
+    more = f", and {len(repeats) - 1} more repeat one before them" if len(repeats) > 1 else ""
+    return [f"step {steps[repeats[0]]} is the same as step {first}{more}: leave repeated checkpoints out with --window"]
 
 
 def _noise(gram: np.ndarray) -> list[str]:
@@ -149,27 +135,20 @@ def _noise(gram: np.ndarray) -> list[str]:
     return [f"its increments undo each other (split-half cosine {half:.2f}): what moves is noise about one place"]
 
 
-def _increments(gram: np.ndarray) -> np.ndarray:
-    """Lengths of the increments from each step to the next: [T - 1]."""
-    squares = np.diag(gram)
-    return np.sqrt(np.maximum(squares[1:] + squares[:-1] - 2 * np.diag(gram, 1), 0.0))
-
-
 def _jumps(gram: np.ndarray, steps: np.ndarray) -> list[str]:
-    lengths, gaps = _increments(gram), np.diff(steps)
-    if len(lengths) < 4:
+    squares, gaps = np.diag(gram), np.diff(steps)
+    if len(gaps) < 4:
         return []
+    lengths = np.sqrt(np.maximum(squares[1:] + squares[:-1] - 2 * np.diag(gram, 1), 0.0))
     # between a walk, as the root of the steps, and a line, as their number, a long gap is no jump
     speeds = np.minimum(lengths / gaps, lengths / np.sqrt(gaps))
     usual = np.minimum(np.median(lengths / gaps), np.median(lengths / np.sqrt(gaps)))
-    far: np.ndarray = np.flatnonzero(speeds > _JUMP * usual) if usual > 0 else np.zeros(0, int)
-    if not len(far):
+    worst = int(np.argmax(speeds))
+    if not (usual > 0 and speeds[worst] > _JUMP * usual):
         return []
-    worst = int(far[np.argmax(speeds[far])])
-    times = speeds[worst] / usual
     return [
-        f"a jump from step {steps[worst]} to step {steps[worst + 1]}, {times:.0f} times the usual distance: predict "
-        f"from one side of it with --window"
+        f"a jump from step {steps[worst]} to step {steps[worst + 1]}, {speeds[worst] / usual:.0f} times the usual "
+        f"distance: predict from one side of it with --window"
     ]
 
 
@@ -180,24 +159,23 @@ def _break(gram: np.ndarray, steps: np.ndarray) -> list[str]:
         return []
     u = directions(gram, 1)[:, 0]
     values = u * np.sqrt(max(u @ gram @ u, 0.0))
-    whole = _left(steps, values)
-    middle = range(3, count - 2)
-    split = min(middle, key=lambda at: _left(steps[:at], values[:at]) + _left(steps[at:], values[at:]))
-    before, after = fit_line(steps[:split], values[:split]), fit_line(steps[split:], values[split:])
-    left = _left(steps[:split], values[:split]) + _left(steps[split:], values[split:])
-    low, high = sorted((abs(before.slope), abs(after.slope)))
-    turned = before.slope * after.slope < 0 or high > _BREAK * low
-    bent = np.polynomial.Polynomial.fit(steps, values, 3)  # a smooth bend, as a walk has, is no break
-    smooth = float(((values - bent(steps)) ** 2).sum())
-    if whole <= 0 or left > min(_LEFT * whole, _KINK * smooth) or not turned:
+    one_line = _residual(steps, values)
+    residuals = {i: _residual(steps[:i], values[:i]) + _residual(steps[i:], values[i:]) for i in range(3, count - 2)}
+    split = min(residuals, key=lambda i: residuals[i])
+    before, after = (fit_line(steps[part], values[part]).slope for part in (slice(split), slice(split, None)))
+    low, high = sorted((abs(before), abs(after)))
+    turned = before * after < 0 or high > _BREAK * low
+    bend = read_off("poly3", steps, values[:, None], steps)[:, 0]  # a smooth bend, as a walk has, is no break
+    cubic = float(((values - bend) ** 2).sum())
+    if one_line <= 0 or residuals[split] > min(_TWO_LINES * one_line, _CUBIC * cubic) or not turned:
         return []
     return [
-        f"the slope breaks at step {steps[split]}: {before.slope:.2g} a step before, {after.slope:.2g} after; predict "
+        f"the slope breaks at step {steps[split]}: {before:.2g} a step before, {after:.2g} after; predict "
         f"from the steps after it with --window {steps[split]}:"
     ]
 
 
-def _left(steps: np.ndarray, values: np.ndarray) -> float:
+def _residual(steps: np.ndarray, values: np.ndarray) -> float:
     """What a line leaves of the values: sum of squares."""
     line = fit_line(steps, values)
     return float(((values - line.slope * steps - line.intercept) ** 2).sum())

@@ -35,7 +35,7 @@ class Option:
 
     @property
     def default(self) -> Any:
-        """Its value where nothing is said."""
+        """Its value where none is given."""
         return getattr(Recipe, self.field)
 
     @property
@@ -91,8 +91,8 @@ class Recipe:
     def __str__(self) -> str:
         """For people: ``pinned, rank 2, poly2``; what the method does not use, and strength, are left out."""
         heeded = [o for o in OPTIONS if o.title and o.flag in self.way.uses]
-        told = [o for o in heeded if o.flag == "rank" or o.of(self) != o.default]
-        return ", ".join([self.method, *(o.title.format(o.of(self)) for o in told)])
+        named = [o.title.format(o.of(self)) for o in heeded if o.flag == "rank" or o.of(self) != o.default]
+        return ", ".join([self.method, *named])
 
     def to_json(self) -> dict[str, Any]:
         """For scripts: the method and every option by its flag."""
@@ -101,10 +101,8 @@ class Recipe:
     def arguments(self) -> list[str]:
         """The command line that asks for this recipe: ``["--method pinned", "--strength 0.5"]``."""
         values = {o.flag: o.of(self) for o in OPTIONS if o.of(self) != o.default}
-        told = [
-            f"--{flag} {value:g}" if isinstance(value, float) else f"--{flag} {value}" for flag, value in values.items()
-        ]
-        return [f"--method {self.method}", *told]
+        texts = {flag: f"{value:g}" if isinstance(value, float) else str(value) for flag, value in values.items()}
+        return [f"--method {self.method}", *(f"--{flag} {text}" for flag, text in texts.items())]
 
     def check(self, steps: Vector, targets: list[int]) -> None:
         """Raise RequestError, naming the limit, where this recipe cannot be used on a window for these targets."""

@@ -26,14 +26,14 @@ class Window:
 
     gram: Matrix
     steps: Vector
-    _known: dict[int, Matrix] = field(default_factory=dict, compare=False, repr=False)
+    _top: dict[int, Matrix] = field(default_factory=dict, compare=False, repr=False)
 
     def directions(self, rank: int) -> Matrix:
         """The top-r eigenvectors U [T, r]; the first ones of more, if more were asked for before."""
-        known = next((vectors for vectors in self._known.values() if vectors.shape[1] >= rank), None)
-        if known is None:
-            known = self._known[rank] = directions(self.gram, rank)
-        return known[:, :rank]
+        top = next((vectors for vectors in self._top.values() if vectors.shape[1] >= rank), None)
+        if top is None:
+            top = self._top[rank] = directions(self.gram, rank)
+        return top[:, :rank]
 
 
 #: (window of one tensor, target steps [S], recipe) -> updates b [T, S].

@@ -36,8 +36,8 @@ def part_of(name: str) -> str:
 
 def layer_of(name: str) -> int | None:
     """The number of the layer that a tensor belongs to, None for those outside."""
-    found = re.search(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d{1,6})\.", name)
-    return int(found[1]) if found else None
+    match = re.search(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d{1,6})\.", name)
+    return int(match[1]) if match else None
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Choice:
     def of(self, names: Iterable[str]) -> frozenset[str]:
         """The chosen ones of the tensor names. Raises RequestError for a pattern that none fits, or if none is left."""
         names = tuple(names)
-        if self.others not in ("base", "last"):
+        if self.others not in OTHERS:
             raise RequestError(f"--others {self.others}: give base or last")
         if self.others != "last" and not (self.include or self.exclude):
             raise RequestError(f"--others {self.others} means nothing without --include or --exclude")

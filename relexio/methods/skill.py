@@ -7,18 +7,18 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Errors:
-    """Squared errors of a prediction and of keeping the last checkpoint; they add up over tensors."""
+    """Squared errors of a prediction and of its baseline, the last checkpoint kept; they add up over tensors."""
 
     predicted: float = 0.0
-    kept: float = 0.0
+    baseline: float = 0.0
 
     def __add__(self, other: "Errors") -> "Errors":
-        return Errors(self.predicted + other.predicted, self.kept + other.kept)
+        return Errors(self.predicted + other.predicted, self.baseline + other.baseline)
 
     @property
     def skill(self) -> float | None:
-        """1 - predicted / kept: above 0 beats keeping the last checkpoint; None where that is exact."""
-        return 1.0 - self.predicted / self.kept if self.kept > 0 else None
+        """1 - predicted / baseline: above 0 beats keeping the last checkpoint; None where that is exact."""
+        return 1.0 - self.predicted / self.baseline if self.baseline > 0 else None
 
 
 TERMS = 6
@@ -45,23 +45,22 @@ def terms(
     return np.stack([xx, xb, bb, xy, by, yy], axis=1)
 
 
-def errors(found: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarray]:
-    """Squared errors of the predictions and of keeping the last checkpoint, from terms [..., 6]: two arrays [...]."""
-    xx, xb, bb, xy, by, yy = np.moveaxis(found, -1, 0)
+def errors(sums: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarray]:
+    """Squared errors of the predictions and of their baseline, from terms [..., 6]: two arrays [...]."""
+    xx, xb, bb, xy, by, yy = np.moveaxis(sums, -1, 0)
     moved = xx + 2 * strength * xb + strength**2 * bb
     return np.maximum(moved - 2 * (xy + strength * by) + yy, 0.0), yy
 
 
-def skill(found: np.ndarray, strength: float) -> np.ndarray:
-    """1 - |theta_hat - theta_n|^2 / |theta_last - theta_n|^2 from terms [..., 6]: [...]; NaN where nothing moved."""
-    predicted, kept = errors(found, strength)
+def ratio(predicted: np.ndarray, baseline: np.ndarray) -> np.ndarray:
+    """Skill from squared errors, 1 - predicted / baseline; NaN where the baseline is exact."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(kept > 0, 1.0 - predicted / kept, np.nan)
+        return np.where(baseline > 0, 1.0 - predicted / baseline, np.nan)
 
 
-def cosine(found: np.ndarray, strength: float) -> np.ndarray:
+def cosine(sums: np.ndarray, strength: float) -> np.ndarray:
     """Cosine of the predicted and the real update from the last checkpoint, from terms [..., 6]; NaN without one."""
-    xx, xb, bb, xy, by, yy = np.moveaxis(found, -1, 0)
+    xx, xb, bb, xy, by, yy = np.moveaxis(sums, -1, 0)
     moved = np.maximum(xx + 2 * strength * xb + strength**2 * bb, 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         length = np.sqrt(moved * yy)

@@ -10,7 +10,7 @@ from relexio.methods.curves import CURVES
 from relexio.methods.recipe import Recipe
 from relexio.methods.registry import METHODS
 
-#: Horizons are told in times the last known step: 1.5 is step 75 seen from step 50.
+#: Horizons are given in times the last known step: 1.5 is step 75 seen from step 50.
 #: A horizon is from the one before it (from 1 at first) to this; the last one is open.
 HORIZONS = (1.1, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0)
 STRENGTHS = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -26,11 +26,6 @@ class Fold:
 
     known: int
     held_out: tuple[int, ...]
-
-
-def horizon(steps: np.ndarray, known: int, index: int) -> int:
-    """Which of HORIZONS the step with an index is within, seen from the last of the known steps."""
-    return within(steps[index] / max(steps[known - 1], 1))
 
 
 def within(times: float) -> int:
@@ -51,16 +46,16 @@ def make_folds(steps: np.ndarray) -> list[Fold]:
             f"a backtest takes at least 3 observed steps, two to fit and one held out; there are {count}"
         )
     least = min(5, count - 1)
-    found = []
+    folds = []
     for known in sorted({max(round(count * share), least) for share in _CUT_OFFS}):
         if known >= count:
             continue
         groups: dict[int, list[int]] = {}
         for index in range(known, count):
-            groups.setdefault(horizon(steps, known, index), []).append(index)
-        picked = {group[round(i)] for group in groups.values() for i in np.linspace(len(group) - 1, 0, _EACH)}
-        found.append(Fold(known, tuple(sorted(picked))))
-    return found
+            groups.setdefault(within(steps[index] / max(steps[known - 1], 1)), []).append(index)
+        held_out = {group[round(i)] for group in groups.values() for i in np.linspace(len(group) - 1, 0, _EACH)}
+        folds.append(Fold(known, tuple(sorted(held_out))))
+    return folds
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,18 @@
-"""From a backtest to what to believe: which recipe, how far, and how sure that is. In plain words.
+"""From a backtest to what to believe: which recipe, how far, and how sure that is.
 
 Advice is judged as it would have been used: at each cut-off, take what was best on the steps known by then, and see how
 it did on those after it. Weight skill alone is judged; whether a checkpoint is any good only an evaluation tells.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from relexio.methods.backtest import Backtest
+from relexio.methods.recipe import Recipe
 from relexio.methods.trials import Trial, within
 
-#: What skill in weights says nothing of; told with every piece of advice.
+#: What skill in weights says nothing of; it goes with every piece of advice.
 CAVEAT = (
     "skill is a distance between weights, not task accuracy: it chooses between methods; how far to go, only your own "
     "evaluation can choose (relexio sweep)"
@@ -25,28 +26,23 @@ def caveat() -> str:
     return f"{CAVEAT[0].upper()}{CAVEAT[1:]}."
 
 
-def horizon_for(times: float, tested: float, tried: np.ndarray) -> int | None:
-    """Which of the tried horizons (ascending) speaks for a target so many times the last known step.
-
-    ``tested``: the most times that anything was held out at. None where the target is clearly farther.
-    """
-    if times > tested * _NEARLY:
-        return None
-    return int(tried[min(int(np.searchsorted(tried, within(times))), len(tried) - 1)])
-
-
 @dataclass(frozen=True)
 class Pick:
-    """A trial (its place among those of the backtest), a strength, and its score: the mean skill over horizons."""
+    """A trial, a strength, and its score: the mean skill over horizons."""
 
-    trial: int
+    trial: Trial
     strength: float
     score: float
 
+    @property
+    def recipe(self) -> Recipe:
+        """The trial's recipe at this strength."""
+        return replace(self.trial.recipe, strength=self.strength)
+
 
 @dataclass(frozen=True)
-class Followed:
-    """What became of the advice of its time: given at ``step``, ``skill`` on the steps after it."""
+class PastAdvice:
+    """The advice of its time: what was picked at ``step``, and its ``skill`` on the steps after it."""
 
     step: int
     pick: Pick
@@ -68,15 +64,19 @@ class Verdict:
     reach: tuple[float, float] | None
     tested: float
     farthest: int
-    followed: list[Followed]
+    history: list[PastAdvice]
     still: Pick | None
     sure: str
 
+    @property
+    def right(self) -> int:
+        """How much of the past advice was right."""
+        return sum(advice.skill > 0 for advice in self.history)
 
-def score(test: Backtest, trial: int, strength: float, among: np.ndarray | None = None) -> float:
+
+def score(test: Backtest, trial: Trial, strength: float, among: np.ndarray | None = None) -> float:
     """The mean over horizons of the skill within each; NaN where the trial could not be made at all cut-offs."""
-    chosen = slice(None) if among is None else among
-    if np.isnan(test.pooled(trial)[chosen]).any():
+    if np.isnan(test.pooled(trial)[slice(None) if among is None else among]).any():
         return np.nan
     skills = test.by_horizon(trial, strength, among)
     return float(np.nanmean(skills)) if not np.isnan(skills).all() else np.nan
@@ -87,33 +87,30 @@ def rank_all(test: Backtest, among: np.ndarray | None = None, doubted: bool = Fa
 
     Where the base is doubted, so are those that need it.
     """
-    found = [
+    picks = [
         Pick(trial, strength, score(test, trial, strength, among))
-        for trial in range(len(test.trials))
-        if not (doubted and test.trials[trial].recipe.way.needs_base)
+        for trial in test.trials
+        if not (doubted and trial.recipe.way.needs_base)
         for strength in reversed(test.strengths)
     ]
-    return sorted((pick for pick in found if not np.isnan(pick.score)), key=lambda pick: -pick.score)
+    return sorted((pick for pick in picks if not np.isnan(pick.score)), key=lambda pick: -pick.score)
 
 
-def best(ranked: list[Pick]) -> Pick | None:
+def best(test: Backtest, ranked: list[Pick]) -> Pick | None:
     """The first in the order of trials among those that are as good as the best."""
     near = [pick for pick in ranked if pick.score >= ranked[0].score - _TIE]
-    return min(near, key=lambda pick: (pick.trial, -pick.strength), default=None)
+    return min(near, key=lambda pick: (test.order[pick.trial], -pick.strength), default=None)
 
 
-def follow(test: Backtest, doubted: bool = False) -> list[Followed]:
+def follow(test: Backtest, doubted: bool = False) -> list[PastAdvice]:
     """The advice that each cut-off would have given, from the steps known by then, and how it did afterwards."""
-    known, held_out = test.known, test.held_out
-    found = []
-    for step in sorted(set(known.tolist())):
-        past, future = held_out <= step, known == step
-        pick = best(rank_all(test, past, doubted)) if past.any() else None
-        if pick is not None:
-            after = score(test, pick.trial, pick.strength, future)
-            if not np.isnan(after):
-                found.append(Followed(step, pick, after))
-    return found
+    history = []
+    for step in np.unique(test.known).tolist():
+        past, future = test.held_out <= step, test.known == step
+        pick = best(test, rank_all(test, past, doubted)) if past.any() else None
+        if pick is not None and not np.isnan(skill := score(test, pick.trial, pick.strength, future)):
+            history.append(PastAdvice(step, pick, skill))
+    return history
 
 
 def advise(test: Backtest, doubted: bool = False) -> Verdict | None:
@@ -122,41 +119,40 @@ def advise(test: Backtest, doubted: bool = False) -> Verdict | None:
     Where the base is doubted, it is on the best that does not need one, and no better than low.
     """
     ranked = rank_all(test, doubted=doubted)
-    pick = best(ranked)
+    pick = best(test, ranked)
     if pick is None:
         return None
-    still = next((one for one in ranked if test.trials[one.trial].recipe.way.stays), None)
+    still = next((one for one in ranked if one.trial.recipe.way.stays), None)
     if still is None or still.score < pick.score - _TIE or still.score <= 0:
         still = None
-    skills, followed = test.by_horizon(pick.trial, pick.strength), follow(test, doubted)
-    inside, last = _with_skill(skills, test.horizons), int(test.steps[-1])
+    skills, history = test.by_horizon(pick.trial, pick.strength), follow(test, doubted)
+    inside, last, tested = _with_skill(skills, test.horizons), int(test.steps[-1]), float(test.times.max())
     if not inside.any():
-        return Verdict(pick, skills, None, float(test.times.max()), last, followed, still, "none")
+        return Verdict(pick, skills, None, tested, last, history, still, "none")
     reach = (float(test.times[inside].min()), float(test.times[inside].max()))
     farthest = min(last + int((test.held_out - test.known)[inside].max()), int(last * reach[1]))
-    sure = _sure(pick, followed, still)
-    sure = "low" if doubted and sure != "none" else sure
-    return Verdict(pick, skills, reach, float(test.times.max()), farthest, followed, still, sure)
+    sure = "none" if still is not None else _sure(pick, history)
+    return Verdict(pick, skills, reach, tested, farthest, history, still, "low" if doubted and sure != "none" else sure)
 
 
 def _with_skill(skills: np.ndarray, horizons: np.ndarray) -> np.ndarray:
     """The columns of the first run of horizons with skill above 0: a mask."""
     run: list[int] = []
-    for place in np.flatnonzero(~np.isnan(skills)):
-        if skills[place] > 0:
-            run.append(int(place))
+    for horizon in np.flatnonzero(~np.isnan(skills)):
+        if skills[horizon] > 0:
+            run.append(int(horizon))
         elif run:
             break
     return np.isin(horizons, run)
 
 
-def _sure(pick: Pick, followed: list[Followed], still: Pick | None) -> str:
-    won = sum(one.skill > 0 for one in followed)
-    if not pick.score > 0 or still is not None or (followed and not won):
+def _sure(pick: Pick, history: list[PastAdvice]) -> str:
+    right = sum(advice.skill > 0 for advice in history)
+    if not pick.score > 0 or (history and not right):
         return "none"
-    if len(followed) >= 3 and won == len(followed):
+    if len(history) >= 3 and right == len(history):
         return "high"
-    return "moderate" if followed and won > len(followed) / 2 else "low"
+    return "moderate" if history and right > len(history) / 2 else "low"
 
 
 @dataclass(frozen=True)
@@ -177,83 +173,37 @@ class Outlook:
 
     def __str__(self) -> str:
         """One line for people."""
-        where = f"step {self.target}, {self.times:.1f} times the last one known"
+        target = f"step {self.target}, {self.times:.1f} times the last one known"
         if self.skill is None:
-            return f"{where}, is farther than any step held out: nothing vouches for it"
-        said = "beat" if self.skill > 0 else "did not beat"
+            return f"{target}, is farther than any step held out: nothing vouches for it"
+        outcome = "beat" if self.skill > 0 else "did not beat"
+        untested = "; but none was so many steps ahead" if self.target > self.farthest else ""
         return (
-            f"{where}: predictions that far {said} keeping the last checkpoint (skill {self.skill:+.2f}, above 0 at "
-            f"{self.won} of {self.cut_offs} cut-offs{self._untested()})"
+            f"{target}: predictions that far {outcome} keeping the last checkpoint (skill {self.skill:+.2f}, above 0 at "
+            f"{self.won} of {self.cut_offs} cut-offs{untested})"
         )
 
-    def _untested(self) -> str:
-        return "; but none was so many steps ahead" if self.target > self.farthest else ""
+
+def horizon_for(times: float, tested: float, tried: np.ndarray) -> int | None:
+    """Which of the tried horizons (ascending) speaks for a target so many times the last known step.
+
+    ``tested``: the most times that anything was held out at. None where the target is clearly farther.
+    """
+    if times > tested * _NEARLY:
+        return None
+    return int(tried[min(int(np.searchsorted(tried, within(times))), len(tried) - 1)])
 
 
 def outlook(test: Backtest, target: int, last: int) -> Outlook:
     """What a backtest of a single trial says of a target beyond the last observed step."""
-    strength, times = test.strengths[0], target / max(last, 1)
+    (trial,), strength, times = test.trials, test.strengths[0], target / max(last, 1)
     tested = float(test.times.max())
     farthest = min(last + int((test.held_out - test.known).max()), int(last * tested))
     horizon = horizon_for(times, tested, np.unique(test.horizons))
     if horizon is None:
         return Outlook(target, times, target - last, None, 0, 0, farthest)
     among = test.horizons == horizon
-    cut_offs = sorted(set(test.known[among].tolist()))
-    skills = [test.errors(0, strength, among=among & (test.known == step)).skill or 0.0 for step in cut_offs]
-    skill = test.errors(0, strength, among=among).skill
-    won = sum(s > 0 for s in skills)
-    return Outlook(target, times, target - last, skill or 0.0, won, len(cut_offs), farthest)
-
-
-def window_words(trial: Trial, steps: np.ndarray) -> tuple[str, str]:
-    """A trial's window at the end of ascending steps: in words, and as a ``--window`` expression."""
-    count = trial.window(len(steps)) or len(steps)
-    if count == len(steps):
-        return f"all {count} steps", f"{steps[0]}:{steps[-1]}"
-    return f"the last {count} of {len(steps)} steps", f"{steps[-count]}:{steps[-1]}"
-
-
-def words(test: Backtest, verdict: Verdict) -> list[str]:
-    """The verdict in sentences: what to use, how far, how sure. The caveat is not among them."""
-    trial, pick = test.trials[verdict.pick.trial], verdict.pick
-    tries, won = len(verdict.followed), sum(one.skill > 0 for one in verdict.followed)
-    followed = f"Such advice, taken at {tries} earlier cut-offs, was right at {won}."
-    if not tries:
-        followed = "There are too few steps to try such advice on earlier ones."
-    if verdict.sure == "none":
-        return [_why_not(test, verdict, followed), "Train on: do not extrapolate this run from here."]
-    sentences = [
-        f"Use {trial.recipe}, strength {pick.strength:g}, fitted to {window_words(trial, test.steps)[0]}.",
-        _how_far(test, verdict),
-        f"How sure: {verdict.sure}, of weights. {followed}",
-    ]
-    medians = test.medians(pick.trial, pick.strength)
-    if np.nanmean(medians) < 0:
-        sentences.insert(2, f"But most tensors end farther off: their median skill is {np.nanmean(medians):+.2f}.")
-    return sentences
-
-
-def _why_not(test: Backtest, verdict: Verdict, followed: str) -> str:
-    recipe, pick = test.trials[verdict.pick.trial].recipe, verdict.pick
-    if verdict.still is not None:
-        still = test.trials[verdict.still.trial].recipe
-        return (
-            f"Nothing is to be extrapolated here: averaging what was seen ({still}, strength {verdict.still.strength:g}: mean "
-            f"skill {verdict.still.score:+.2f}) does as well as any direction ({pick.score:+.2f}). What moves is noise."
-        )
-    if pick.score > 0 and verdict.reach is not None:
-        return f"The best is {recipe}, strength {pick.strength:g}, with a mean skill of {pick.score:+.2f}. {followed}"
-    return f"Nothing tried here beats keeping the last checkpoint; the best is {recipe} with {pick.score:+.2f}."
-
-
-def _how_far(test: Backtest, verdict: Verdict) -> str:
-    start, end = verdict.reach or (1.0, 1.0)
-    last = int(test.steps[-1])
-    span = f"{start:.2f} to {end:.2f}" if end - start >= 0.01 else f"{end:.2f}"
-    so_far = "as far as was tested" if end >= verdict.tested * 0.999 else "and not beyond"
-    return (
-        f"In weights it comes nearer than the last checkpoint (mean skill {verdict.pick.score:+.2f}) at {span} times the last "
-        f"known step and up to {verdict.farthest - last} steps ahead, {so_far}: from step {last} that is step "
-        f"{verdict.farthest}."
-    )
+    cut_offs = np.unique(test.known[among])
+    skills = [test.errors(trial, strength, among & (test.known == step)).skill or 0.0 for step in cut_offs]
+    skill, won = test.errors(trial, strength, among).skill or 0.0, sum(skill > 0 for skill in skills)
+    return Outlook(target, times, target - last, skill, won, len(cut_offs), farthest)

@@ -6,9 +6,10 @@ from typing import Any
 import altair as alt
 import numpy as np
 
+from relexio.methods.spectrum import TensorFindings
 from relexio.report.chart import Figure, by, either, plot, step_axis, tip
 from relexio.report.data import WHOLE, Facts, Row, Table, number, numbers, over_steps, signed, skill_at
-from relexio.verbs.findings import Findings, TensorFindings
+from relexio.verbs.findings import Findings
 
 _DRAWN, _DRAWN_OF_PART = 12, 6  # tensors whose coefficients are drawn at first, and when one part is picked
 _LEAST_LAST = 0.2  # of the largest coefficient: a tensor that came back has no last value to be measured in
@@ -58,9 +59,9 @@ def _drawn(tensors: list[TensorFindings]) -> list[tuple[TensorFindings, bool]]:
     """The tensors that are drawn, by energy, and whether they are at first: the best of each part before the second."""
     fit = [t for t in tensors if t.coefficients[-1] > _LEAST_LAST * np.abs(t.coefficients).max()]
     by_part: dict[str, list[TensorFindings]] = {}
-    for tensor in sorted(fit, key=lambda t: -t.energy):
+    for tensor in sorted(fit, key=lambda t: -t.sigma2):
         by_part.setdefault(tensor.part, []).append(tensor)
-    order = sorted(fit, key=lambda t: (t is not by_part[t.part][0], -t.energy))
+    order = sorted(fit, key=lambda t: (t is not by_part[t.part][0], -t.sigma2))
     top = {t.name for t in order[:_DRAWN]}
     return [
         (t, t.name in top)

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from relexio.methods import Window
 from relexio.methods.line_tests import walk_gram
 from relexio.methods.roles import part_of
-from relexio.methods.spectrum import Finding, find, thrown_away
+from relexio.methods.spectrum import TensorFindings, find, left_over, thrown_away
 from relexio.methods.trials import horizon_name
 from relexio.methods.verdict import horizon_for
 from relexio.report.theme import PART_COLOURS
-from relexio.verbs.findings import Findings, TensorFindings
+from relexio.verbs.findings import Findings
 from relexio.verbs.inspect import Sizes
 
 Row = dict[str, Any]
@@ -44,10 +45,15 @@ class Facts:
         return [part for part in PART_COLOURS if any(tensor.part == part for tensor in self.findings.tensors)]
 
     @cached_property
-    def walk(self) -> Finding:
-        """A random walk over the same steps, measured at the same rank."""
+    def walk_window(self) -> Window:
+        """A random walk over the same steps."""
         steps = np.array(self.findings.window)
-        return find(walk_gram(steps), steps, self.findings.rank)
+        return Window(walk_gram(steps), steps)
+
+    @cached_property
+    def walk(self) -> TensorFindings:
+        """That walk, measured at the same rank."""
+        return find(self.walk_window, self.findings.rank)
 
 
 def number(value: float) -> float | None:
@@ -106,7 +112,7 @@ def skill_lines(findings: Findings) -> SkillLines | None:
         return None
     lines: dict[str, tuple[str, np.ndarray]] = {}
     for pick in (judged.verdict.pick, *judged.best_of_each_method()):
-        recipe = judged.test.trials[pick.trial].recipe
+        recipe = pick.trial.recipe
         if recipe.method not in lines:
             lines[recipe.method] = str(recipe), judged.test.by_horizon(pick.trial, pick.strength)
     merged = _merge(list(lines.values()))
@@ -146,14 +152,14 @@ def energy_cells(findings: Findings) -> Table:
     cells: dict[tuple[int | None, str], list[TensorFindings]] = {}
     for tensor in findings.tensors:
         cells.setdefault((tensor.layer, tensor.part), []).append(tensor)
-    whole, rows = sum(tensor.energy for tensor in findings.tensors), []
+    whole, rows = sum(tensor.sigma2 for tensor in findings.tensors), []
     for (layer, part), tensors in cells.items():
-        total = sum(tensor.energy for tensor in tensors)
+        total = sum(tensor.sigma2 for tensor in tensors)
         rows.append(
             {
                 "layer": OUTSIDE if layer is None else str(layer),
                 "part": part,
-                "kept": number(sum(tensor.kept * tensor.energy for tensor in tensors) / total),
+                "kept": number(sum(tensor.energy * tensor.sigma2 for tensor in tensors) / total),
                 "share": number(total / whole),
                 "tensors": len(tensors),
                 "r2": number(float(np.median([tensor.line.r_squared for tensor in tensors]))),
@@ -193,7 +199,11 @@ def energy_by_direction(facts: Facts) -> Table:
 
 def left_out(facts: Facts) -> Table:
     """The share of each delta that the rank throws away, step by step, of the run and of a random walk."""
-    shares = {RUN: facts.findings.thrown, WALK: thrown_away(facts.walk.left, facts.walk.lengths)}
+    walk = facts.walk_window
+    shares = {
+        RUN: facts.findings.thrown,
+        WALK: thrown_away(left_over(walk, facts.findings.rank), np.diag(walk.gram)),
+    }
     return [{"of": name, **over_steps(facts.findings.window, "share", values)} for name, values in shares.items()]
 
 
@@ -221,8 +231,8 @@ def skill_at(findings: Findings, target: int) -> float | None:
 
 def tensor_rows(findings: Findings, most: int = 1000) -> list[tuple[Any, ...]]:
     """The most energetic tensors: name, part, layer, changed share, share of the energy, energy kept, r_squared."""
-    whole = sum(tensor.energy for tensor in findings.tensors)
+    whole = sum(tensor.sigma2 for tensor in findings.tensors)
     return [
-        (t.name, t.part, t.layer, t.changed, t.energy / whole, t.kept, t.line.r_squared)
-        for t in sorted(findings.tensors, key=lambda t: -t.energy)[:most]
+        (t.name, t.part, t.layer, t.changed, t.sigma2 / whole, t.energy, t.line.r_squared)
+        for t in sorted(findings.tensors, key=lambda t: -t.sigma2)[:most]
     ]

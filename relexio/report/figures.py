@@ -55,7 +55,7 @@ def skill(facts: Facts) -> Figure:
 def energy(facts: Facts) -> Figure:
     """Heat map of the energy that the rank keeps, by layer and part."""
     rows, layers = data.energy_cells(facts.findings), data.layers(facts.findings)
-    rank, walk = facts.findings.rank, facts.walk.kept
+    rank, walk = facts.findings.rank, facts.walk.energy
     kept = alt.Scale(domain=[min([walk, *(row["kept"] for row in rows)]), 1])
     flush = alt.Axis(labelAngle=0, labelOverlap="greedy", labelSeparation=3, grid=False, domain=False)
     columns = alt.Scale(domain=layers, paddingInner=0.05)

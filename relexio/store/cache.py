@@ -5,6 +5,8 @@ store that cannot be written keeps them in a temporary directory for the length 
 """
 
 import errno
+import hashlib
+import re
 import shutil
 import tempfile
 import weakref
@@ -18,14 +20,13 @@ import numpy as np
 import zarr
 
 from relexio.atomic import PARTIAL
-from relexio.bounded import loads
 from relexio.errors import BusyError, StoreError
-from relexio.store.chunks import decode, most_bytes
-from relexio.store.schema import check_array, hashes_from_json
-from relexio.store.seal import hash_of, metadata_hashes, seal, unseal
+from relexio.store.chunks import read_chunk, write_chunk
+from relexio.store.schema import Layout, hashes_from_json
+from relexio.store.seal import damage, metadata_hashes, read_node, seal, unseal
 from relexio.store.storage import METADATA, Directory, Place, place
-from relexio.store.store import Store, damage
-from relexio.store.zarrs import AnyArray, create, open_group
+from relexio.store.store import Store
+from relexio.store.zarrs import create, open_group
 from relexio.words import shown
 
 #: Bytes up to which an array is kept as one chunk and held in memory.
@@ -40,6 +41,34 @@ _NOT_WRITABLE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR, errno.ENOENT)
 }
 _NOT_PERMITTED = {errno.EACCES, errno.EPERM}
+_NAME = re.compile(r"([a-z]+)-(\d{4,})(?:-rank(\d+)-([0-9a-f]{16}))?")
+
+
+@dataclass(frozen=True)
+class CacheName:
+    """What a result is about; as text, the name of its directory. ``rank`` and ``window`` are those of ``blocks`` only."""
+
+    solver: str
+    groups: int
+    rank: int = 0
+    window: str = ""
+
+    @classmethod
+    def of(cls, store: Store, solver: str, window: tuple[int, ...], rank: int) -> "CacheName":
+        """The name of a solver's result on the committed groups of a store."""
+        if solver == "gram":
+            return cls("gram", len(store.groups))
+        return cls("blocks", len(store.groups), rank, hashlib.sha256(repr(window).encode()).hexdigest()[:16])
+
+    @classmethod
+    def parse(cls, name: str) -> "CacheName | None":
+        """The result that a directory of that name is; None for a name that no result has."""
+        match = _NAME.fullmatch(name)
+        return cls(match[1], int(match[2]), int(match[3] or 0), match[4] or "") if match else None
+
+    def __str__(self) -> str:
+        name = f"{self.solver}-{self.groups:04d}"
+        return f"{name}-rank{self.rank}-{self.window}" if self.window else name
 
 
 class _Temporary:
@@ -56,7 +85,7 @@ class Kept:
 
     address: str
     owner: object = None  # a temporary directory lives as long as this
-    _opened: dict[str, tuple[int, ...] | np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+    _opened: dict[str, Layout | np.ndarray] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __repr__(self) -> str:
         return f"<Kept {self.shown}>"
@@ -67,28 +96,23 @@ class Kept:
         return shown(self.address)
 
     @contextmanager
-    def create(self, name: str, shape: tuple[int, ...]) -> Iterator[AnyArray | np.ndarray]:
+    def create(self, name: str, shape: tuple[int, ...]) -> Iterator["np.ndarray | _Entries"]:
         """A new array to be filled: in memory and stored as one chunk if it is small, else a chunk for each tensor."""
         small = 8 * prod(shape) <= SMALL
         axes = ("tensor", *(f"axis{i}" for i in range(1, len(shape))))
-        chunks = shape if small else (1, *shape[1:])
-        stored = self._new(name, shape, chunks, axes)
+        layout = Layout(shape, tuple(max(1, size) for size in (shape if small else (1, *shape[1:]))), _NUMBER, axes)
+        group = open_group(self.address, "r+")
+        begun = group.get(name)  # by another build of the same in this place
+        if not isinstance(begun, zarr.Array) or (begun.shape, begun.chunks) != (shape, layout.chunks):
+            create(group, name, layout, overwrite=begun is not None)
+        entries = _Entries(place(self.address), name, layout)
         if not small:
-            yield stored
+            yield entries
             return
         filled = np.zeros(shape)
         yield filled
-        stored[:] = filled
-
-    def _new(self, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], axes: tuple[str, ...]) -> AnyArray:
-        """The array to be filled: one that another build of the same has begun in this place, else a new one."""
-        group = open_group(self.address, "r+")
-        found = group.get(name)
-        if isinstance(found, zarr.Array) and (found.shape, found.chunks) == (shape, chunks):
-            return found.with_config({"write_empty_chunks": True})
-        if found is not None:
-            del group[name]
-        return create(group, name, shape, chunks, "<f8", axes)
+        if filled.size:
+            write_chunk(entries.location, name, layout, filled, 0)
 
     def check(self, tensors: int, steps: int) -> None:
         """Read all of it, kept for so many tensors and steps. Raises StoreError where it is damaged."""
@@ -96,55 +120,61 @@ class Kept:
             names = sorted(self._hashes())
         for name in names:
             with damage(f"{self.shown}: {name}", _REMOVE):
-                shape, chunks = self._layout(name)
+                layout = self._layout(name)
+                shape = layout.shape
                 if shape[0] != tensors or any(size > steps for size in shape[1:]):
                     raise ValueError(f"its shape {list(shape)[:4]} is not of {tensors} tensors and {steps} steps")
-                for first in range(0, tensors, chunks[0]):
-                    self._chunk(name, chunks, first // chunks[0])
+                for number in range(-(-tensors // layout.chunks[0])):
+                    read_chunk(place(self.address), name, layout, number)
 
     def _hashes(self) -> dict[str, str]:
         return hashes_from_json(unseal(place(self.address).get(METADATA) or b"")["relexio"]["metadata"])
 
-    def _layout(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shape and chunks: all in one, or one for each tensor. Raises ValueError for what this module does not write."""
-        data = place(self.address).get(f"{name}/{METADATA}") or b""
-        if hash_of(data) != self._hashes()[name]:
-            raise ValueError("the checksum of its zarr.json is wrong")
-        shape, chunks = check_array(loads(data), ("float64",))
-        if chunks not in (shape, (1, *shape[1:])):
-            raise ValueError(f"its chunks {list(chunks)[:4]} are neither all of it nor those of a tensor")
-        return shape, chunks
-
-    def _chunk(self, name: str, chunks: tuple[int, ...], number: int) -> np.ndarray:
-        key = "/".join(map(str, (name, "c", number, *(0 for _ in chunks[1:]))))
-        data = place(self.address).get(key, most_bytes(_NUMBER, prod(chunks)))
-        if data is None:
-            raise ValueError(f"chunk {key} is missing")
-        return decode(data, _NUMBER, prod(chunks)).reshape(chunks)
+    def _layout(self, name: str) -> Layout:
+        """All in one chunk, or one for each tensor. Raises ValueError for what this module does not write."""
+        layout = Layout.from_json(read_node(place(self.address), name, self._hashes()[name]))
+        if layout.dtype != _NUMBER or layout.chunks not in (layout.shape, (1, *layout.shape[1:])):
+            raise ValueError(f"its chunks {list(layout.chunks)[:4]} are neither all of it nor those of a tensor")
+        return layout
 
     def read(self, name: str, entry: int, shape: tuple[int, ...]) -> np.ndarray:
         """One tensor's entry of an array of that shape. Raises StoreError where the kept file is damaged."""
         with damage(f"{self.shown}: {name}", _REMOVE):
             if name not in self._opened:
-                found, chunks = self._layout(name)
-                if found != shape:
-                    raise ValueError(f"its shape is {list(found)[:4]}, not {list(shape)}")
-                self._opened[name] = self._chunk(name, chunks, 0) if chunks == shape else chunks
+                layout = self._layout(name)
+                if layout.shape != shape:
+                    raise ValueError(f"its shape is {list(layout.shape)[:4]}, not {list(shape)}")
+                whole = layout.chunks == shape
+                self._opened[name] = read_chunk(place(self.address), name, layout, 0) if whole else layout
             held = self._opened[name]
-            numbers = held[entry] if isinstance(held, np.ndarray) else self._chunk(name, held, entry)[0]
+            numbers = (
+                held[entry] if isinstance(held, np.ndarray) else read_chunk(place(self.address), name, held, entry)[0]
+            )
             if not (np.abs(numbers) < _LARGE).all():  # false for NaN too
                 raise ValueError("it holds numbers that no weights make")
             return numbers
 
 
-def has(store: Store, name: str) -> bool:
+@dataclass(frozen=True)
+class _Entries:
+    """An array that is written an entry at a time: a chunk for each tensor."""
+
+    location: Place
+    name: str
+    layout: Layout
+
+    def __setitem__(self, entry: int, values: np.ndarray) -> None:
+        write_chunk(self.location, self.name, self.layout, values, entry)
+
+
+def has(store: Store, name: CacheName) -> bool:
     """Whether something is kept under a name, and may be read."""
-    with _closed([], name):
-        return _found(place(store.address).below(f"cache/{name}"))
+    with _without_permission([], f"cache/{name}"):
+        return _is_there(place(store.address).below(f"cache/{name}"))
     return False
 
 
-def _found(final: Place) -> bool:
+def _is_there(final: Place) -> bool:
     """Whether a result is there. Raises OSError (EACCES) for one that may not be read: it is another user's own."""
     if not final.whole():
         return False
@@ -155,15 +185,15 @@ def _found(final: Place) -> bool:
 
 def check(store: Store) -> tuple[list[str], list[str]]:
     """What is damaged of all that is kept, and what of it may not be read: a line each."""
-    kept = place(store.address).below("cache")
+    cache = place(store.address).below("cache")
     damaged: list[str] = []
     closed: list[str] = []
-    with _closed(closed, "cache"):
-        for name in sorted(kept.names()):
-            with _closed(closed, f"cache/{name}"):
+    with _without_permission(closed, "cache"):
+        for name in sorted(cache.names()):
+            with _without_permission(closed, f"cache/{name}"):
                 try:
-                    if not name.endswith("partial") and _found(kept.below(name)):
-                        Kept(kept.below(name).address).check(len(store.fitted()), len(store.steps))
+                    if not name.endswith("partial") and _is_there(cache.below(name)):
+                        Kept(cache.below(name).address).check(len(store.fitted()), len(store.steps))
                 except StoreError as error:
                     damaged.append(str(error))
     return damaged, closed
@@ -171,39 +201,39 @@ def check(store: Store) -> tuple[list[str], list[str]]:
 
 def left(store: Store) -> list[str]:
     """The names of what is unfinished in ``cache/``, as far as that may be read."""
-    with _closed([], "cache"):
+    with _without_permission([], "cache"):
         return [name for name in place(store.address).below("cache").names() if name.endswith("partial")]
     return []
 
 
 @contextmanager
-def _closed(found: list[str], name: str) -> Iterator[None]:
-    """Add a name to those found where the permission to read what it stands for is missing."""
+def _without_permission(closed: list[str], name: str) -> Iterator[None]:
+    """Add a name to those that are closed where the permission to read what it stands for is missing."""
     try:
         yield
     except OSError as error:
         if error.errno not in _NOT_PERMITTED:
             raise
-        found.append(name)
+        closed.append(name)
 
 
-def keep(store: Store, name: str, build: Callable[[Kept], None]) -> Kept:
+def keep(store: Store, name: CacheName, build: Callable[[Kept], None]) -> Kept:
     """What is kept under a name, built if it is not there yet. What may not be read is not there."""
-    kept = place(store.address).below("cache")
-    final = kept.below(name)
+    cache = place(store.address).below("cache")
+    final = cache.below(str(name))
     try:
-        if _found(final):
+        if _is_there(final):
             return Kept(final.address)
-        if isinstance(kept, Directory) and kept.path.is_symlink():  # to write there is not what was asked for
-            raise NotADirectoryError(errno.ENOTDIR, "a link", kept.address)
-        _clear_away(kept, name)
+        if isinstance(cache, Directory) and cache.path.is_symlink():  # to write there is not what was asked for
+            raise NotADirectoryError(errno.ENOTDIR, "a link", cache.address)
+        _clear_away(cache, name)
         _build(final, build)
-        _found(final)  # another process may have been faster, and keep it to itself
+        _is_there(final)  # another process may have been faster, and keep it to itself
     except OSError as error:
         if error.errno not in _NOT_WRITABLE:
             raise
         owner = _Temporary()
-        final = place(Path(owner.path, name))
+        final = place(Path(owner.path, str(name)))
         with final.storage_errors():
             _build(final, build)
         return Kept(final.address, owner)
@@ -217,14 +247,14 @@ def _build(final: Place, build: Callable[[Kept], None]) -> None:
         building.put(METADATA, seal({"metadata": metadata_hashes(building, sorted(group.array_keys()))}, whole=True))
 
 
-def _clear_away(kept: Place, name: str) -> None:
+def _clear_away(cache: Place, wanted: CacheName) -> None:
     """Remove what nobody will ask for again: results on fewer groups, and what a killed process left unfinished."""
-    solver, groups = name.split("-")[:2]
-    for other in kept.names():
+    for name in cache.names():
+        other = CacheName.parse(name)
         # another process may finish it, or clear it away, meanwhile; another user's may not be ours to remove
         with suppress(BusyError, FileNotFoundError, PermissionError):
-            if other.endswith(PARTIAL):
-                with kept.below(other).locked():
-                    kept.below(other).remove()
-            elif other.startswith(f"{solver}-") and other.split("-")[1] < groups:
-                kept.below(other).remove()
+            if name.endswith(PARTIAL):
+                with cache.below(name).locked():
+                    cache.below(name).remove()
+            elif other is not None and other.solver == wanted.solver and other.groups < wanted.groups:
+                cache.below(name).remove()

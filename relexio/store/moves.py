@@ -23,17 +23,17 @@ class Moves:
 
     @property
     def owner(self) -> np.ndarray:
-        """The place of each move's element [E]."""
+        """The index of each move's element [E]."""
         return np.repeat(np.arange(len(self.count)), self.count)
 
     @property
     def first(self) -> np.ndarray:
-        """The place of each element's first move [n]; every element must have one."""
+        """The index of each element's first move [n]; every element must have one."""
         return np.cumsum(self.count, dtype=np.intp) - self.count
 
 
 def changed(xor: np.ndarray) -> np.ndarray:
-    """The places of the elements that differ from the base at any step, given XOR bits [K, n]."""
+    """The indices of the elements that differ from the base at any step, given XOR bits [K, n]."""
     return np.flatnonzero(np.bitwise_or.reduce(xor, axis=0) != 0)  # nonzero is fast for bool only
 
 
@@ -60,11 +60,11 @@ def find_moves(xor: np.ndarray) -> Moves:
 
 def expand(moves: Moves, steps: int) -> np.ndarray:
     """The XOR bits [K, n] that moves came from: every element keeps its bits until its next move."""
-    found = np.zeros((steps, len(moves.count)), moves.xor.dtype)
+    bits = np.zeros((steps, len(moves.count)), moves.xor.dtype)
     before = np.roll(moves.xor, 1)
     before[moves.first] = 0
-    found[moves.step, moves.owner] = moves.xor ^ before
-    return np.bitwise_xor.accumulate(found, axis=0, out=found)
+    bits[moves.step, moves.owner] = moves.xor ^ before
+    return np.bitwise_xor.accumulate(bits, axis=0, out=bits)
 
 
 def count_changed(moves: Moves, steps: int) -> np.ndarray:

@@ -60,10 +60,10 @@ def observed(store: Store, block: Block, step: int) -> np.ndarray:
     """The element bits [size] of a block at an observed step, exactly as its checkpoint had them."""
     group, column = store.find(step)
     bits = store.base_bits(block)
-    for some, moves in moved(store, group, block):
-        done = np.add.reduceat(moves.step <= column, moves.first, dtype=np.intp)
-        has = done > 0
-        bits[some[has]] ^= moves.xor[(moves.first + done - 1)[has]]
+    for elements, moves in moved(store, group, block):
+        until = np.add.reduceat(moves.step <= column, moves.first, dtype=np.intp)  # moves of each element
+        any_yet = until > 0
+        bits[elements[any_yet]] ^= moves.xor[(moves.first + until - 1)[any_yet]]
     return bits
 
 
@@ -74,5 +74,5 @@ def moved(store: Store, group: Group, block: Block, most: int = 1 << 17) -> Iter
     width = max(1, most // len(group.steps))
     cursor = Cursor(store, group, block)
     for first in range(0, len(elements), width):
-        some = elements[first : first + width]
-        yield some, cursor.take(count[some])
+        part = elements[first : first + width]
+        yield part, cursor.take(count[part])

@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import PurePosixPath
@@ -32,6 +31,7 @@ _FILE = re.compile(r"groups/\d{4,8}/files/[0-9a-f]{32}")
 _DEEPEST, _LONGEST = 32, 1024  # directories and bytes in the name of a file
 _NAMES, _NAME = 20, 200  # names, and letters of one, of what was not stored
 _CODECS = ["bytes", "blosc", "crc32c"]
+_TYPES = ("uint8", "uint16", "uint32", "int64", "float64")
 
 Json = dict[str, Any]
 
@@ -63,11 +63,11 @@ class Tensor:
     @classmethod
     def from_json(cls, value: Json) -> "Tensor":
         """From Zarr attributes. Raises ValueError for what no writer writes."""
-        found = cls(value["name"], value["dtype"], tuple(value["shape"]), value["first_block"])
-        _require(_is_text(found.name) and found.dtype in BITS, "a tensor has a name and a known dtype")
-        _require(len(found.shape) <= _MOST_DIMENSIONS, "a shape is a list of sizes")
-        _require(all(map(_is_count, (*found.shape, found.first_block))), "a shape is a list of sizes")
-        return found
+        tensor = cls(value["name"], value["dtype"], tuple(value["shape"]), value["first_block"])
+        _require(_is_text(tensor.name) and tensor.dtype in BITS, "a tensor has a name and a known dtype")
+        _require(len(tensor.shape) <= _MOST_DIMENSIONS, f"a shape has at most {_MOST_DIMENSIONS} dimensions")
+        _require(all(map(_is_count, (*tensor.shape, tensor.first_block))), "a shape is a list of sizes")
+        return tensor
 
     @property
     def kind(self) -> Kind:
@@ -98,13 +98,19 @@ class Tensor:
 
 def lay_out(entries: list[tuple[str, str, tuple[int, ...]]], block: int) -> tuple[Tensor, ...]:
     """Give every (name, dtype, shape) its blocks, one tensor after the other within each kind."""
-    following = dict.fromkeys(KINDS, 0)
+    blocks = dict.fromkeys(KINDS, 0)
     tensors = []
     for name, dtype, shape in entries:
-        tensor = Tensor(name, dtype, shape, following[kind_of(dtype).name])
-        following[tensor.kind.name] += tensor.count(block)
+        tensor = Tensor(name, dtype, shape, blocks[kind_of(dtype).name])
+        blocks[tensor.kind.name] += tensor.count(block)
         tensors.append(tensor)
     return tuple(tensors)
+
+
+def count_blocks(tensors: tuple[Tensor, ...], block: int) -> dict[str, int]:
+    """The number of blocks of every kind that has any."""
+    counts = {name: sum(t.count(block) for t in tensors if t.kind.name == name) for name in KINDS}
+    return {name: count for name, count in counts.items() if count}
 
 
 def block_elements(largest: int) -> int:
@@ -113,7 +119,7 @@ def block_elements(largest: int) -> int:
 
 
 def moves_room(block: int, steps: int) -> int:
-    """Places for the moves of one block in a group's arrays: one for every element and step, K rounded up to 2^k."""
+    """Room for the moves of one block in a group's arrays: one for every element and step, K rounded up to 2^k."""
     return block << (max(steps, 1) - 1).bit_length()
 
 
@@ -226,14 +232,42 @@ class Group:
     @classmethod
     def from_json(cls, value: Json) -> "Group":
         """From Zarr attributes. Raises ValueError for what no writer writes."""
-        found = cls(value["name"], tuple(value["steps"]), tuple(value["content"]), hashes_from_json(value["metadata"]))
-        _require(isinstance(found.name, str) and re.fullmatch(r"\d{4,8}", found.name), "a group's name is a number")
-        _require(
-            all(map(_is_count, found.steps)) and list(found.steps) == sorted({*found.steps}) and found.steps,
-            "steps are numbers, ascending",
-        )
-        _require([type(text) for text in found.content] == [str] * len(found.steps), "every step has a content hash")
-        return found
+        name, steps, content = value["name"], tuple(value["steps"]), tuple(value["content"])
+        _require(isinstance(name, str) and re.fullmatch(r"\d{4,8}", name), "a group's name is a number")
+        _require(steps and all(map(_is_count, steps)), "a group has steps, and they are numbers")
+        _require(list(steps) == sorted({*steps}), "steps ascend")
+        _require([type(text) for text in content] == [str] * len(steps), "every step has a content hash")
+        return cls(name, steps, content, hashes_from_json(value["metadata"]))
+
+
+def groups_from_json(values: list[Json]) -> tuple[Group, ...]:
+    """The groups of a store. Raises ValueError for what no writer writes."""
+    groups = tuple(map(Group.from_json, values))
+    steps = [step for group in groups for step in group.steps]
+    _require(
+        [group.name for group in groups] == [f"{i:04d}" for i in range(len(groups))], "groups are numbered in order"
+    )
+    _require(len({*steps}) == len(steps), "no step is in two groups")
+    return groups
+
+
+def tensors_from_json(values: list[Json], block: int) -> tuple[Tensor, ...]:
+    """The tensor table of a store. Raises ValueError for what no writer writes."""
+    tensors = tuple(map(Tensor.from_json, values))
+    _require(
+        lay_out([(t.name, t.dtype, t.shape) for t in tensors], block) == tensors, "tensors lie one after the other"
+    )
+    _require(len({t.name for t in tensors}) == len(tensors), "no two tensors have one name")
+    _require(max(count_blocks(tensors, block).values(), default=0) <= MOST_BLOCKS, "no model has so many blocks")
+    return tensors
+
+
+def block_from_json(value: Any) -> int:
+    """The elements of a block. Raises ValueError for what no writer writes."""
+    _require(
+        _is_count(value) and 0 < value <= BLOCK and not value & (value - 1), f"a power of two up to {BLOCK} is a block"
+    )
+    return int(value)
 
 
 def hashes_from_json(value: Any) -> dict[str, str]:
@@ -243,14 +277,26 @@ def hashes_from_json(value: Any) -> dict[str, str]:
     return dict(value)
 
 
-def check_array(found: Any, dtypes: Collection[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and chunks of an array by its ``zarr.json``. Raises ValueError unless types and codecs are those of this format."""
-    shape, grid = found["shape"], found["chunk_grid"]["configuration"]["chunk_shape"]
-    _require(found["data_type"] in dtypes, f"the data type is one of {', '.join(dtypes)}")
-    _require([codec["name"] for codec in found["codecs"]] == _CODECS, f"codecs are {', '.join(_CODECS)}")
-    _require(all(map(_is_count, (*shape, *grid))) and len(shape) == len(grid), "a shape is a list of sizes")
-    _require(0 < prod(grid) * np.dtype(found["data_type"]).itemsize <= _MOST_CHUNK, "a chunk has room for something")
-    return tuple(shape), tuple(grid)
+@dataclass(frozen=True)
+class Layout:
+    """How an array is stored: its shape, the shape of its chunks, its type, and what its dimensions are called."""
+
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: np.dtype
+    axes: tuple[str, ...] = field(default=(), compare=False)
+
+    @classmethod
+    def from_json(cls, value: Json) -> "Layout":
+        """From an array's ``zarr.json``. Raises ValueError for what no writer writes."""
+        shape, chunks = tuple(value["shape"]), tuple(value["chunk_grid"]["configuration"]["chunk_shape"])
+        _require(value["node_type"] == "array", "it is an array")
+        _require(value["data_type"] in _TYPES, f"the data type is one of {', '.join(_TYPES)}")
+        _require([codec["name"] for codec in value["codecs"]] == _CODECS, f"codecs are {', '.join(_CODECS)}")
+        _require(all(map(_is_count, (*shape, *chunks))) and len(shape) == len(chunks) > 0, "a shape is a list of sizes")
+        dtype = np.dtype(value["data_type"]).newbyteorder("<")
+        _require(0 < prod(chunks) * dtype.itemsize <= _MOST_CHUNK, "a chunk has room for something")
+        return cls(shape, chunks, dtype)
 
 
 def _is_text(value: Any) -> bool:

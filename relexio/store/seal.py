@@ -1,15 +1,17 @@
-"""Hashes of the store's metadata: Zarr gives chunks a checksum, but no ``zarr.json``.
+"""The store's metadata, and its hashes: Zarr gives chunks a checksum, but no ``zarr.json``.
 
 The root's ``zarr.json`` holds the hashes of all others, and one of itself.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from xxhash import xxh3_128_hexdigest
 
 from relexio.bounded import loads
+from relexio.errors import StoreError
 from relexio.store.schema import FORMAT
 from relexio.store.storage import METADATA, Place
 
@@ -35,15 +37,44 @@ def unseal(data: bytes) -> Json:
 
     A store of another format, or something that is none, is not looked at.
     """
-    attributes: Json = loads(data)["attributes"]
+    attributes: Json = _parse(data).get("attributes", {})
     record = attributes.get("relexio")
     if isinstance(record, dict) and record.get("format") == FORMAT:
-        found = str(record.get("seal")).encode()
-        if len(found) != len(_BLANK) or hash_of(data.replace(found, _BLANK.encode())).encode() != found:
-            raise ValueError("zarr.json is not as it was written: its checksum is wrong")
+        seal = str(record.get("seal")).encode()
+        if len(seal) != len(_BLANK) or hash_of(data.replace(seal, _BLANK.encode())).encode() != seal:
+            raise ValueError("a checksum is wrong")
     return attributes
 
 
-def metadata_hashes(where: Place, nodes: Iterable[str]) -> dict[str, str]:
+def read_node(location: Place, path: str, known: str | None) -> Json:
+    """The ``zarr.json`` of a group or array. Raises ValueError where it is missing, or its hash not the known one."""
+    data = location.get(f"{path}/{METADATA}")
+    if data is None:
+        raise ValueError("it is missing")
+    if known is not None and hash_of(data) != known:
+        raise ValueError("a checksum is wrong")
+    return _parse(data)
+
+
+def _parse(data: bytes) -> Json:
+    node = loads(data)
+    if not isinstance(node, dict) or not isinstance(node.get("attributes", {}), dict):
+        raise ValueError("it is no metadata of Zarr's")
+    return node
+
+
+def metadata_hashes(location: Place, nodes: Iterable[str]) -> dict[str, str]:
     """The hash of the ``zarr.json`` of groups and arrays, by their paths from the root."""
-    return {node: hash_of(where.get(f"{node}/{METADATA}") or b"") for node in nodes}
+    return {node: hash_of(location.get(f"{node}/{METADATA}") or b"") for node in nodes}
+
+
+@contextmanager
+def damage(what: str, advice: str = "take it from a copy, or convert again into a new trajectory") -> Iterator[None]:
+    """Turn what is wrong with records and chunks of a damaged store into one StoreError."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise StoreError(f"{what}: damaged ({reason}); {advice}") from error

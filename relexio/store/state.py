@@ -28,16 +28,16 @@ def check_content(store: Store, step: int | None, digests: Iterable[tuple[Block,
 
     Raises StoreError naming the step, and a tensor whose bits are not those that were hashed.
     """
-    order = {kind: place for place, kind in enumerate(KINDS)}
-    found = sorted(digests, key=lambda pair: (order[pair[0].kind.name], pair[0].index))
+    order = {kind: index for index, kind in enumerate(KINDS)}
+    ordered = sorted(digests, key=lambda pair: (order[pair[0].kind.name], pair[0].index))
     group, column = (None, 0) if step is None else store.find(step)
     content = store.base_content if group is None else group.content[column]
-    if hashlib.sha256(b"".join(digest for _, digest in found)).hexdigest() == content:
+    if hashlib.sha256(b"".join(digest for _, digest in ordered)).hexdigest() == content:
         return
     path = "base" if group is None else group.path
     what = f"{store.shown}: {'the base' if step is None else f'step {step}'}"
     advice = f"damaged; relexio verify {quote(store.shown)} lists all that is, take the trajectory from a copy"
-    for block, digest in found:
+    for block, digest in ordered:
         if store.digests(path, block).reshape(-1, DIGEST)[column].tobytes() != digest:
             raise StoreError(f"{what}: tensor {block.tensor.name}: not the bits that were hashed; {advice}")
     raise StoreError(f"{what}: its blocks are not those that were committed; {advice}")
@@ -71,9 +71,9 @@ def _tiles(store: Store, group: Group, block: Block, nbytes: int) -> Iterator[tu
     base, count, cursor = store.base_bits(block), store.move_counts(group, block), Cursor(store, group, block)
     steps, tile = len(group.steps), tile_width(len(group.steps), block.kind.itemsize, nbytes)
     for first in range(0, block.size, tile):
-        here, some = base[first : first + tile], count[first : first + tile]
-        elements = np.flatnonzero(some != 0)
-        moves = cursor.take(some[elements])
+        counts = count[first : first + tile]
+        elements = np.flatnonzero(counts != 0)
+        moves = cursor.take(counts[elements])
         later = np.ones(len(moves.step), bool)
         later[1:] = moves.step[1:] > moves.step[:-1]
         later[moves.first] = True
@@ -81,6 +81,6 @@ def _tiles(store: Store, group: Group, block: Block, nbytes: int) -> Iterator[tu
             raise StoreError(
                 f"{store.shown}: {group.path}: moves of tensor {block.tensor.name} are not in the order of time; damaged"
             )
-        bits = np.repeat(here[None], steps, axis=0)
+        bits = np.repeat(base[None, first : first + tile], steps, axis=0)
         bits[:, elements] ^= expand(moves, steps)
         yield first, bits, count_changed(moves, steps)

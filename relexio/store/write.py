@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zarr
 
 from relexio.dtypes import KINDS
 from relexio.errors import CheckpointError
+from relexio.store.arrays import block_arrays, changed_array, file_array
 from relexio.store.schema import DIGEST, FILE_CHUNK, Group, lay_out
 from relexio.store.seal import metadata_hashes, seal
-from relexio.store.storage import METADATA, place
-from relexio.store.store import FILE_DIGITS, Store, damage, file_digest, kinds_of
-from relexio.store.zarrs import AnyArray, create, create_base, create_steps, open_group
+from relexio.store.storage import METADATA, attributes, place
+from relexio.store.store import FILE_DIGITS, Store, file_digest
+from relexio.store.zarrs import create, open_group
 
 
 def create_store(address: str, block: int, entries: list[tuple[str, str, tuple[int, ...]]]) -> Store:
@@ -28,8 +30,7 @@ def create_store(address: str, block: int, entries: list[tuple[str, str, tuple[i
     root = open_group(address, "r+")
     root.create_group("groups")
     base = root.create_group("base")
-    for kind, blocks in kinds_of(tensors, block).items():
-        create_base(base, KINDS[kind], blocks, block)
+    _create_arrays(base, store, 0)
     base.attrs["tensors"] = [{**asdict(t), "shape": list(t.shape)} for t in tensors]
     return store
 
@@ -44,22 +45,24 @@ def _marker(store: Store) -> bytes:
     return seal(record)
 
 
-def _nodes(store: Store, path: str, arrays: tuple[str, ...]) -> list[str]:
-    kinds = kinds_of(store.tensors, store.block)
-    return [
-        path,
-        *(f"{path}/{kind}" for kind in kinds),
-        *(f"{path}/{kind}/{name}" for kind in kinds for name in arrays),
-    ]
+def _create_arrays(parent: zarr.Group, store: Store, steps: int) -> None:
+    for kind, arrays in block_arrays(store.tensors, store.block, steps).items():
+        group = parent.create_group(kind)
+        for name, layout in arrays.items():
+            create(group, name, layout)
+
+
+def _nodes(store: Store, path: str, steps: int) -> list[str]:
+    kinds = block_arrays(store.tensors, store.block, steps)
+    below = [*kinds, *(f"{kind}/{name}" for kind, arrays in kinds.items() for name in arrays)]
+    return [path, *(f"{path}/{node}" for node in below)]
 
 
 def create_steps_group(store: Store, group: Group) -> None:
     """The empty arrays of a new group; nothing refers to it yet."""
-    made, count = open_group(store.address, "r+").create_group(group.path), len(group.steps)
-    for name, blocks in kinds_of(store.tensors, store.block).items():
-        create_steps(made, KINDS[name], blocks, store.block, count)
-    table = (len(store.tensors), count)
-    create(made, "changed", table, table, "<i8", ("tensor", "step"))
+    parent = open_group(store.address, "r+").create_group(group.path)
+    _create_arrays(parent, store, len(group.steps))
+    create(parent, "changed", changed_array(len(store.tensors), len(group.steps)))
 
 
 class Files:
@@ -83,12 +86,13 @@ class Files:
         group = open_group(self._store.address, "r+").require_group(f"{self._path}/files")
         for digest, data in self._new.items():
             size = len(data) if isinstance(data, bytes) else data.stat().st_size
-            array = create(group, digest, (size,), (min(size, FILE_CHUNK),), "|u1", ("byte",))
-            hashed, first = hashlib.sha256(), 0
-            for piece in _pieces(data, size):
+            layout, hashed = file_array(size), hashlib.sha256()
+            create(group, digest, layout)
+            for number, piece in enumerate(_pieces(data, size)):
                 hashed.update(piece)
-                array[first : first + len(piece)] = np.frombuffer(piece, np.uint8)
-                first += len(piece)
+                chunk = np.zeros(layout.chunks, layout.dtype)
+                chunk[: len(piece)] = np.frombuffer(piece, np.uint8)
+                self._store.write_chunk(f"{self._path}/files/{digest}", chunk, number)
             if hashed.hexdigest()[:FILE_DIGITS] != digest:
                 raise CheckpointError(f"{data!s}: changed while it was read; run again when nothing writes it any more")
 
@@ -107,7 +111,7 @@ def write_changed(store: Store, group: Group, counts: dict[str, np.ndarray]) -> 
     table = np.zeros((len(store.tensors), len(group.steps)), np.int64)
     for row, tensor in zip(table, store.tensors, strict=True):
         row[:] = counts.get(tensor.name, 0)
-    writable(store, f"{group.path}/changed")[:] = table
+    store.write_chunk(f"{group.path}/changed", table)
 
 
 def content_hashes(store: Store, path: str, steps: int) -> list[str]:
@@ -123,30 +127,22 @@ def content_hashes(store: Store, path: str, steps: int) -> list[str]:
 
 def set_attribute(store: Store, path: str, name: str, value: Any) -> None:
     """Set one attribute of a Zarr group of the store."""
-    found = open_group(store.address, "r+")[path]
-    found.attrs[name] = value
+    open_group(store.address, "r+")[path].attrs[name] = value
 
 
 def attribute(store: Store, path: str, name: str) -> Any:
-    """One attribute of a Zarr group of the store, None where it is not set."""
-    with damage(f"{store.shown}: attributes of {path}"):
-        return open_group(store.address, "r")[path].attrs.get(name)
-
-
-def writable(store: Store, path: str) -> AnyArray:
-    """An array of the store, opened for writing."""
-    return store.array(path, "r+")
+    """One attribute of a Zarr group of the store, None where it is not set or cannot be read."""
+    return attributes(place(store.address).below(path)).get(name)
 
 
 def commit(store: Store, group: Group, files: Iterable[str], base_content: str) -> Store:
     """Write the commit marker with one more group; from here on its steps exist. ``files`` are those that it names."""
-    where, base = place(store.address), store.base_metadata
+    location, base = place(store.address), store.base_metadata
     if not base:
-        base = metadata_hashes(where, ["groups", *_nodes(store, "base", ("bits", "digest"))])
-    nodes = _nodes(store, group.path, ("count", "step", "xor", "digest"))
+        base = metadata_hashes(location, ["groups", *_nodes(store, "base", 0)])
     own = sorted({name for name in files if name.startswith(f"{group.path}/")})
-    nodes += [f"{group.path}/changed", f"{group.path}/files", *own]
-    group = replace(group, metadata=metadata_hashes(where, nodes))
-    done = Store(store.address, store.block, store.tensors, (*store.groups, group), base_content, base)
-    where.commit(_marker(done))
-    return done
+    nodes = [*_nodes(store, group.path, len(group.steps)), f"{group.path}/changed", f"{group.path}/files", *own]
+    group = replace(group, metadata=metadata_hashes(location, nodes))
+    committed = Store(store.address, store.block, store.tensors, (*store.groups, group), base_content, base)
+    location.commit(_marker(committed))
+    return committed

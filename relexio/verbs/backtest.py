@@ -1,7 +1,7 @@
 """``backtest``: every method, window, rank and strength, held against steps that were really trained; and a verdict."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from shlex import quote
 from typing import Any
 
@@ -14,11 +14,12 @@ from relexio.errors import BudgetError
 from relexio.fit.fit import doubt_of_base
 from relexio.fit.grams import find_grams
 from relexio.methods import METHODS
+from relexio.methods.advice_words import window_words, words
 from relexio.methods.backtest import Backtest, backtest, bytes_of
 from relexio.methods.line_tests import Straightness, straightness
 from relexio.methods.roles import PARTS
 from relexio.methods.trials import HORIZONS, STRENGTHS, horizon_name, make_folds, make_trials
-from relexio.methods.verdict import CAVEAT, Pick, Verdict, advise, caveat, rank_all, window_words, words
+from relexio.methods.verdict import CAVEAT, Pick, Verdict, advise, caveat, rank_all
 from relexio.progress import Stages
 from relexio.store.store import Store
 from relexio.words import show
@@ -26,7 +27,7 @@ from relexio.words import show
 
 @dataclass(frozen=True)
 class Judged:
-    """A trajectory, judged: the backtest, its verdict (None where no recipe fits), and how straight the run is.
+    """The judgement on a trajectory: the backtest, its verdict (None where no recipe fits), and how straight the run is.
 
     ``doubt`` says why the base does not look like the model that training began from.
     """
@@ -38,8 +39,13 @@ class Judged:
     straight: Straightness | None
     doubt: str | None = None
 
+    @property
+    def advised(self) -> Pick | None:
+        """The recipe that the verdict recommends; None where it advises against."""
+        return self.verdict.pick if self.verdict and self.verdict.sure != "none" else None
+
     def sentences(self) -> list[str]:
-        """The verdict in sentences: without the caveat: what to use, how far, how sure."""
+        """The verdict in sentences, without the caveat: what to use, how far, how sure."""
         doubt = []
         if self.doubt is not None:
             free = [m.name for m in METHODS.values() if not m.needs_base and not m.stays]
@@ -61,61 +67,50 @@ class Judged:
 
     def best_of_each_method(self) -> list[Pick]:
         """The best recipe of each method, best first; of the recommended one's method that one, though another ties."""
-        advised = [self.verdict.pick] if self.verdict else []
-        found: dict[str, Pick] = {}
-        for pick in (*advised, *self.ranked()):
-            found.setdefault(self.test.trials[pick.trial].recipe.method, pick)
-        return sorted(found.values(), key=lambda pick: -pick.score)
+        picks: dict[str, Pick] = {}
+        for pick in (*([self.verdict.pick] if self.verdict else []), *self.ranked()):
+            picks.setdefault(pick.recipe.method, pick)
+        return sorted(picks.values(), key=lambda pick: -pick.score)
 
     def row(self, pick: Pick) -> dict[str, Any]:
         """All figures of one recipe, for scripts: by horizon the pooled skill, the median over tensors, and the cosine."""
-        trial = self.test.trials[pick.trial]
-        skills = self.test.by_horizon(pick.trial, pick.strength)
-        medians, cosines = self.test.medians(pick.trial, pick.strength), self.test.cosines(pick.trial, pick.strength)
+        test, trial, strength = self.test, pick.trial, pick.strength
         return {
-            **replace(trial.recipe, strength=pick.strength).to_json(),
+            **pick.recipe.to_json(),
             "share": trial.share,
-            "window": window_words(trial, self.test.steps)[1],
+            "window": window_words(trial, test.steps)[1],
             "score": pick.score,
-            "skill": by_horizon(skills),
-            "median": by_horizon(self._means(medians)),
-            "cosine": by_horizon(self._means(cosines)),
+            "skill": by_horizon(test.by_horizon(trial, strength)),
+            "median": by_horizon(self._means(test.medians(trial, strength))),
+            "cosine": by_horizon(self._means(test.cosines(trial, strength))),
         }
 
     def _means(self, values: np.ndarray) -> np.ndarray:
         """The mean within each horizon of a figure of columns, NaN where nothing is."""
-        inside = [values[(self.test.horizons == place) & ~np.isnan(values)] for place in range(len(HORIZONS))]
-        return np.array([found.mean() if len(found) else np.nan for found in inside])
+        groups = [values[(self.test.horizons == place) & ~np.isnan(values)] for place in range(len(HORIZONS))]
+        return np.array([group.mean() if len(group) else np.nan for group in groups])
 
     def parts(self, pick: Pick) -> dict[str, np.ndarray]:
         """Skill by horizon of one recipe for each part of the model that moved."""
-        found = {}
-        for part in PARTS:
-            predicted = self.test.pooled(pick.trial, part)
-            if predicted[:, -1].any():
-                found[part] = self.test.by_horizon(pick.trial, pick.strength, part=part)
-        return found
+        moved = [part for part in PARTS if self.test.pooled(pick.trial, part)[:, -1].any()]
+        return {part: self.test.by_horizon(pick.trial, pick.strength, part=part) for part in moved}
 
     def command(self) -> str | None:
         """The ``relexio predict`` command that does what the verdict advises; None where it advises against."""
-        if self.verdict is None or self.verdict.sure == "none":
+        if self.verdict is None or (pick := self.advised) is None:
             return None
-        pick, step = self.verdict.pick, self.verdict.farthest
-        trial = self.test.trials[pick.trial]
-        options = replace(trial.recipe, strength=pick.strength).arguments()
-        options += [f"--window {window_words(trial, self.test.steps)[1]}"]
+        options = [*pick.recipe.arguments(), f"--window {window_words(pick.trial, self.test.steps)[1]}"]
+        step = self.verdict.farthest
         return f"relexio predict {quote(self.store.shown)} {' '.join(options)} --step {step} -o predicted-{step}"
 
     def to_json(self) -> dict[str, Any]:
         """For scripts: the verdict, every recipe, by horizon and part, and the cut-offs they were tried at."""
-        test, verdict = self.test, self.verdict
+        steps, verdict = self.test.steps.tolist(), self.verdict
+        folds = self.test.folds
         return {
             "path": self.store.shown,
             "window": list(self.window),
-            "cut_offs": [
-                {"step": int(test.steps[f.known - 1]), "held_out": [int(test.steps[i]) for i in f.held_out]}
-                for f in test.folds
-            ],
+            "cut_offs": [{"step": steps[f.known - 1], "held_out": [steps[i] for i in f.held_out]} for f in folds],
             "horizons": [horizon_name(place) for place in range(len(HORIZONS))],
             "verdict": None if verdict is None else self._verdict(verdict),
             "caveat": CAVEAT,
@@ -132,9 +127,7 @@ class Judged:
             "reach": verdict.reach,
             "tested": verdict.tested,
             "farthest": verdict.farthest,
-            "followed": [
-                {"step": f.step, "recipe": self.row(f.pick)["method"], "skill": f.skill} for f in verdict.followed
-            ],
+            "followed": [{"step": a.step, "recipe": a.pick.recipe.method, "skill": a.skill} for a in verdict.history],
             "words": self.words(),
         }
 
@@ -152,21 +145,21 @@ def judge(store: Store, window: tuple[int, ...], resources: Resources, stages: S
     steps = np.array(window)
     trials, folds = make_trials(len(steps)), make_folds(steps)
     grams = find_grams(store, store.steps, 1, "gram", resources, stages)
-    fitted = store.fitted()
-    needed = bytes_of(len(fitted), len(trials), folds, len(STRENGTHS)) + 64 * len(steps) ** 2
-    if resources.held + plan.OVERHEAD + needed > resources.memory:
+    fitted, nbytes = store.fitted(), 8 * len(steps) ** 2
+    needed = resources.held + plan.OVERHEAD + bytes_of(len(fitted), len(trials), folds, len(STRENGTHS)) + 8 * nbytes
+    if needed > resources.memory:
         raise BudgetError(
             f"--memory {show(resources.memory)} is too small: a backtest of {len(fitted)} tensors needs "
-            f"{show(resources.held + plan.OVERHEAD + needed)}; give more, or a shorter --window"
+            f"{show(needed)}; give more, or a shorter --window"
         )
-    with threadpool_limits(1), stages("backtest", 2 * len(fitted) * 8 * len(steps) ** 2) as advance:
+    with threadpool_limits(1), stages("backtest", 2 * len(fitted) * nbytes) as advance:
 
-        def told() -> Iterator[tuple[str, np.ndarray]]:
+        def pairs() -> Iterator[tuple[str, np.ndarray]]:
             for tensor in fitted:
                 yield tensor.name, grams.of(tensor, window)
-                advance(8 * len(steps) ** 2)
+                advance(nbytes)
 
-        test = backtest(told(), len(fitted), steps, trials, folds, STRENGTHS)
-        straight = straightness((gram for _, gram in told()), steps)
+        test = backtest(pairs(), len(fitted), steps, trials, folds, STRENGTHS)
+        straight = straightness((gram for _, gram in pairs()), steps)
     doubt = doubt_of_base(store, grams)
     return Judged(store, window, test, advise(test, doubt is not None), straight, doubt)

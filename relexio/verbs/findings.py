@@ -1,6 +1,5 @@
 """``findings``: the paper's Findings 1 and 2 on a run, its ablations of rank and curve, and what rank r throws away."""
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,32 +9,12 @@ from threadpoolctl import threadpool_limits
 from relexio.engine.resources import Resources
 from relexio.errors import RequestError
 from relexio.fit.fit import changed_shares
-from relexio.fit.grams import Grams, find_grams
-from relexio.methods import Recipe
-from relexio.methods.curves import Line
-from relexio.methods.roles import layer_of, part_of
-from relexio.methods.spectrum import SPECTRUM, alike, find, thrown_away
+from relexio.fit.grams import find_grams
+from relexio.methods import Recipe, Window
+from relexio.methods.spectrum import SPECTRUM, TensorFindings, alike, find, left_over, thrown_away
 from relexio.progress import Stages
 from relexio.store.store import Store
 from relexio.verbs.backtest import Judged, by_horizon, judge
-
-
-@dataclass(frozen=True)
-class TensorFindings:
-    """One tensor that moved: where it stands, its share of changed elements, spectrum, coefficients [T] and their line.
-
-    ``energy`` is the sum of sigma^2 over all directions, ``kept`` the share of it that the rank keeps.
-    """
-
-    name: str
-    part: str
-    layer: int | None
-    changed: float
-    energy: float
-    kept: float
-    spectrum: np.ndarray
-    coefficients: np.ndarray
-    line: Line
 
 
 @dataclass(frozen=True)
@@ -60,12 +39,9 @@ class Findings:
         """Skill by horizon, at strength 1 on the whole window, for ranks 1 to 3 and for each curve at rank 1."""
         if self.judged is None:
             return {}
-        test, found = self.judged.test, {}
-        for place, trial in enumerate(test.trials):
-            recipe = trial.recipe
-            if trial.share == 1 and recipe.refit is None and recipe.method in ("relex", "pinned"):
-                found[str(Recipe(recipe.method, recipe.rank, curve=recipe.curve))] = test.by_horizon(place, 1.0)
-        return found
+        test = self.judged.test
+        trials = [t for t in test.trials if t.share == 1 and t.recipe.refit is None and "fit" in t.recipe.way.uses]
+        return {str(trial.recipe): test.by_horizon(trial, 1.0) for trial in trials}
 
     def to_json(self) -> dict[str, Any]:
         """For scripts."""
@@ -109,29 +85,17 @@ def findings(store: Store, window: tuple[int, ...], rank: int, resources: Resour
     shares, tensors = changed_shares(store, window), []
     left, lengths, spectrum = np.zeros((count, count)), np.zeros(count), np.zeros(min(count, SPECTRUM))
     with threadpool_limits(1), stages("findings", 8 * count**2 * len(store.fitted())) as advance:
-        for name, gram in _moved(store, window, grams, advance):
-            found = find(gram, steps, rank)
-            left += found.left
-            lengths += found.lengths
-            spectrum += found.spectrum * found.energy
-            tensors.append(
-                TensorFindings(
-                    name, part_of(name), layer_of(name), shares[name], found.energy, found.kept, found.spectrum,
-                    found.coefficients, found.line,
-                )
-            )  # fmt: skip
+        for tensor in store.fitted():
+            one = Window(grams.of(tensor, window), steps)
+            advance(one.gram.nbytes)
+            if not one.gram.any():
+                continue
+            tensors.append(find(one, rank, tensor.name, shares[tensor.name]))
+            left += left_over(one, rank)
+            lengths += np.diag(one.gram)
+            spectrum += tensors[-1].spectrum * tensors[-1].sigma2
     if not tensors:
         raise RequestError(f"{store.shown}: no tensor moved within the window; there is nothing to find")
     judged = judge(store, window, resources, stages) if count > 2 else None
     spectrum /= lengths.sum()
     return Findings(store, window, rank, tensors, spectrum, thrown_away(left, lengths), alike(left), judged)
-
-
-def _moved(
-    store: Store, window: tuple[int, ...], grams: Grams, advance: Callable[[int], None]
-) -> Iterator[tuple[str, np.ndarray]]:
-    for tensor in store.fitted():
-        gram = grams.of(tensor, window)
-        advance(gram.nbytes)
-        if gram.any():
-            yield tensor.name, gram

@@ -60,7 +60,7 @@ class Inspection:
     @property
     def skill(self) -> float | None:
         """Skill inside the window, pooled over all tensors, cut-offs and steps held out; None without a backtest."""
-        return self.backtest.errors(0, 1.0).skill if self.backtest else None
+        return self.backtest.errors(self.backtest.trials[0], 1.0).skill if self.backtest else None
 
     @property
     def slope(self) -> float | None:
@@ -74,7 +74,6 @@ class Inspection:
 
     def to_json(self) -> dict[str, Any]:
         """For scripts."""
-        tested = self.backtest
         return {
             "path": self.store.shown,
             "steps": list(self.store.steps),
@@ -89,7 +88,7 @@ class Inspection:
             "straightness": asdict(self.straight) if self.straight else None,
             "doubt": self.doubt,
             "skill": self.skill,
-            "backtest": {"cut_offs": sorted(set(tested.known.tolist()))} if tested else None,
+            "backtest": {"cut_offs": np.unique(self.backtest.known).tolist()} if self.backtest else None,
             "tensors": [
                 {
                     "name": t.name,
@@ -127,15 +126,15 @@ def inspect(store: Store, window: tuple[int, ...], rank: int, resources: Resourc
 
 def changed_counts(store: Store, steps: tuple[int, ...]) -> np.ndarray:
     """How many elements of each tensor differ from the base at each of ``steps``: int64 [tensors, T]."""
-    found = np.zeros((len(store.tensors), len(steps)), np.int64)
-    for group, columns, places in store.columns(steps):
-        found[:, places] = store.changed(group)[:, columns]
-    return found
+    counts = np.zeros((len(store.tensors), len(steps)), np.int64)
+    for group, columns, rows in store.columns(steps):
+        counts[:, rows] = store.changed(group)[:, columns]
+    return counts
 
 
 def sizes(store: Store) -> Sizes:
     """How large a store is, and what it stands for."""
     checkpoints = sum(s.size for g in store.groups for c in store.checkpoints(g).values() for s in c.shards)
-    where = place(store.address)
-    steps = sum(where.below(group.path).nbytes() for group in store.groups)
-    return Sizes(checkpoints, steps, where.below("base").nbytes(), where.below("cache").nbytes())
+    root = place(store.address)
+    steps = sum(root.below(group.path).nbytes() for group in store.groups)
+    return Sizes(checkpoints, steps, root.below("base").nbytes(), root.below("cache").nbytes())

@@ -2,17 +2,17 @@
 
 import numpy as np
 
+from relexio.methods import Window
 from relexio.methods.backtest import backtest
 from relexio.methods.line_tests import straightness, walk_gram
-from relexio.methods.roles import layer_of, part_of
-from relexio.methods.spectrum import alike, find, thrown_away
+from relexio.methods.spectrum import TensorFindings, alike, find, left_over, thrown_away
 from relexio.methods.trials import STRENGTHS, make_folds, make_trials
 from relexio.methods.verdict import advise
 from relexio.report.data import Facts, default_target
 from relexio.store.schema import lay_out
 from relexio.store.store import Store
 from relexio.verbs.backtest import Judged
-from relexio.verbs.findings import Findings, TensorFindings
+from relexio.verbs.findings import Findings
 from relexio.verbs.inspect import Sizes
 
 _IN_LAYER = (
@@ -37,15 +37,21 @@ def made_up(tensors: list[str], steps: tuple[int, ...], drift: float = 0.3, seed
         gram = rng.uniform(0.2, 2) * (walk + drift * rng.uniform(0, 3) * line)
         if len(grams) < 12:
             grams[name] = gram
-            one = find(gram, np.array(steps), 1)
-            left, lengths = left + one.left, lengths + one.lengths
+            window = Window(gram, np.array(steps))
+            one = find(window, 1)
+            left, lengths = left + left_over(window, 1), lengths + np.diag(gram)
         noisy = one.coefficients * rng.uniform(0.7, 1.3) + 0.02 * np.sqrt(at) * rng.standard_normal(len(at))
         found.append(
             TensorFindings(
-                name, part_of(name), layer_of(name), rng.uniform(0.05, 0.4), float(np.trace(gram)), rng.uniform(0.8, 0.99),
-                one.spectrum, noisy, one.line,
+                name,
+                changed=rng.uniform(0.05, 0.4),
+                energy=rng.uniform(0.8, 0.99),
+                sigma2=float(np.trace(gram)),
+                spectrum=one.spectrum,
+                coefficients=noisy,
+                line=one.line,
             )
-        )  # fmt: skip
+        )
     findings = Findings(
         store, steps, 1, found, one.spectrum, thrown_away(left, lengths), alike(left), _judge(store, steps, grams)
     )

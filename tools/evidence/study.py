@@ -66,7 +66,7 @@ def advised(run: Trajectory, window: str) -> tuple[TrajectoryFit, dict[str, Any]
     said = judged.row(verdict.pick)
     options = {name: said[name] for name in ("method", "rank", "refit", "last", "strength")}
     fit = run.fit(said["window"], curve=said["fit"], **options)
-    recipe = str(judged.test.trials[verdict.pick.trial].recipe)
+    recipe = str(verdict.pick.trial.recipe)
     facts = {"recipe": recipe, "strength": said["strength"], "window": said["window"], "score": said["score"]}
     return fit, {**facts, "sure": verdict.sure, "farthest": verdict.farthest}
 
@@ -81,7 +81,9 @@ def study_window(run: Trajectory, share: float, evaluate: Evaluate) -> dict[str,
     return {
         "share": share,
         "end": end,
-        "backtest": {method: test.errors(0, 1.0).skill if test else None for method, test in tests.items()},
+        "backtest": {
+            method: test.errors(test.trials[0], 1.0).skill if test else None for method, test in tests.items()
+        },
         "advice": {**advice, "accuracy": predicted(fits["advised"], advice["farthest"], evaluate)},
         "predictions": [
             prediction(method, fit, target, evaluate) for target in targets(end, steps) for method, fit in fits.items()

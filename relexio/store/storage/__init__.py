@@ -19,7 +19,7 @@ _URL = re.compile(r"[A-Za-z][\w+.:-]*://")
 
 
 def place(address: str | Path) -> Place:
-    """The place of an address: a URL for fsspec, else a path. Raises RequestError for a URL that cannot be one."""
+    """The location of an address: a URL for fsspec, else a path. Raises RequestError for a URL that cannot be one."""
     text = str(address)
     if not _URL.match(text):
         return Directory(str(Path(text)))

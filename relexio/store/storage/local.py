@@ -28,7 +28,6 @@ class Directory:
 
     @property
     def shown(self) -> str:
-        """The address as it may be seen."""
         return shown(self.address)
 
     @property
@@ -42,27 +41,21 @@ class Directory:
         return Directory(str(atomic.staging(self.path)))
 
     def below(self, key: str) -> "Directory":
-        """A directory below."""
         return Directory(str(self.path / key))
 
     def exists(self) -> bool:
-        """Whether there is a file or directory."""
         return self.path.exists()
 
     def names(self) -> list[str]:
-        """The names in it; none if it is not there."""
         return [path.name for path in self.path.iterdir()] if self.path.exists() else []
 
     def nbytes(self) -> int:
-        """Bytes of all files below."""
         return atomic.tree_bytes(self.path)
 
     def free_bytes(self) -> int:
-        """Bytes free on its file system."""
         return atomic.free_bytes(self.path)
 
     def get(self, key: str, most: int = METADATA_BYTES) -> bytes | None:
-        """The bytes of a file below; None if it is not there. Raises StoreError where it has more than ``most``."""
         try:
             with open(os.open(self.path / key, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # no waiting for a pipe
                 stat = os.fstat(file.fileno())
@@ -77,24 +70,15 @@ class Directory:
             return None
 
     def put(self, key: str, data: bytes) -> None:
-        """Write a file below, beside its name first."""
         self._put(self.path / key, data, durable=False)
 
     def _put(self, final: Path, data: bytes, durable: bool) -> None:
-        partial = final.with_name(f"{final.name}.{uuid4().hex}.partial")
+        staged = final.with_name(f"{final.name}.{uuid4().hex}.partial")
         try:
-            try:
-                partial.write_bytes(data)
-            except FileNotFoundError:
-                self._make_below(final.parent)
-                partial.write_bytes(data)
-            if durable:
-                atomic.sync(partial)
-            partial.replace(final)
-        except OSError:
-            with suppress(OSError):  # what went wrong first is what matters
-                partial.unlink(missing_ok=True)
-            raise
+            atomic.write_file(staged, final, data, durable)
+        except FileNotFoundError:
+            self._make_below(final.parent)
+            atomic.write_file(staged, final, data, durable)
 
     def _make_below(self, folder: Path) -> None:
         """Make a directory below; not this one itself: where it is gone meanwhile, nothing takes its name."""
@@ -102,29 +86,22 @@ class Directory:
         folder.mkdir(parents=True, exist_ok=True)
 
     def make(self) -> None:
-        """Make it, and the directories above it."""
         self.path.mkdir(parents=True, exist_ok=True)
 
     def empty(self) -> None:
-        """Remove what is in it."""
         atomic.empty_tree(self.path)
 
     def remove(self) -> None:
-        """Remove it."""
         atomic.remove_tree(self.path)
 
-    def zarr_store(self, read_only: bool) -> ZarrStore:
-        """Zarr's own store of files; of a directory that is there, since Zarr would make one that has gone."""
-        if not read_only:
-            self.path.stat()
-        return LocalStore(self.address, read_only=read_only)
+    def zarr_store(self) -> ZarrStore:
+        self.path.stat()  # Zarr would make a directory that has gone
+        return LocalStore(self.address)
 
     def locked(self, make: bool = False) -> AbstractContextManager[None]:
-        """Hold the kernel's lock on it. Raises BusyError if another process does."""
-        return atomic.locked(self.path, make)
+        return atomic.locked(self.path, make)  # the kernel's lock on the directory
 
     def storage_errors(self) -> AbstractContextManager[None]:
-        """Turn what the operating system says of it into StorageErrors."""
         return atomic.storage_errors(self.path)
 
     def settle(self) -> None:
@@ -138,15 +115,12 @@ class Directory:
         for leftover in self.path.glob("*.partial"):
             leftover.unlink()
         self._put(self.path / METADATA, marker, durable=True)
-        atomic.sync(self.path)
 
     def publish(self, final: Place) -> None:
-        """Sync it and rename it. Raises ExistsError if the name is taken."""
         atomic.publish(self.path, Path(final.address))
 
     def whole(self) -> bool:
-        """Whether it is there: it got its name last."""
-        return self.path.is_dir()
+        return self.path.is_dir()  # it got its name last
 
     def readable(self) -> bool:
         """Whether all files below may be read: by opening them, as modes are not all that decides."""

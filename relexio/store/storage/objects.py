@@ -48,7 +48,6 @@ class Remote:
 
     @property
     def shown(self) -> str:
-        """The address without user, password and query."""
         return shown(self.address)
 
     @property
@@ -57,26 +56,22 @@ class Remote:
         return self
 
     def below(self, key: str) -> "Remote":
-        """A prefix below."""
         return Remote(f"{self.address}/{key}")
 
     def exists(self) -> bool:
-        """Whether there is an object below, the lock apart."""
         return any(name != LOCK for name in self.names())
 
     def names(self) -> list[str]:
-        """The names right below."""
         files, path = self._files()
-        with _told(self.address), suppress(FileNotFoundError):
+        with _storage_errors(self.address), suppress(FileNotFoundError):
             files.invalidate_cache()  # another process may have written since
-            found = [entry.rstrip("/") for entry in files.ls(path, detail=False)]
-            return [entry.rsplit("/", 1)[-1] for entry in found if entry != path]
+            entries = [entry.rstrip("/") for entry in files.ls(path, detail=False)]
+            return [entry.rsplit("/", 1)[-1] for entry in entries if entry != path]
         return []
 
     def nbytes(self) -> int:
-        """Bytes of all objects below."""
         files, path = self._files()
-        with _told(self.address), suppress(FileNotFoundError):
+        with _storage_errors(self.address), suppress(FileNotFoundError):
             files.invalidate_cache()
             found = {name: entry["size"] for name, entry in files.find(path, detail=True).items()}
             untold = [name for name, size in found.items() if size is None]  # a listing over http:// has names alone
@@ -85,45 +80,40 @@ class Remote:
         return 0
 
     def free_bytes(self) -> None:
-        """Nobody knows."""
         return
 
     def get(self, key: str, most: int = METADATA_BYTES) -> bytes | None:
-        """The bytes of an object; None if it is not there. (``most`` is not asked for: that would be one more request.)"""
         files, path = self._files(key)
-        with _told(self.address), suppress(FileNotFoundError):
+        with _storage_errors(self.address), suppress(FileNotFoundError):
             return bytes(files.cat_file(path, start=0))  # s3fs asks for the size first where it is not told a range
         return None
 
     def put(self, key: str, data: bytes) -> None:
-        """Write an object; storage keeps it whole or not at all."""
         files, path = self._files(key)
-        with _told(self.address):
+        with _storage_errors(self.address):
             files.pipe_file(path, data)
 
     def make(self) -> None:
         """Nothing: there are no directories."""
 
     def empty(self) -> None:
-        """Remove all objects but the lock."""
         files, path = self._files()
-        with _told(self.address), suppress(FileNotFoundError):
+        with _storage_errors(self.address), suppress(FileNotFoundError):
             files.invalidate_cache()
-            found, last = files.find(path), f"{path}/{METADATA}"
-            first = [e for e in found if e.startswith(f"{path}/") and e not in (last, f"{path}/{LOCK}")]
+            entries, last = files.find(path), f"{path}/{METADATA}"
+            first = [e for e in entries if e.startswith(f"{path}/") and e not in (last, f"{path}/{LOCK}")]
             if first:
                 files.rm(first)
-            if last in found:  # it says what the rest is: should this be cut short, the next run can tell
+            if last in entries:  # it says what the rest is: should this be cut short, the next run can tell
                 files.rm_file(last)
 
     def remove(self) -> None:
         """Remove all objects but the lock, which goes when it is given back."""
         self.empty()
 
-    def zarr_store(self, read_only: bool) -> ZarrStore:
-        """Zarr's store of objects."""
+    def zarr_store(self) -> ZarrStore:
         files, path = _asynchronous(self.address)
-        return Objects(files, read_only, path)
+        return Objects(files, path=path)
 
     @contextmanager
     def locked(self, make: bool = False) -> Iterator[None]:
@@ -139,26 +129,22 @@ class Remote:
         self._give_back(mine)
 
     def storage_errors(self) -> AbstractContextManager[None]:
-        """Nothing more to do: every method tells its own."""
-        return nullcontext()
+        return nullcontext()  # every method tells its own
 
     def settle(self) -> None:
         """Nothing: an object that was written is durable."""
 
     def commit(self, marker: bytes) -> None:
-        """Replace one object, whole."""
         self.put(METADATA, marker)
 
     def publish(self, final: Place) -> None:
         """Nothing: the commit marker is what makes it exist."""
 
     def whole(self) -> bool:
-        """Whether the group here was marked at the end."""
-        return attributes(self).get("whole") is True
+        return attributes(self).get("whole") is True  # it is marked at the end
 
     def readable(self) -> bool:
-        """True: who may read one object of a result may read them all."""
-        return True
+        return True  # who may read one object of a result may read them all
 
     @contextmanager
     def building(self) -> Iterator[Place]:
@@ -182,7 +168,7 @@ class Remote:
         files, path = self._files(LOCK)
         held = self._held()
         if held is None:
-            with _told(self.address):
+            with _storage_errors(self.address):
                 try:
                     files.pipe_file(path, mine, mode="create")
                 except OSError:  # servers say in different words that it is there already
@@ -191,7 +177,7 @@ class Remote:
                         raise
         if held is not None and held != mine:  # our own comes back where a request was sent twice
             raise BusyError(
-                f"{self.shown}: {_said(held)} is writing it; wait for it to end, or if it has ended already remove the "
+                f"{self.shown}: {_describe(held)} is writing it; wait for it to end, or if it has ended already remove the "
                 f"object {self.shown}/{LOCK}"
             )
 
@@ -208,7 +194,7 @@ class Remote:
         """Remove the lock, if it is that owner's."""
         files, path = self._files(LOCK)
         if self.get(LOCK) == owner:
-            with _told(self.address), suppress(FileNotFoundError):
+            with _storage_errors(self.address), suppress(FileNotFoundError):
                 files.rm_file(path)
 
 
@@ -217,7 +203,6 @@ class Objects(FsspecStore):
 
     @property
     def root(self) -> str:
-        """The address."""
         return str(self.fs.unstrip_protocol(self.path))
 
     def __str__(self) -> str:  # it stands in what Zarr says of damage
@@ -226,18 +211,15 @@ class Objects(FsspecStore):
     __repr__ = __str__
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """The value of a key; None if it is not there."""
-        with _told(self.root):
+        with _storage_errors(self.root):
             return await super().get(key, prototype, byte_range or OffsetByteRequest(0))  # as in Remote.get
 
     async def set(self, key: str, value: Buffer, byte_range: tuple[int, int] | None = None) -> None:
-        """Write a value."""
-        with _told(self.root):
+        with _storage_errors(self.root):
             await super().set(key, value, byte_range)
 
     async def exists(self, key: str) -> bool:
-        """Whether there is such a key."""
-        with _told(self.root):
+        with _storage_errors(self.root):
             return await super().exists(key)
 
 
@@ -254,28 +236,26 @@ def _installed(address: str) -> Iterator[None]:
     """Tell, in one RequestError, that the package for an address is not installed, or that nobody knows such addresses."""
     try:
         yield
-    except ImportError as error:
-        said = without_secrets(f"{address}: {error}", address)
-        raise RequestError(f"{said}; for s3:// that is pip install 'relexio[s3]'") from error
-    except ValueError as error:
-        raise RequestError(without_secrets(f"{address}: {error}", address)) from error
+    except (ImportError, ValueError) as error:
+        advice = "; for s3:// that is pip install 'relexio[s3]'" if isinstance(error, ImportError) else ""
+        raise RequestError(without_secrets(f"{address}: {error}", address) + advice) from error
 
 
 @contextmanager
-def _told(address: str) -> Iterator[None]:
+def _storage_errors(address: str) -> Iterator[None]:
     """Turn what the network and the storage say into one StorageError. A missing object is for the caller to judge."""
     try:
         yield
     except RelexioError:
         raise
     except _network() as error:
-        said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         code = _code(error)
         advice = "check the address, the credentials and the network, and run it again"
         if code == EROFS:
-            said, advice = "can be read, not written", "give another place"
-        said = without_secrets(f"{address}: {said}", address)
-        failure = StorageError(f"{said}; {advice}")
+            reason, advice = "can be read, not written", "give another place"
+        reason = without_secrets(f"{address}: {reason}", address)
+        failure = StorageError(f"{reason}; {advice}")
         failure.errno = code
         raise failure from error
 
@@ -317,18 +297,14 @@ def _gone(held: bytes) -> bool:
         return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except (PermissionError, OverflowError):
-        return False
+    except (ProcessLookupError, PermissionError, OverflowError) as error:
+        return isinstance(error, ProcessLookupError)
     return False
 
 
-def _said(held: bytes) -> str:
-    owner = parse_record(held)
+def _describe(lock: bytes) -> str:
+    owner = parse_record(lock)
     if not owner:
         return "another process"
-    return "process {pid} of {user} on {host}, since {time},".format_map({k: owner.get(k, "?") for k in _FIELDS})
-
-
-_FIELDS = ("pid", "user", "host", "time")
+    values = {key: owner.get(key, "?") for key in ("pid", "user", "host", "time")}
+    return "process {pid} of {user} on {host}, since {time},".format_map(values)

@@ -26,10 +26,10 @@ class Place(Protocol):
 
     @property
     def staged(self) -> "Place":
-        """Where a new store is built: beside this place, or in it where nothing can be renamed."""
+        """Where a new store is built: beside this location, or in it where nothing can be renamed."""
 
     def below(self, key: str) -> "Place":
-        """The place of that name below this one."""
+        """The location of that name below this one."""
 
     def exists(self) -> bool:
         """Whether anything is here."""
@@ -44,7 +44,10 @@ class Place(Protocol):
         """Bytes that there is room for; None where nobody knows."""
 
     def get(self, key: str, most: int = METADATA_BYTES) -> bytes | None:
-        """The bytes of one file or object below, ``most`` at most; None if it is not there."""
+        """The bytes of one file or object below; None if it is not there.
+
+        Raises StoreError for a file that has more than ``most``; of an object that would be one more request.
+        """
 
     def put(self, key: str, data: bytes) -> None:
         """Write one file or object below, of at least a byte: whole, or not at all. A directory must have been made."""
@@ -58,8 +61,8 @@ class Place(Protocol):
     def remove(self) -> None:
         """Remove all that is here, if anything is."""
 
-    def zarr_store(self, read_only: bool) -> ZarrStore:
-        """A Zarr store over what is below."""
+    def zarr_store(self) -> ZarrStore:
+        """A Zarr store over what is below, to be written to. Raises OSError for a directory that is not there."""
 
     def locked(self, make: bool = False) -> AbstractContextManager[None]:
         """Hold the one writer's lock; ``make`` makes the directory, not those above it, where it is not there.
@@ -68,7 +71,7 @@ class Place(Protocol):
         """
 
     def storage_errors(self) -> AbstractContextManager[None]:
-        """Turn what the operating system says into StorageErrors, where the place's own methods do not."""
+        """Turn what the operating system says into StorageErrors, where the location's own methods do not."""
 
     def settle(self) -> None:
         """Make all below durable, without what a killed writer left half-written."""
@@ -86,19 +89,19 @@ class Place(Protocol):
         """Whether all files below may be read, as far as it can be known before they are."""
 
     def building(self) -> "AbstractContextManager[Place]":
-        """Build a result for this place in the place given; it is whole when the context ends without an error."""
+        """Build a result for this location in the one given; it is whole when the context ends without an error."""
 
 
-def attributes(where: Place) -> dict[str, Any]:
-    """The attributes of the Zarr group at a place; none if there is no group."""
-    found = parse_record(where.get(METADATA)).get("attributes")
-    return found if isinstance(found, dict) else {}
+def attributes(location: Place) -> dict[str, Any]:
+    """The attributes of the Zarr group at a location; none if there is no group."""
+    values = parse_record(location.get(METADATA)).get("attributes")
+    return values if isinstance(values, dict) else {}
 
 
-def parse_record(held: bytes | None) -> dict[str, Any]:
+def parse_record(data: bytes | None) -> dict[str, Any]:
     """A JSON object; empty for what is none."""
     try:
-        found = loads(held or b"{}")
+        record = loads(data or b"{}")
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return record if isinstance(record, dict) else {}

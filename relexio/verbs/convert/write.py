@@ -94,7 +94,7 @@ def _convert(conversion: Conversion, stages: Stages) -> Converted:
             assert_unchanged(source.checkpoint)
         write_changed(store, group, counts)
         done, notes = _commit(conversion, store, group)
-    return Converted(replace(done, address=conversion.out.address, _opened={}), resumed, notes)
+    return Converted(done.moved_to(conversion.out.address), resumed, notes)
 
 
 @contextmanager

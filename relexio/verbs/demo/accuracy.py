@@ -21,9 +21,9 @@ def accuracy(checkpoint: Path, problems: list[tuple[str, str]]) -> float:
     tokens = tokenizer(prompts, return_tensors="pt", add_special_tokens=False)["input_ids"]  # all of one length
     longest = max(len(answer) for _, answer in problems)
     with torch.inference_mode():
-        found = model.generate(
+        output = model.generate(
             tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=longest + 1, do_sample=False
         )
-    texts = tokenizer.batch_decode(found[:, tokens.shape[1] :], skip_special_tokens=True)
+    texts = tokenizer.batch_decode(output[:, tokens.shape[1] :], skip_special_tokens=True)
     right = sum(text.strip() == answer for text, (_, answer) in zip(texts, problems, strict=True))
     return right / len(problems)

@@ -61,10 +61,10 @@ def run(directory: Path, stages: Stages, say: Callable[[str], None]) -> Outcome:
     errors = fit(store, window, Recipe(), "auto", resources, stages).errors_at(TARGET)
     measured = None
     if available():
-        base, kept, predicted, trained = (
+        base, last, predicted, trained = (
             accuracy(path, data.problems) for path in (data.base, data.step(WINDOW_END), out, data.step(TARGET))
         )
-        measured = (base, kept, predicted, trained)
+        measured = (base, last, predicted, trained)
     return Outcome(
-        math.sqrt(errors.predicted), math.sqrt(errors.kept), errors.skill or 0.0, fitted.outlook(TARGET), measured
+        math.sqrt(errors.predicted), math.sqrt(errors.baseline), errors.skill or 0.0, fitted.outlook(TARGET), measured
     )

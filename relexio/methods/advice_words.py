@@ -1,0 +1,59 @@
+"""A verdict in plain sentences. The caveat that goes with it is ``verdict.caveat()``."""
+
+import numpy as np
+
+from relexio.methods.backtest import Backtest
+from relexio.methods.trials import Trial
+from relexio.methods.verdict import Verdict
+
+
+def window_words(trial: Trial, steps: np.ndarray) -> tuple[str, str]:
+    """A trial's window at the end of ascending steps: in words, and as a ``--window`` expression."""
+    count = trial.window(len(steps)) or len(steps)
+    if count == len(steps):
+        return f"all {count} steps", f"{steps[0]}:{steps[-1]}"
+    return f"the last {count} of {len(steps)} steps", f"{steps[-count]}:{steps[-1]}"
+
+
+def words(test: Backtest, verdict: Verdict) -> list[str]:
+    """The verdict in sentences: what to use, how far, how sure. The caveat is not among them."""
+    pick, tries = verdict.pick, len(verdict.history)
+    history = f"Such advice, taken at {tries} earlier cut-offs, was right at {verdict.right}."
+    if not tries:
+        history = "There are too few steps to try such advice on earlier ones."
+    if verdict.sure == "none":
+        return [_why_not(verdict, history), "Train on: do not extrapolate this run from here."]
+    sentences = [
+        f"Use {pick.recipe}, strength {pick.strength:g}, fitted to {window_words(pick.trial, test.steps)[0]}.",
+        _how_far(verdict, int(test.steps[-1])),
+        f"How sure: {verdict.sure}, of weights. {history}",
+    ]
+    median = np.nanmean(test.medians(pick.trial, pick.strength))
+    if median < 0:
+        sentences.insert(2, f"But most tensors end farther off: their median skill is {median:+.2f}.")
+    return sentences
+
+
+def _why_not(verdict: Verdict, history: str) -> str:
+    pick, still = verdict.pick, verdict.still
+    if still is not None:
+        return (
+            f"Nothing is to be extrapolated here: averaging what was seen ({still.recipe}, strength {still.strength:g}: mean "
+            f"skill {still.score:+.2f}) does as well as any direction ({pick.score:+.2f}). What moves is noise."
+        )
+    if pick.score > 0 and verdict.reach is not None:
+        return (
+            f"The best is {pick.recipe}, strength {pick.strength:g}, with a mean skill of {pick.score:+.2f}. {history}"
+        )
+    return f"Nothing tried here beats keeping the last checkpoint; the best is {pick.recipe} with {pick.score:+.2f}."
+
+
+def _how_far(verdict: Verdict, last: int) -> str:
+    start, end = verdict.reach or (1.0, 1.0)
+    span = f"{start:.2f} to {end:.2f}" if end - start >= 0.01 else f"{end:.2f}"
+    limit = "as far as was tested" if end >= verdict.tested * 0.999 else "and not beyond"
+    return (
+        f"In weights it comes nearer than the last checkpoint (mean skill {verdict.pick.score:+.2f}) at {span} times the last "
+        f"known step and up to {verdict.farthest - last} steps ahead, {limit}: from step {last} that is step "
+        f"{verdict.farthest}."
+    )
