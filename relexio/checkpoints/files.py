@@ -1,13 +1,19 @@
-"""The files of a checkpoint besides its weights: which belong to the model, by the rule of docs/store.md."""
+"""The files of a checkpoint: their names, and which besides the weights belong to the model, by the rule of docs/store.md."""
 
 import os
 from collections.abc import Collection, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from errno import ENAMETOOLONG
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from relexio.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+#: Names in the path of a stored file, and bytes of it.
+DEEPEST, LONGEST = 32, 1024
 
 #: What a trainer needs to go on: names of files, and of directories with all that is in them.
 _STATE = (
@@ -28,8 +34,15 @@ _TENSORS = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".npz", ".gguf", ".onnx", ".onnx_data",
 }  # fmt: skip
 _MOST, _MOST_TENSORS = 1 << 30, 64 << 20  # bytes
-#: As many as a reader of the store takes (``trajectory.schema``).
-_DEEPEST, _LONGEST = 32, 1024
+
+
+@dataclass(frozen=True)
+class File:
+    """A file that weights are read from, as it was when it was opened first."""
+
+    path: Path
+    size: int
+    mtime_ns: int
 
 
 def is_file(path: Path) -> bool:
@@ -97,7 +110,7 @@ def _belongs(name: str, file: Path) -> bool:
     *folders, last = name.split("/")
     if is_state(name) or _matches(last, _OTHER) or any(_matches(folder, _OTHER_FOLDERS) for folder in folders):
         return False
-    if len(folders) >= _DEEPEST or len(os.fsencode(name)) > _LONGEST or not is_file(file):
+    if len(folders) >= DEEPEST or len(os.fsencode(name)) > LONGEST or not is_file(file):
         return False
     return file.stat().st_size <= (_MOST_TENSORS if file.suffix in _TENSORS else _MOST)
 
@@ -117,7 +130,7 @@ def _entries(folder: Path, above: str = "", depth: int = 0) -> Iterator[tuple[st
         yield above.removesuffix("/"), folder
         return
     for entry in entries:
-        if depth < 2 * _DEEPEST and entry.is_dir(follow_symlinks=False):
+        if depth < 2 * DEEPEST and entry.is_dir(follow_symlinks=False):
             yield from _entries(folder / entry.name, f"{above}{entry.name}/", depth + 1)
         else:
             yield f"{above}{entry.name}", folder / entry.name

@@ -53,9 +53,13 @@ def restore(
     store = open_store(trajectory)
     with Resources(memory, workers, "cpu", scheduler=scheduler) as resources:
         verb(store, step, local(out), resources, stages)
-    left = recorded_of(store.record(step))
+    record = store.record(step)
+    left = recorded_of(record)
     if as_json:
         click.echo(json.dumps({"step": step, "out": out, "not_stored": [one.to_json() for one in left]}))
         return
     what = "the base" if step is None else f"step {step}"
-    table([("wrote", f"{out}: {what}, the model's files as they were"), *not_stored(left)])
+    how = "the model's files as they were"
+    if not record.from_safetensors:
+        how = "as safetensors: it was not stored from safetensors files"
+    table([("wrote", f"{out}: {what}, {how}"), *not_stored(left)])

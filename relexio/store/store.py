@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 import zarr
 
-from relexio.dtypes import KINDS
+from relexio.checkpoints.record import StoredCheckpoint
+from relexio.dtypes import KINDS, Table
 from relexio.errors import MissingError, RequestError, StoreError
 from relexio.store.chunks import decode, encode, most_bytes
 from relexio.store.schema import (
@@ -24,7 +25,6 @@ from relexio.store.schema import (
     MOVES_CHUNK,
     Block,
     Group,
-    StoredCheckpoint,
     Tensor,
     check_array,
     check_format,
@@ -77,6 +77,11 @@ class Store:
     def steps(self) -> tuple[int, ...]:
         """All committed steps, ascending."""
         return tuple(sorted(step for group in self.groups for step in group.steps))
+
+    @cached_property
+    def table(self) -> Table:
+        """The dtype and shape of every tensor."""
+        return {tensor.name: (tensor.dtype, tensor.shape) for tensor in self.tensors}
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of that name. Raises RequestError if there is none."""
@@ -330,14 +335,13 @@ def _open(address: str) -> Store:
         if len({*store.steps}) != len(store.steps):
             raise StoreError(f"{where.shown}: a step is in two groups; the store is damaged")
         tensors = tuple(map(Tensor.from_json, store.metadata("base")["attributes"]["tensors"]))
-        entries = [(t.name, t.dtype, t.shape) for t in tensors]
-        if lay_out(entries, store.block) != tensors:
-            raise StoreError(f"{where.shown}: its tensors do not lie one after the other; the store is damaged")
-        if len({t.name for t in tensors}) != len(tensors):
+        store = replace(store, tensors=tensors)
+        if len(store.table) != len(tensors):
             raise StoreError(f"{where.shown}: two of its tensors have one name; the store is damaged")
+        if lay_out(store.table, store.block) != tensors:
+            raise StoreError(f"{where.shown}: its tensors do not lie one after the other; the store is damaged")
         if max(kinds_of(tensors, store.block).values(), default=0) > MOST_BLOCKS:
             raise StoreError(f"{where.shown}: has more blocks than any model; the store is damaged")
-        store = replace(store, tensors=tensors)
         for kind in kinds_of(tensors, store.block):  # one look here, or every block would find it out by itself
             store._check_layout(f"base/{kind}/bits", store.metadata(f"base/{kind}/bits"))
         return store

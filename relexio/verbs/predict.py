@@ -10,7 +10,7 @@ import numpy as np
 
 from relexio import atomic
 from relexio.checkpoints.files import is_tensors
-from relexio.checkpoints.header import header_for_transformers, parse_header
+from relexio.checkpoints.record import StoredCheckpoint
 from relexio.checkpoints.side import TEMPLATE, TOKENIZER, template
 from relexio.checkpoints.write import CARD, model_card, write_files
 from relexio.engine import graph, plan
@@ -22,7 +22,6 @@ from relexio.fit.grams import choose_solver, is_kept
 from relexio.methods import Recipe
 from relexio.methods.roles import Choice
 from relexio.progress import Stages
-from relexio.store.schema import StoredCheckpoint
 from relexio.store.storage import place
 from relexio.store.store import Store
 from relexio.verbs.output import Sink, Target, bytes_of, check_targets, needed_files, output_shards, side_files, staged
@@ -90,7 +89,7 @@ def predict(fit: Fit, targets: list[Target], resources: Resources, stages: Stage
     check_targets(store, targets)
     weights = fit.weights([target.step for target in targets])
     executor, batch = _most_at_once(store, len(fit.steps), len(targets), resources)
-    shards = list(output_shards(store, store.base(), header_for_transformers))
+    shards = output_shards(store, store.base(), loadable=True)
     with staged(targets, shards) as outputs:
         for target, output in zip(targets, outputs, strict=True):
             _write_side_files(fit, target, Path(output.directory))
@@ -122,7 +121,7 @@ def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
     if _CONFIG in base.side and _tensors(store, last) != _tensors(store, base):
         side[_CONFIG] = base.side[_CONFIG]  # it says whether the head is tied, and so which tensors the files hold
     side |= {name: array for name, array in lacking(store, last).items() if name not in _NOT_CARRIED}
-    write_files(directory, side_files(store, replace(base, side=side)))
+    write_files(directory, side_files(store, replace(base, side=side).beside))
     facts = provenance(fit, target.step)
     public = {**facts, "window": describe_steps(fit.steps), "base": store.base_content}
     method = fit.recipe.way
@@ -133,9 +132,8 @@ def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
     write_files(directory, own)
 
 
-def _tensors(store: Store, record: StoredCheckpoint) -> set[str]:
-    headers = {shard.header: shard.size for shard in record.shards}
-    return {entry.name for header, size in headers.items() for entry in parse_header(store.file(header), size, header)}
+def _tensors(store: Store, record: StoredCheckpoint) -> list[str]:
+    return sorted(name for shard in output_shards(store, record) for name, _ in shard.places)
 
 
 def lacking(store: Store, record: StoredCheckpoint) -> dict[str, str]:

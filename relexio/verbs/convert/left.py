@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from relexio.checkpoints.files import is_state, left_out
-from relexio.checkpoints.read import Checkpoint
-from relexio.store.schema import NotStored, StoredCheckpoint
+from relexio.checkpoints.protocol import Checkpoint
+from relexio.checkpoints.record import NotStored, StoredCheckpoint
 from relexio.store.store import Store
 from relexio.words import show
 
@@ -61,16 +61,15 @@ def recorded_of(record: StoredCheckpoint) -> list[Left]:
 
 def there(steps: Iterable[Checkpoint], base: Checkpoint | None, root: Path | None) -> list[Left]:
     """As it is there now: of steps, of a base, and of the directory that the steps are in, besides them."""
-    found = {
-        checkpoint.top or checkpoint.path: NotStored.of(checkpoint.left_out(), most=1 << 20) for checkpoint in steps
-    }
-    left = _merged("steps", list(found.values()))
+    steps = list(steps)
+    left = _merged("steps", [NotStored.of(checkpoint.not_stored(), most=1 << 20) for checkpoint in steps])
     if base is not None:
-        left += _merged("base", [NotStored.of(base.left_out())])
+        left += _merged("base", [NotStored.of(base.not_stored())])
     if root is not None:
-        known = {path.relative_to(root).parts[0] for path in found if root in path.parents}
-        if base is not None and root.resolve() == base.path.resolve().parent:
-            known.add(base.path.resolve().name)
+        directories = [c.directory for c in steps if c.directory is not None and root in c.directory.parents]
+        known = {directory.relative_to(root).parts[0] for directory in directories}
+        if base is not None and base.directory is not None and root.resolve() == base.directory.resolve().parent:
+            known.add(base.directory.resolve().name)
         beside = {name: n for name, n in left_out(root, root, ()).items() if name.split("/")[0] not in known}
         left += _merged("beside the steps", [NotStored.of(beside)])
     return left
