@@ -43,11 +43,12 @@ class Shard(File):
     @property
     def entries(self) -> tuple[Entry, ...]:
         """The tensors in the order of their bytes; shared by all shards with this header, as most steps have."""
-        return _parse_once(self.header, self.size)
+        return parse_once(self.header, self.size)
 
 
 @lru_cache(maxsize=256)
-def _parse_once(header: bytes, size: int) -> tuple[Entry, ...]:
+def parse_once(header: bytes, size: int) -> tuple[Entry, ...]:
+    """The tensors of a header that was checked before; the same objects for equal headers."""
     return parse_header(header, size, "safetensors header")
 
 

@@ -30,7 +30,7 @@ class Checkpoint(Protocol):
     ``step`` is None for the base; ``label`` is how errors name it, ``source`` what the record says of where it was.
     ``tensors`` are in the order in which they are to be written. Their bytes are little-endian, as in safetensors files.
     ``files`` hold the weights: every worker must see them, and they must not change while they are read. Without files
-    there is nothing by which to see without reading that a checkpoint is still the same, so it is read.
+    only its bytes say whether a checkpoint is still the same: they are compared, and no interrupted conversion goes on.
     ``side`` has the model's other files by their path inside the checkpoint, or their bytes. ``directory`` holds all that
     the trainer wrote, if there is one.
     """

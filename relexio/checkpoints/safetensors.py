@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from relexio.checkpoints.files import INDEX, SINGLE, inside, is_file, left_out, side_files
-from relexio.checkpoints.header import MAX_HEADER, Entry, Shard, parse_header, parse_json, read_shard
+from relexio.checkpoints.header import MAX_HEADER, Entry, Shard, parse_json, parse_once, read_shard
 from relexio.checkpoints.protocol import Checkpoint, Read
 from relexio.checkpoints.record import StoredCheckpoint, StoredShard
 from relexio.dtypes import Table
@@ -69,7 +69,7 @@ class HuggingFace(Checkpoint):
 @lru_cache(maxsize=256)
 def _tables(shards: tuple[tuple[bytes, int], ...]) -> tuple[Table, dict[str, tuple[int, Entry]]]:
     """Tensors and places by the headers and sizes of all shards; most steps have the same, and share them."""
-    entries = [(i, e) for i, (header, size) in enumerate(shards) for e in parse_header(header, size, "header")]
+    entries = [(i, e) for i, (header, size) in enumerate(shards) for e in parse_once(header, size)]
     return {e.name: (e.dtype, e.shape) for _, e in entries}, {e.name: (i, e) for i, e in entries}
 
 
@@ -79,12 +79,7 @@ def holds_model(path: Path) -> bool:
 
 
 def open_directory(path: Path, step: int | None = None, top: Path | None = None) -> HuggingFace:
-    """Read the headers and the list of side files of one checkpoint directory; no tensor is read.
-
-    ``top`` is the directory of the step, where that of the model is one in it.
-
-    Raises MissingError or CheckpointError, naming the directory and file, for anything that is not whole.
-    """
+    """Read the headers and the list of side files of one checkpoint directory. As ``layout.open_checkpoint``."""
     if not path.is_dir():
         raise MissingError(f"{path}: {_not_a_directory(path)}")
     try:

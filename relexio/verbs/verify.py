@@ -85,7 +85,7 @@ def find_originals(
     sources = choose(root, named or {}, None)[0] if root is not None or named else {}
     if absent := tuple(step for step in sources if step not in store.steps):
         notes.append(f"not in the trajectory: {describe_steps(absent)}")
-    if sources and (alone := tuple(step for step in store.steps if step not in sources)):
+    if root is not None and (alone := tuple(step for step in store.steps if step not in sources)):
         notes.append(f"not compared, no such directory: {describe_steps(alone)}")
     originals = {}
     for step in (step for step in sources if step in store.steps):

@@ -174,7 +174,8 @@ def _begin(conversion: Conversion, store: Store, group: Group) -> bool:
     value = {"base": base_record.to_json() if base_record else None, "steps": [r.to_json() for r in records]}
     begun_group = place(store.address).below(group.path)
     if begun_group.exists():
-        if _as_sources(_recorded(store, group.path)) == _as_sources(value):
+        certain = all(checkpoint.files for checkpoint in conversion.read)  # else the record would fit other tensors too
+        if certain and _as_sources(_recorded(store, group.path)) == _as_sources(value):
             set_attribute(store, group.path, "sources", value)
             return True
         begun_group.remove()
