@@ -1,6 +1,7 @@
 """The files of a checkpoint: their names, and which besides the weights belong to the model, by the rule of docs/store.md."""
 
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -72,8 +73,8 @@ def side_files(directory: Path, taken: Collection[str]) -> dict[str, Path]:
 
     Raises CheckpointError for a link to a file outside.
     """
-    found = [(file, name) for name, file in _entries(directory) if name not in taken and _belongs(name, file)]
-    return {name: inside(directory, file) for file, name in sorted(found)}
+    files = [(file, name) for name, file in _entries(directory) if name not in taken and _belongs(name, file)]
+    return {name: inside(directory, file) for file, name in sorted(files)}
 
 
 def left_out(top: Path, model: Path, stored: Collection[str]) -> dict[str, int]:
@@ -82,15 +83,15 @@ def left_out(top: Path, model: Path, stored: Collection[str]) -> dict[str, int]:
     A directory of which nothing is stored is one entry, with a slash; what is no regular file has no bytes.
     """
     prefix = "" if model == top else f"{model.relative_to(top).as_posix()}/"
-    kept = {prefix + name for name in stored}
-    held = {".", *(str(folder) for name in kept for folder in PurePosixPath(name).parents)}
-    found: dict[str, int] = {}
+    inner = {prefix + name for name in stored}
+    holders = {".", *(str(folder) for name in inner for folder in PurePosixPath(name).parents)}
+    sizes: Counter[str] = Counter()
     for name, file in _entries(top):
-        if name not in kept and name not in held:
+        if name not in inner and name not in holders:
             above = [str(folder) for folder in reversed(PurePosixPath(name).parents)]
-            whole = next((f"{folder}/" for folder in above if folder not in held), name)
-            found[whole] = found.get(whole, 0) + _size(file)
-    return dict(sorted(found.items()))
+            whole = next((f"{folder}/" for folder in above if folder not in holders), name)
+            sizes[whole] += _size(file)
+    return dict(sorted(sizes.items()))
 
 
 def is_state(name: str) -> bool:
@@ -122,8 +123,8 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 def _entries(folder: Path, above: str = "", depth: int = 0) -> Iterator[tuple[str, Path]]:
     """All below a directory that is no directory, by its path inside. Links to directories are not followed."""
     try:
-        with os.scandir(folder) as found:
-            entries = list(found)
+        with os.scandir(folder) as scan:
+            entries = list(scan)
     except PermissionError:
         if not above:
             raise

@@ -35,7 +35,7 @@ def open_checkpoint(source: Source, step: int | None = None, top: Path | None = 
     naming the directory and file, for anything that is not whole.
     """
     if isinstance(source, Path):
-        fitting = next((known for known in FORMATS if known.holds_model(source)), FORMATS[0])
+        fitting = next((form for form in FORMATS if form.holds_model(source)), FORMATS[0])
         return fitting.open(source, step, top)
     if source.step != step:
         raise CheckpointError(f"{source.label}: was given as {'the base' if step is None else f'step {step}'}")
@@ -57,23 +57,23 @@ def find_steps(root: Path, selection: Selection | None = None) -> tuple[dict[int
     """
     if not root.is_dir():
         raise MissingError(f"{root}: no such directory")
-    found: dict[int, Path] = {}
-    others = []
+    directories: dict[int, Path] = {}
+    rest = []
     for path in sorted(root.iterdir(), key=lambda p: digits(p.name)):
         if not path.is_dir():
             continue
         match = _STEP.fullmatch(path.name)
         if not match:
-            others.append(path.name)
+            rest.append(path.name)
             continue
         step = int(match[1])
         if selection is not None and step not in selection:
             continue
-        if step in found and _holds_weights(path) and _holds_weights(found[step]):
-            raise CheckpointError(f"two directories for step {step}: {found[step]} and {path}; move one away")
-        if step not in found or _holds_weights(path):  # some trainers write optimizer states beside the model
-            found[step] = path
-    return {step: model_directory(found[step]) for step in sorted(found)}, others
+        if step in directories and _holds_weights(path) and _holds_weights(directories[step]):
+            raise CheckpointError(f"two directories for step {step}: {directories[step]} and {path}; move one away")
+        if step not in directories or _holds_weights(path):  # some trainers write optimizer states beside the model
+            directories[step] = path
+    return {step: model_directory(directories[step]) for step in sorted(directories)}, rest
 
 
 def choose(
@@ -83,7 +83,7 @@ def choose(
 
     Raises CheckpointError if two claim one step, RequestError if nothing is chosen or a wanted step is not there.
     """
-    below, others = find_steps(root, selection) if root is not None else ({}, [])
+    below, rest = find_steps(root, selection) if root is not None else ({}, [])
     steps: dict[int, Source] = {**below}
     for step, source in named.items():
         if step in steps:
@@ -97,7 +97,7 @@ def choose(
     if not steps:
         hint = f" among the steps {selection.text}" if selection else ""
         raise RequestError(f"{root}: no checkpoint found{hint}; {_advice(root)}")
-    return dict(sorted(steps.items())), others
+    return dict(sorted(steps.items())), rest
 
 
 def _step_directory(model: Path, root: Path | None) -> Path:
@@ -125,7 +125,7 @@ def _holds_weights(path: Path) -> bool:
 
 
 def _holds_model(path: Path) -> bool:
-    return any(known.holds_model(path) for known in FORMATS)
+    return any(form.holds_model(path) for form in FORMATS)
 
 
 def model_directory(path: Path) -> Path:

@@ -118,13 +118,13 @@ def _not_a_directory(path: Path) -> str:
 
 
 def _single(path: Path, step: int | None) -> Path:
-    found = weight_files(path)
-    if path / SINGLE in found:
+    files = weight_files(path)
+    if path / SINGLE in files:
         return path / SINGLE
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise IncompleteError(f"{path}: {len(found)} safetensors files and no {INDEX}; a shard or the index is missing")
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise IncompleteError(f"{path}: {len(files)} safetensors files and no {INDEX}; a shard or the index is missing")
     way_out = "give the directory of the base model" if step is None else "leave this step out with --steps"
     problem = _other_format(path)
     if problem:
@@ -166,13 +166,13 @@ def _sharded(path: Path, data: bytes) -> tuple[Shard, ...]:
         if name not in present:
             raise IncompleteError(f"{path / name}: the index names this shard and it is not there; copy it again")
         shards.append(read_shard(inside(path, path / name)))
-    found = {entry.name: shard.path.name for shard in shards for entry in shard.entries}
-    if sum(len(shard.entries) for shard in shards) != len(found):
+    shard_of = {entry.name: shard.path.name for shard in shards for entry in shard.entries}
+    if sum(len(shard.entries) for shard in shards) != len(shard_of):
         raise CheckpointError(f"{path}: a tensor stands in two of its shards")
-    for tensor in sorted(weight_map.keys() | found.keys()):
-        if weight_map.get(tensor) != found.get(tensor):
+    for tensor in sorted(weight_map.keys() | shard_of.keys()):
+        if weight_map.get(tensor) != shard_of.get(tensor):
             raise CheckpointError(
-                f"{index}: tensor {tensor}: the index says {weight_map.get(tensor)}, the shards say {found.get(tensor)}"
+                f"{index}: tensor {tensor}: the index says {weight_map.get(tensor)}, the shards say {shard_of.get(tensor)}"
             )
     return tuple(shards)
 

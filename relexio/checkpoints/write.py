@@ -123,9 +123,9 @@ def validate(directory: Path, expected: Iterable[OutputShard]) -> None:
         entries = parse_header(shard.header, path.stat().st_size, path)
         try:
             with safe_open(path, framework="numpy") as file:
-                found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a dict
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a dict
                 if {e.name: (e.dtype, list(e.shape)) for e in entries} != {
-                    name: (part.get_dtype(), list(part.get_shape())) for name, part in found.items()
+                    name: (part.get_dtype(), list(part.get_shape())) for name, part in slices.items()
                 }:
                     raise CheckpointError(f"{path}: was not written as planned; remove it and run again")
         except SafetensorError as error:

@@ -23,7 +23,7 @@ from relexio.store.storage import METADATA, place
 from relexio.store.store import Store, file_digest
 from relexio.store.write import content_hashes
 from relexio.verbs.convert.encode import held, read_block
-from relexio.verbs.convert.left import Left, there
+from relexio.verbs.convert.left import Left, present
 from relexio.words import describe_steps
 
 _UNKNOWN = ""  # in place of a group: of that tensor a block could not be read
@@ -47,7 +47,7 @@ class Originals:
 
     def left(self) -> list[Left]:
         """What is there and not in the trajectory."""
-        return there(self.steps.values(), self.base, self.root)
+        return present(self.steps.values(), self.base, self.root)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Verified:
 
 
 @dataclass
-class _Found:
+class _BlockFindings:
     """What one block gave: problems, and by group how many elements differ from the base at each step."""
 
     problems: list[str] = field(default_factory=list)
@@ -109,11 +109,11 @@ def verify(store: Store, originals: Originals, resources: Resources, stages: Sta
         blocks = graph.each(store, 1 + len(store.steps), kernel, executor, advance)
     changed: Changed = {}
     problems = list(originals.problems)
-    for block, found in blocks:
-        problems += found.problems
-        if found.problems:
+    for block, findings in blocks:
+        problems += findings.problems
+        if findings.problems:
             changed[_UNKNOWN, block.tensor.name] = 1
-        for group, counts in found.changed.items():
+        for group, counts in findings.changed.items():
             key = group, block.tensor.name
             changed[key] = changed.get(key, 0) + counts
     for check in _checks(store, originals, changed):
@@ -129,15 +129,15 @@ def verify(store: Store, originals: Originals, resources: Resources, stages: Sta
     return Verified(store.steps, compared, base, total, tuple(dict.fromkeys(problems)), notes, left)
 
 
-def _check_block(store: Store, originals: Originals, nbytes: int, block: Block) -> _Found:
-    found = _Found()
+def _check_block(store: Store, originals: Originals, nbytes: int, block: Block) -> _BlockFindings:
+    findings = _BlockFindings()
     try:
-        found.problems += _check_base(store, originals.base, block)
+        findings.problems += _check_base(store, originals.base, block)
         for group in store.groups:
-            found.problems += _check_group(store, originals.steps, nbytes, group, block, found.changed)
+            findings.problems += _check_group(store, originals.steps, nbytes, group, block, findings.changed)
     except (StoreError, CheckpointError) as error:
-        found.problems.append(str(error))
-    return found
+        findings.problems.append(str(error))
+    return findings
 
 
 def _check_base(store: Store, original: Checkpoint | None, block: Block) -> Iterator[str]:

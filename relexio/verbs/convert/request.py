@@ -83,13 +83,13 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
 
     Raises a RelexioError that names file, tensor and step for whatever cannot be converted as it is.
     """
-    where = place(request.out)
-    out, there = where.shown, where.exists()
-    if there and where.get(METADATA) is None:
+    target = place(request.out)
+    out, exists = target.shown, target.exists()
+    if exists and target.get(METADATA) is None:
         raise ExistsError(f"{out}: exists and is not a trajectory; give another -o")
     if out.endswith(PARTIAL):
         raise RequestError(f"{out}: the name of unfinished work; give -o {out.removesuffix(PARTIAL)}")
-    store = open_store(where.address) if there and not begun(where) else None
+    store = open_store(target.address) if exists and not begun(target) else None
     sources, others = choose(request.root, request.named or {}, request.selection)
     if store is None and request.base is None:
         raise RequestError(f"{out} does not exist yet: a new trajectory needs --base, the model before RL")
@@ -116,7 +116,7 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
     read = (*checkpoints, *([base] if base else []))
     largest = max((size for checkpoint in read for size in checkpoint.side_sizes), default=0)
     executor = _executor(table, block, len(checkpoints), largest, resources)
-    return Conversion(where, store, base, checkpoints, block, executor, present, tuple(notes))
+    return Conversion(target, store, base, checkpoints, block, executor, present, tuple(notes))
 
 
 def _open_all(
@@ -157,8 +157,8 @@ def _executor(table: Table, block: int, count: int, side: int, resources: Resour
 
 def _require_same_base(store: Store, base: Checkpoint, resources: Resources, stages: Stages) -> None:
     """Raise CheckpointError unless the named base is the store's: by its files' names, sizes and times, else by hashes."""
-    known = store.base()
-    if base.files and (base.source, base.fingerprints) == (known.source, known.fingerprints):
+    record = store.base()
+    if base.files and (base.source, base.fingerprints) == (record.source, record.fingerprints):
         return
     executor = resources.on_cpu(plan.convert_need(store.block, 4, 1, 0))
     executor.require([*store.files(METADATA), *(file.path for file in base.files)])

@@ -54,9 +54,9 @@ def convert(conversion: Conversion, stages: Stages) -> Converted:
         if conversion.store is None:
             raise CheckpointError(f"{conversion.out.shown}: no step to convert")
         return Converted(conversion.store, False, ())
-    begun = _begun(conversion)
-    if begun:  # an interrupted run was about some of these steps: finish that, then add the rest
-        parts = [tuple(c for c in conversion.checkpoints if (c.step in begun) == first) for first in (True, False)]
+    unfinished = _begun(conversion)
+    if unfinished:  # an interrupted run was about some of these steps: finish that, then add the rest
+        parts = [tuple(c for c in conversion.checkpoints if (c.step in unfinished) == first) for first in (True, False)]
         done = _convert(replace(conversion, checkpoints=parts[0]), stages)
         rest = _convert(replace(conversion, store=done.store, checkpoints=parts[1]), stages)
         return Converted(rest.store, True, (*done.notes, *rest.notes))
