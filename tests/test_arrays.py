@@ -176,6 +176,10 @@ def test_the_same_questions_are_asked(tmp_path: Path, run: Run, stored: Store) -
         store_arrays(out, base, {1: steps[2]})
     with pytest.raises(CheckpointError, match=r"has the name model\.safetensors"):
         store_arrays(out, base, {1: Arrays(1, run.steps[1], {"model.safetensors": b""})})
+    with pytest.raises(CheckpointError, match=r"\(arrays\): its __metadata__ is"):
+        reserved = {"__metadata__": run.base["model.norm.weight"]}
+        moved = {"__metadata__": run.steps[1]["model.norm.weight"]}
+        store_arrays(out, Arrays(None, reserved), {1: Arrays(1, moved)})
     with pytest.raises(CheckpointError, match=r"tensor model\.\S+ differs from the base"):
         store_arrays(tmp_path / "run.zarr", wrong, {9: Arrays(9, run.steps[7])})
     again = prepare(Request(tmp_path / "run.zarr", None, named={**steps, 4: Arrays(4, run.steps[7])}), CPU, silent)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from relexio.checkpoints.files import INDEX, SINGLE, File
+from relexio.checkpoints.header import header_of, parse_header
 from relexio.checkpoints.record import NotStored, StoredCheckpoint
 from relexio.dtypes import Table, tensor_bytes
 from relexio.errors import CheckpointError
@@ -69,9 +70,14 @@ class Checkpoint(Protocol):
         return {}
 
     def record(self, name_of: Callable[[Path | bytes], str]) -> StoredCheckpoint:
-        """What the store keeps of it; ``name_of`` gives the name of the array that will hold a file's bytes."""
+        """What the store keeps of it; ``name_of`` gives the name of the array that will hold a file's bytes.
+
+        Raises CheckpointError for tensors, or names of side files, with which it could not be written again.
+        """
+        header = header_of(self.tensors)
+        parse_header(header, 8 + len(header) + sum(tensor_bytes(*t) for t in self.tensors.values()), self.label)
         for name in (SINGLE, INDEX):
-            if name in self.side and not self.files:
+            if name in self.side:
                 raise CheckpointError(f"{self.label}: a side file has the name {name}, which its weights will get")
         side = {name: name_of(data) for name, data in self.side.items()}
         return StoredCheckpoint(self.step, self.source, (), None, side, NotStored.of(self.not_stored()))

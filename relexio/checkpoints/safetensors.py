@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from errno import ENAMETOOLONG
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from relexio.checkpoints.files import INDEX, SINGLE, inside, is_file, left_out, side_files
 from relexio.checkpoints.header import MAX_HEADER, Entry, Shard, parse_json, parse_once, read_shard
 from relexio.checkpoints.protocol import Checkpoint, Read
-from relexio.checkpoints.record import StoredCheckpoint, StoredShard
+from relexio.checkpoints.record import NotStored, StoredCheckpoint, StoredShard
 from relexio.dtypes import Table
 from relexio.errors import CheckpointError, IncompleteError, MissingError
 
@@ -33,7 +32,8 @@ class HuggingFace(Checkpoint):
     ) -> None:
         self.label = f"base {path}" if step is None else f"step {step} ({path})"
         self.source = str(path.resolve())
-        self.path, self.step, self.shards, self.index, self.side = path, step, shards, index, side
+        self.path, self.step, self.shards, self.index = path, step, shards, index
+        self.side: dict[str, Path] = side
         self.files, self.directory = shards, top or path
         self.tensors, self._places = _tables(tuple((shard.header, shard.size) for shard in shards))
 
@@ -63,7 +63,8 @@ class HuggingFace(Checkpoint):
         """What the store keeps of it: with headers and index, to write the same files again."""
         shards = tuple(StoredShard(s.path.name, s.size, s.mtime_ns, name_of(s.header)) for s in self.shards)
         index = name_of(self.index) if self.index is not None else None
-        return replace(super().record(name_of), shards=shards, index=index)
+        side = {name: name_of(path) for name, path in self.side.items()}
+        return StoredCheckpoint(self.step, self.source, shards, index, side, NotStored.of(self.not_stored()))
 
 
 @lru_cache(maxsize=256)

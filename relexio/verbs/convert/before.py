@@ -79,7 +79,8 @@ def _spread(base: Checkpoint) -> list[tuple[str, Kind, int, int]]:
     pieces = {}
     for number in range(_PIECES if floats else 0):
         middle = (2 * number + 1) * ends[-1] // (2 * _PIECES)
-        name, kind, size = floats[at := int(np.searchsorted(ends, middle, side="right"))]
+        at = int(np.searchsorted(ends, middle, side="right"))
+        name, kind, size = floats[at]
         count = min(_PIECE, size)
         pieces[name, min(middle - (ends[at] - size), size - count)] = kind, count
     return [(name, kind, first, count) for (name, first), (kind, count) in pieces.items()]
