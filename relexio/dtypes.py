@@ -5,6 +5,7 @@ the checkpoint's type exactly once, to nearest, ties to even.
 """
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,14 @@ KINDS = {
     "raw": Kind("raw", "|u1"),
 }
 _KIND_OF = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
+
+#: Tensors by name, in order: dtype in safetensors' words, and shape.
+Table = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor in a checkpoint."""
+    return prod(shape) * BITS[dtype] // 8
 
 
 def kind_of(dtype: str) -> Kind:

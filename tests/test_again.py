@@ -104,7 +104,7 @@ def test_only_some_blocks_of_a_copy_are_read(run: Run, relexio: Relexio, monkeyp
     _stamp(run.steps_path)
     read = []
     monkeypatch.setattr(before, "_BLOCKS", 2)
-    monkeypatch.setattr(before, "_differs", lambda store, source, block: read.append(block.tensor.name))
+    monkeypatch.setattr(before, "_differs", lambda store, checkpoint, block: read.append(block.tensor.name))
     assert AGAIN not in _convert(run, relexio)
     assert read == ["model.layers.0.q_proj.weight", "model.embed_tokens.weight"] * 4
 

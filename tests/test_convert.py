@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from relexio.checkpoints.record import StoredCheckpoint
 from relexio.errors import BusyError, RequestError
 from relexio.progress import silent
-from relexio.store.schema import Block, StoredCheckpoint
+from relexio.store.schema import Block
 from relexio.store.store import open_store
 from relexio.verbs.convert.encode import Job
 from relexio.verbs.restore import restore

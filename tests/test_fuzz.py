@@ -14,8 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from relexio.checkpoints.layout import model_directory
-from relexio.checkpoints.read import open_checkpoint
+from relexio.checkpoints.layout import model_directory, open_checkpoint
 from relexio.errors import CheckpointError, StoreError
 from relexio.store.storage import place
 from tests.support.command import Relexio

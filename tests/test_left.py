@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from relexio.checkpoints.read import open_checkpoint
+from relexio.checkpoints.layout import open_checkpoint
+from relexio.checkpoints.record import NotStored, StoredCheckpoint
 from relexio.errors import CheckpointError, StorageError, StoreError
 from relexio.progress import silent
-from relexio.store.schema import NotStored, StoredCheckpoint
 from relexio.store.store import open_store
 from relexio.verbs.restore import restore
 from tests.support.command import Relexio, snapshot
@@ -173,7 +173,7 @@ def test_links_to_directories_are_named_and_not_followed(tmp_path: Path, run: Ru
     (run.base_path / "link").symlink_to(tmp_path / "elsewhere")
     (run.base_path / "loop").symlink_to(".")
     found = open_checkpoint(run.base_path)
-    assert found.left_out() == {"link": 0, "loop": 0}
+    assert found.not_stored() == {"link": 0, "loop": 0}
     assert "secret.json" not in "".join(found.side)
 
 
@@ -249,7 +249,7 @@ def test_a_file_link_out_is_refused_whatever_its_name(tmp_path: Path, run: Run) 
         open_checkpoint(run.base_path)
     (run.base_path / "vocab").unlink()
     (run.base_path / "optimizer.pt").symlink_to(tmp_path / "secret")
-    assert open_checkpoint(run.base_path).left_out() == {"optimizer.pt": 1}, "what is not stored is no danger"
+    assert open_checkpoint(run.base_path).not_stored() == {"optimizer.pt": 1}, "what is not stored is no danger"
 
 
 def test_damage_in_a_stored_file_leaves_no_output(tmp_path: Path, run: Run) -> None:

@@ -1,13 +1,20 @@
-"""The files of a checkpoint besides its weights: which belong to the model, by the rule of docs/store.md."""
+"""The files of a checkpoint: their names, and which besides the weights belong to the model, by the rule of docs/store.md."""
 
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from errno import ENAMETOOLONG
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from relexio.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+#: Names in the path of a stored file, and bytes of it.
+DEEPEST, LONGEST = 32, 1024
 
 #: What a trainer needs to go on: names of files, and of directories with all that is in them.
 _STATE = (
@@ -28,8 +35,15 @@ _TENSORS = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".npz", ".gguf", ".onnx", ".onnx_data",
 }  # fmt: skip
 _MOST, _MOST_TENSORS = 1 << 30, 64 << 20  # bytes
-#: As many as a reader of the store takes (``trajectory.schema``).
-_DEEPEST, _LONGEST = 32, 1024
+
+
+@dataclass(frozen=True)
+class File:
+    """A file that weights are read from, as it was when it was opened first."""
+
+    path: Path
+    size: int
+    mtime_ns: int
 
 
 def is_file(path: Path) -> bool:
@@ -59,8 +73,8 @@ def side_files(directory: Path, taken: Collection[str]) -> dict[str, Path]:
 
     Raises CheckpointError for a link to a file outside.
     """
-    found = [(file, name) for name, file in _entries(directory) if name not in taken and _belongs(name, file)]
-    return {name: inside(directory, file) for file, name in sorted(found)}
+    files = [(file, name) for name, file in _entries(directory) if name not in taken and _belongs(name, file)]
+    return {name: inside(directory, file) for file, name in sorted(files)}
 
 
 def left_out(top: Path, model: Path, stored: Collection[str]) -> dict[str, int]:
@@ -69,15 +83,15 @@ def left_out(top: Path, model: Path, stored: Collection[str]) -> dict[str, int]:
     A directory of which nothing is stored is one entry, with a slash; what is no regular file has no bytes.
     """
     prefix = "" if model == top else f"{model.relative_to(top).as_posix()}/"
-    kept = {prefix + name for name in stored}
-    held = {".", *(str(folder) for name in kept for folder in PurePosixPath(name).parents)}
-    found: dict[str, int] = {}
+    inner = {prefix + name for name in stored}
+    holders = {".", *(str(folder) for name in inner for folder in PurePosixPath(name).parents)}
+    sizes: Counter[str] = Counter()
     for name, file in _entries(top):
-        if name not in kept and name not in held:
+        if name not in inner and name not in holders:
             above = [str(folder) for folder in reversed(PurePosixPath(name).parents)]
-            whole = next((f"{folder}/" for folder in above if folder not in held), name)
-            found[whole] = found.get(whole, 0) + _size(file)
-    return dict(sorted(found.items()))
+            whole = next((f"{folder}/" for folder in above if folder not in holders), name)
+            sizes[whole] += _size(file)
+    return dict(sorted(sizes.items()))
 
 
 def is_state(name: str) -> bool:
@@ -97,7 +111,7 @@ def _belongs(name: str, file: Path) -> bool:
     *folders, last = name.split("/")
     if is_state(name) or _matches(last, _OTHER) or any(_matches(folder, _OTHER_FOLDERS) for folder in folders):
         return False
-    if len(folders) >= _DEEPEST or len(os.fsencode(name)) > _LONGEST or not is_file(file):
+    if len(folders) >= DEEPEST or len(os.fsencode(name)) > LONGEST or not is_file(file):
         return False
     return file.stat().st_size <= (_MOST_TENSORS if file.suffix in _TENSORS else _MOST)
 
@@ -109,15 +123,15 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 def _entries(folder: Path, above: str = "", depth: int = 0) -> Iterator[tuple[str, Path]]:
     """All below a directory that is no directory, by its path inside. Links to directories are not followed."""
     try:
-        with os.scandir(folder) as found:
-            entries = list(found)
+        with os.scandir(folder) as scan:
+            entries = list(scan)
     except PermissionError:
         if not above:
             raise
         yield above.removesuffix("/"), folder
         return
     for entry in entries:
-        if depth < 2 * _DEEPEST and entry.is_dir(follow_symlinks=False):
+        if depth < 2 * DEEPEST and entry.is_dir(follow_symlinks=False):
             yield from _entries(folder / entry.name, f"{above}{entry.name}/", depth + 1)
         else:
             yield f"{above}{entry.name}", folder / entry.name

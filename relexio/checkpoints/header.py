@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from relexio.bounded import loads
-from relexio.dtypes import BITS
+from relexio.checkpoints.files import File
+from relexio.dtypes import BITS, Table, tensor_bytes
 from relexio.errors import CheckpointError, IncompleteError
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
@@ -35,22 +36,20 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Shard:
+class Shard(File):
     """One safetensors file: its header as written (JSON bytes, padding included) and what the header says."""
 
-    path: Path
-    size: int
-    mtime_ns: int
     header: bytes
 
     @property
     def entries(self) -> tuple[Entry, ...]:
         """The tensors in the order of their bytes; shared by all shards with this header, as most steps have."""
-        return _parse_once(self.header, self.size)
+        return parse_once(self.header, self.size)
 
 
 @lru_cache(maxsize=256)
-def _parse_once(header: bytes, size: int) -> tuple[Entry, ...]:
+def parse_once(header: bytes, size: int) -> tuple[Entry, ...]:
+    """The tensors of a header that was checked before; the same objects for equal headers."""
     return parse_header(header, size, "safetensors header")
 
 
@@ -150,6 +149,16 @@ def _entry(name: str, value: Any, first: int, path: Path | str) -> Entry:
     return Entry(name, dtype, tuple(shape), first + offsets[0], first + offsets[1])
 
 
+def header_of(table: Table) -> bytes:
+    """A header for one file with these tensors, one after the other in their order, that ``from_pretrained`` takes."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in table.items():
+        start, end = end, end + tensor_bytes(dtype, shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    return _padded(entries)
+
+
 def header_for_transformers(header: bytes) -> bytes:
     """The same header with ``format: pt`` in its metadata, which ``from_pretrained`` asks for; offsets are unchanged."""
     table = json.loads(header)
@@ -157,5 +166,9 @@ def header_for_transformers(header: bytes) -> bytes:
     if metadata.get("format") == "pt":
         return header
     table["__metadata__"] = {**metadata, "format": "pt"}
+    return _padded(table)
+
+
+def _padded(table: dict[str, Any]) -> bytes:
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     return text + b" " * (-len(text) % 8)

@@ -1,15 +1,53 @@
 """Finding the checkpoints of a run: directory names that trainers write, and the user's choice of steps."""
 
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-from relexio.checkpoints.files import is_file
-from relexio.checkpoints.read import INDEX, weight_files
+from relexio.checkpoints import safetensors
+from relexio.checkpoints.protocol import Checkpoint
 from relexio.errors import CheckpointError, MissingError, RequestError
 from relexio.words import Selection, digits
 
 _STEP = re.compile(r"(?:global_step_?|checkpoint-|step_|step-)(\d{1,15})(?:_hf)?")
 _INSIDE = ("", "huggingface", "actor/huggingface", "actor")
+
+#: A checkpoint, or the directory that it is in.
+Source = Path | Checkpoint
+
+
+class Format(NamedTuple):
+    """An input format: whether a directory holds a model in it, by names of files, and how that is opened."""
+
+    holds_model: Callable[[Path], bool]
+    open: Callable[[Path, int | None, Path | None], Checkpoint]
+
+
+#: The first that a directory holds a model in; a directory that holds none is opened as the first, which says what is wrong.
+FORMATS = (Format(safetensors.holds_model, safetensors.open_directory),)
+
+
+def open_checkpoint(source: Source, step: int | None = None, top: Path | None = None) -> Checkpoint:
+    """A checkpoint at a step (None: the base), opened if it is a directory; no tensor is read.
+
+    ``top`` is the directory of the step, where that of the model is one in it. Raises MissingError or CheckpointError,
+    naming the directory and file, for anything that is not whole.
+    """
+    if isinstance(source, Path):
+        fitting = next((form for form in FORMATS if form.holds_model(source)), FORMATS[0])
+        return fitting.open(source, step, top)
+    if source.step != step:
+        raise CheckpointError(f"{source.label}: was given as {'the base' if step is None else f'step {step}'}")
+    return source
+
+
+def open_step(step: int, source: Source, root: Path | None, named: Mapping[int, Source]) -> Checkpoint:
+    """Open what ``choose`` gave for a step of this root and these named directories. Raises as ``open_checkpoint``."""
+    if not isinstance(source, Path):
+        return open_checkpoint(source, step)
+    top = named.get(step)
+    return open_checkpoint(source, step, top if isinstance(top, Path) else _step_directory(source, root))
 
 
 def find_steps(root: Path, selection: Selection | None = None) -> tuple[dict[int, Path], list[str]]:
@@ -19,35 +57,39 @@ def find_steps(root: Path, selection: Selection | None = None) -> tuple[dict[int
     """
     if not root.is_dir():
         raise MissingError(f"{root}: no such directory")
-    found: dict[int, Path] = {}
-    others = []
+    directories: dict[int, Path] = {}
+    rest = []
     for path in sorted(root.iterdir(), key=lambda p: digits(p.name)):
         if not path.is_dir():
             continue
         match = _STEP.fullmatch(path.name)
         if not match:
-            others.append(path.name)
+            rest.append(path.name)
             continue
         step = int(match[1])
         if selection is not None and step not in selection:
             continue
-        if step in found and _holds_weights(path) and _holds_weights(found[step]):
-            raise CheckpointError(f"two directories for step {step}: {found[step]} and {path}; move one away")
-        if step not in found or _holds_weights(path):  # some trainers write optimizer states beside the model
-            found[step] = path
-    return {step: model_directory(found[step]) for step in sorted(found)}, others
+        if step in directories and _holds_weights(path) and _holds_weights(directories[step]):
+            raise CheckpointError(f"two directories for step {step}: {directories[step]} and {path}; move one away")
+        if step not in directories or _holds_weights(path):  # some trainers write optimizer states beside the model
+            directories[step] = path
+    return {step: model_directory(directories[step]) for step in sorted(directories)}, rest
 
 
-def choose(root: Path | None, named: dict[int, Path], selection: Selection | None) -> tuple[dict[int, Path], list[str]]:
-    """All chosen step directories by step, those below ``root`` and those named one by one.
+def choose(
+    root: Path | None, named: Mapping[int, Source], selection: Selection | None
+) -> tuple[dict[int, Source], list[str]]:
+    """All chosen steps, by step: model directories below ``root``, and those (or checkpoints) named one by one.
 
     Raises CheckpointError if two claim one step, RequestError if nothing is chosen or a wanted step is not there.
     """
-    steps, others = find_steps(root, selection) if root is not None else ({}, [])
-    for step, path in named.items():
+    below, rest = find_steps(root, selection) if root is not None else ({}, [])
+    steps: dict[int, Source] = {**below}
+    for step, source in named.items():
         if step in steps:
-            raise CheckpointError(f"two directories for step {step}: {steps[step]} and {path}; leave one out")
-        steps[step] = model_directory(path)
+            other = source if isinstance(source, Path) else source.label
+            raise CheckpointError(f"two directories for step {step}: {steps[step]} and {other}; leave one out")
+        steps[step] = model_directory(source) if isinstance(source, Path) else source
     missing = [step for step in (selection.named if selection else []) if step not in steps]
     if missing:
         where = f"{root}: " if root is not None else ""
@@ -55,10 +97,10 @@ def choose(root: Path | None, named: dict[int, Path], selection: Selection | Non
     if not steps:
         hint = f" among the steps {selection.text}" if selection else ""
         raise RequestError(f"{root}: no checkpoint found{hint}; {_advice(root)}")
-    return dict(sorted(steps.items())), others
+    return dict(sorted(steps.items())), rest
 
 
-def step_directory(model: Path, root: Path | None) -> Path:
+def _step_directory(model: Path, root: Path | None) -> Path:
     """The directory of a step, given its model's: the one in ``root`` that holds it; the model's own if none does."""
     if root is None or root not in model.parents:
         return model
@@ -79,8 +121,11 @@ def _advice(root: Path | None) -> str:
 
 
 def _holds_weights(path: Path) -> bool:
-    inside = model_directory(path)
-    return is_file(inside / INDEX) or bool(weight_files(inside))
+    return _holds_model(model_directory(path))
+
+
+def _holds_model(path: Path) -> bool:
+    return any(form.holds_model(path) for form in FORMATS)
 
 
 def model_directory(path: Path) -> Path:
@@ -91,7 +136,7 @@ def model_directory(path: Path) -> Path:
             raise CheckpointError(
                 f"{candidate}: a link out of its step; put a copy in its place, or name it with --checkpoint"
             )
-        if candidate.is_dir() and (is_file(candidate / INDEX) or weight_files(candidate)):
+        if candidate.is_dir() and _holds_model(candidate):
             return candidate
     for inside in reversed(_INSIDE):
         if (path / inside).is_dir():

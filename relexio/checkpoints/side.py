@@ -48,10 +48,10 @@ def _named(
 
 def template(files: Mapping[str, bytes]) -> Any:
     """The chat template of a checkpoint, from whichever of TEMPLATE and TOKENIZER has it; None without one."""
-    found = _json(files.get(TOKENIZER)).get("chat_template")
+    text = _json(files.get(TOKENIZER)).get("chat_template")
     if TEMPLATE in files:
-        found = files[TEMPLATE].decode("utf-8", "replace")
-    return found.removesuffix("\n") if isinstance(found, str) else found  # as Jinja does
+        text = files[TEMPLATE].decode("utf-8", "replace")
+    return text.removesuffix("\n") if isinstance(text, str) else text  # as Jinja does
 
 
 def _plain(value: Any) -> Any:
@@ -62,7 +62,7 @@ def _plain(value: Any) -> Any:
 def _json(data: bytes | None) -> dict[str, Any]:
     """The object in a file; an empty one of what is none, or too long to be looked into."""
     try:
-        found = json.loads(data) if data is not None and len(data) <= _MOST else {}
+        value = json.loads(data) if data is not None and len(data) <= _MOST else {}
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}

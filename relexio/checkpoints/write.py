@@ -3,34 +3,67 @@
 import json
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from relexio.checkpoints.header import parse_header
-from relexio.checkpoints.read import EMBEDDINGS, HEAD
-from relexio.errors import CheckpointError
+from relexio.checkpoints.files import SINGLE
+from relexio.checkpoints.header import header_for_transformers, header_of, parse_header
+from relexio.checkpoints.record import StoredCheckpoint
+from relexio.checkpoints.tied import written_from
+from relexio.dtypes import Table
+from relexio.errors import CheckpointError, StoreError
 
 CARD = "README.md"
 
 
 @dataclass(frozen=True)
 class OutputShard:
-    """One safetensors file to be written: its name and its header (JSON bytes, padded as safetensors wants)."""
+    """One safetensors file to be written: its name, its header (JSON bytes, padded), and the bytes of all of it.
+
+    ``places`` has the first byte of each tensor in it, and the name of the stored one that it is written from.
+    """
 
     name: str
     header: bytes
-    data_bytes: int
+    size: int
+    places: tuple[tuple[str, int], ...]
 
-    @property
-    def size(self) -> int:
-        """Bytes of the whole file."""
-        return 8 + len(self.header) + self.data_bytes
+
+def output_shards(
+    record: StoredCheckpoint, table: Table, read: Callable[[str], bytes], shown: str, loadable: bool = False
+) -> list[OutputShard]:
+    """The files that a stored checkpoint's tensors are written into: those it had, or one if it had no safetensors files.
+
+    ``read`` gives the bytes of a stored file, ``shown`` is how errors name the store. ``loadable`` changes headers where
+    ``from_pretrained`` would not take them. Raises StoreError where a header does not fit the tensor table.
+    """
+    change = header_for_transformers if loadable else bytes
+    if not record.shards:
+        return [_output_shard(SINGLE, header_of(table), record.nbytes(table), table, shown, change)]
+    return [
+        _output_shard(shard.name, read(shard.header), shard.size, table, f"{shown}: {shard.header}", change)
+        for shard in record.shards
+    ]
+
+
+def _output_shard(
+    name: str, header: bytes, size: int, table: Table, shown: str, change: Callable[[bytes], bytes]
+) -> OutputShard:
+    entries = parse_header(header, size, shown)
+    for entry in entries:
+        # a tensor longer in the table than in its file would be written over the next one
+        if (entry.dtype, entry.shape) != table.get(written_from(entry.name, table)):
+            raise StoreError(f"{shown}: tensor {entry.name} is not as in the table; damaged")
+    changed = change(header)
+    longer = len(changed) - len(header)
+    places = tuple((written_from(entry.name, table), entry.start + longer) for entry in entries)
+    return OutputShard(name, changed, size + longer, places)
 
 
 @dataclass(frozen=True)
 class Output:
-    """A checkpoint directory being written, with the place of every tensor. Can be sent to other processes."""
+    """A checkpoint directory being written, with the places of every tensor. Can be sent to other processes."""
 
     directory: str
     places: dict[str, list[tuple[str, int]]]
@@ -46,13 +79,6 @@ class Output:
             finally:
                 os.close(fd)
 
-    def tied(self, known: set[str]) -> "Output":
-        """The same, with a head that only these files hold written as the copy of the embedding that it was."""
-        embedding = next((name for name in EMBEDDINGS if name in self.places), None)
-        if HEAD not in self.places or HEAD in known or embedding is None:
-            return self
-        return Output(self.directory, {**self.places, embedding: self.places[embedding] + self.places[HEAD]})
-
 
 def begin(directory: Path, shards: Iterable[OutputShard]) -> Output:
     """Create the files of a checkpoint at their final size, headers written, in an existing empty directory.
@@ -61,16 +87,15 @@ def begin(directory: Path, shards: Iterable[OutputShard]) -> Output:
     """
     places: dict[str, list[tuple[str, int]]] = {}
     for shard in shards:
-        path = directory / shard.name
-        with open(path, "xb") as file:
+        with open(directory / shard.name, "xb") as file:
             file.write(struct.pack("<Q", len(shard.header)) + shard.header)
             file.flush()
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, shard.size)
             else:
                 os.truncate(file.fileno(), shard.size)
-        for entry in parse_header(shard.header, shard.size, path):
-            places[entry.name] = [(shard.name, entry.start)]
+        for tensor, start in shard.places:
+            places.setdefault(tensor, []).append((shard.name, start))
     return Output(str(directory.absolute()), places)
 
 
@@ -118,9 +143,9 @@ def validate(directory: Path, expected: Iterable[OutputShard]) -> None:
         entries = parse_header(shard.header, path.stat().st_size, path)
         try:
             with safe_open(path, framework="numpy") as file:
-                found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a dict
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a dict
                 if {e.name: (e.dtype, list(e.shape)) for e in entries} != {
-                    name: (part.get_dtype(), list(part.get_shape())) for name, part in found.items()
+                    name: (part.get_dtype(), list(part.get_shape())) for name, part in slices.items()
                 }:
                     raise CheckpointError(f"{path}: was not written as planned; remove it and run again")
         except SafetensorError as error:

@@ -38,8 +38,12 @@ def restore(store: Store, resources: Resources, step: int | str, out: str) -> Re
     """
     number = step if isinstance(step, int) else None
     verb(store, number, local(out), resources, stages)
-    left = recorded_of(store.record(number))
+    record = store.record(number)
+    left = recorded_of(record)
     name = "the base" if number is None else f"step {number}"
-    rows = [("wrote", f"{out}: {name}, the model's files as they were"), *not_stored(left)]
+    how = "the model's files as they were"
+    if not record.from_safetensors:
+        how = "as safetensors: it was not stored from safetensors files"
+    rows = [("wrote", f"{out}: {name}, {how}"), *not_stored(left)]
     facts = {"step": number, "out": out, "not_stored": [one.to_json() for one in left]}
     return Result(lambda: facts, lambda: table(rows))

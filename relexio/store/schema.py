@@ -1,15 +1,14 @@
 """What a trajectory store says about itself: records, and their JSON in Zarr attributes."""
 
-import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import prod
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from relexio.dtypes import BITS, KINDS, Kind, kind_of
+from relexio.checkpoints.record import is_count, is_text, require
+from relexio.dtypes import BITS, KINDS, Kind, Table, kind_of, tensor_bytes
 from relexio.errors import StoreError
 
 FORMAT = 2
@@ -27,9 +26,6 @@ MOST_BLOCKS = 1 << 22
 FILE_CHUNK = 16 << 20
 _MOST_DIMENSIONS, _MOST_CHUNK = 64, (1 << 31) - 1  # as in safetensors; Blosc's limit
 _NODE = re.compile(r"[0-9A-Za-z_]{1,64}(/[0-9A-Za-z_]{1,64}){0,4}")
-_FILE = re.compile(r"groups/\d{4,8}/files/[0-9a-f]{32}")
-_DEEPEST, _LONGEST = 32, 1024  # directories and bytes in the name of a file
-_NAMES, _NAME = 20, 200  # names, and letters of one, of what was not stored
 _CODECS = ["bytes", "blosc", "crc32c"]
 _TYPES = ("uint8", "uint16", "uint32", "int64", "float64")
 
@@ -64,9 +60,9 @@ class Tensor:
     def from_json(cls, value: Json) -> "Tensor":
         """From Zarr attributes. Raises ValueError for what no writer writes."""
         tensor = cls(value["name"], value["dtype"], tuple(value["shape"]), value["first_block"])
-        _require(_is_text(tensor.name) and tensor.dtype in BITS, "a tensor has a name and a known dtype")
-        _require(len(tensor.shape) <= _MOST_DIMENSIONS, f"a shape has at most {_MOST_DIMENSIONS} dimensions")
-        _require(all(map(_is_count, (*tensor.shape, tensor.first_block))), "a shape is a list of sizes")
+        require(is_text(tensor.name) and tensor.dtype in BITS, "a tensor has a name and a known dtype")
+        require(len(tensor.shape) <= _MOST_DIMENSIONS, f"a shape has at most {_MOST_DIMENSIONS} dimensions")
+        require(all(map(is_count, (*tensor.shape, tensor.first_block))), "a shape is a list of sizes")
         return tensor
 
     @property
@@ -82,7 +78,7 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor in a checkpoint."""
-        return prod(self.shape) * BITS[self.dtype] // 8
+        return tensor_bytes(self.dtype, self.shape)
 
     def count(self, block: int) -> int:
         """How many blocks of ``block`` elements it has."""
@@ -96,11 +92,11 @@ class Tensor:
         ]
 
 
-def lay_out(entries: list[tuple[str, str, tuple[int, ...]]], block: int) -> tuple[Tensor, ...]:
-    """Give every (name, dtype, shape) its blocks, one tensor after the other within each kind."""
+def lay_out(table: Table, block: int) -> tuple[Tensor, ...]:
+    """Give every tensor its blocks, one tensor after the other within each kind."""
     blocks = dict.fromkeys(KINDS, 0)
     tensors = []
-    for name, dtype, shape in entries:
+    for name, (dtype, shape) in table.items():
         tensor = Tensor(name, dtype, shape, blocks[kind_of(dtype).name])
         blocks[tensor.kind.name] += tensor.count(block)
         tensors.append(tensor)
@@ -134,85 +130,6 @@ def count_type(steps: int) -> str:
 
 
 @dataclass(frozen=True)
-class StoredShard:
-    """One safetensors file of a source checkpoint: enough to write it again, and to see that it is still the same."""
-
-    name: str
-    size: int
-    mtime_ns: int
-    header: str
-
-
-@dataclass(frozen=True)
-class NotStored:
-    """What a checkpoint's directory held besides: bytes by path, of the largest only, how many more, and all bytes."""
-
-    files: dict[str, int] = field(default_factory=dict)
-    more: int = 0
-    bytes: int = 0
-
-    @classmethod
-    def of(cls, found: dict[str, int], most: int = _NAMES) -> "NotStored":
-        """Of bytes by path."""
-        largest = sorted(found, key=lambda name: (-found[name], name))[:most]
-        files = {name[:_NAME]: found[name] for name in sorted(largest)}
-        return cls(files, len(found) - len(files), sum(found.values()))
-
-    @classmethod
-    def from_json(cls, value: Json) -> "NotStored":
-        """From Zarr attributes. Raises ValueError for what no writer writes."""
-        found = cls(dict(value["files"]), value["more"], value["bytes"])
-        _require(all(map(_is_text, found.files)), "files have names")
-        _require(all(map(_is_count, (*found.files.values(), found.more, found.bytes))), "sizes are numbers")
-        return found
-
-
-@dataclass(frozen=True)
-class StoredCheckpoint:
-    """Where a checkpoint came from, and its files. ``header``, ``index`` and ``side`` name arrays of file bytes."""
-
-    step: int | None
-    source: str
-    shards: tuple[StoredShard, ...]
-    index: str | None
-    side: dict[str, str]
-    not_stored: NotStored = NotStored()
-
-    @property
-    def files(self) -> list[str]:
-        """The paths of all arrays that it names."""
-        return [name for name in (*self.side.values(), *(s.header for s in self.shards), self.index) if name]
-
-    def to_json(self) -> Json:
-        """As it stands in Zarr attributes; nothing is said of what was not stored where that is nothing."""
-        value = {**asdict(self), "shards": [asdict(shard) for shard in self.shards]}
-        return value if self.not_stored.files else {k: v for k, v in value.items() if k != "not_stored"}
-
-    @classmethod
-    def from_json(cls, value: Json) -> "StoredCheckpoint":
-        """From Zarr attributes."""
-        shards = tuple(StoredShard(s["name"], s["size"], s["mtime_ns"], s["header"]) for s in value["shards"])
-        left = NotStored.from_json(value["not_stored"]) if "not_stored" in value else NotStored()
-        found = cls(value["step"], value["source"], shards, value["index"], dict(value["side"]), left)
-        _require(_is_text(found.source), "a source is a text")
-        for name in (*(shard.name for shard in shards), *found.side):
-            _require(_is_text(name) and _is_inside(name), f"a file stands inside its directory, and {name!r} does not")
-        _require(
-            all(shard.name == PurePosixPath(shard.name).name for shard in shards), "a shard is in no directory below"
-        )
-        _require(found.side.keys().isdisjoint(shard.name for shard in shards), "a side file has a name of its own")
-        arrays = [
-            *found.side.values(),
-            *(shard.header for shard in shards),
-            *([] if found.index is None else [found.index]),
-        ]
-        _require(all(isinstance(a, str) and _FILE.fullmatch(a) for a in arrays), "files are arrays of a group")
-        _require(all(_is_count(s.size) and _is_time(s.mtime_ns) for s in shards), "sizes and times are numbers")
-        _require(found.step is None or _is_count(found.step), "a step is a number")
-        return found
-
-
-@dataclass(frozen=True)
 class Group:
     """The steps that one ``convert`` added, side by side in its arrays.
 
@@ -233,10 +150,10 @@ class Group:
     def from_json(cls, value: Json) -> "Group":
         """From Zarr attributes. Raises ValueError for what no writer writes."""
         name, steps, content = value["name"], tuple(value["steps"]), tuple(value["content"])
-        _require(isinstance(name, str) and re.fullmatch(r"\d{4,8}", name), "a group's name is a number")
-        _require(steps and all(map(_is_count, steps)), "a group has steps, and they are numbers")
-        _require(list(steps) == sorted({*steps}), "steps ascend")
-        _require([type(text) for text in content] == [str] * len(steps), "every step has a content hash")
+        require(isinstance(name, str) and re.fullmatch(r"\d{4,8}", name), "a group's name is a number")
+        require(steps and all(map(is_count, steps)), "a group has steps, and they are numbers")
+        require(list(steps) == sorted({*steps}), "steps ascend")
+        require([type(text) for text in content] == [str] * len(steps), "every step has a content hash")
         return cls(name, steps, content, hashes_from_json(value["metadata"]))
 
 
@@ -244,36 +161,35 @@ def groups_from_json(values: list[Json]) -> tuple[Group, ...]:
     """The groups of a store. Raises ValueError for what no writer writes."""
     groups = tuple(map(Group.from_json, values))
     steps = [step for group in groups for step in group.steps]
-    _require(
+    require(
         [group.name for group in groups] == [f"{i:04d}" for i in range(len(groups))], "groups are numbered in order"
     )
-    _require(len({*steps}) == len(steps), "no step is in two groups")
+    require(len({*steps}) == len(steps), "no step is in two groups")
     return groups
 
 
 def tensors_from_json(values: list[Json], block: int) -> tuple[Tensor, ...]:
     """The tensor table of a store. Raises ValueError for what no writer writes."""
     tensors = tuple(map(Tensor.from_json, values))
-    _require(
-        lay_out([(t.name, t.dtype, t.shape) for t in tensors], block) == tensors, "tensors lie one after the other"
-    )
-    _require(len({t.name for t in tensors}) == len(tensors), "no two tensors have one name")
-    _require(max(count_blocks(tensors, block).values(), default=0) <= MOST_BLOCKS, "no model has so many blocks")
+    table = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+    require(len(table) == len(tensors), "no two tensors have one name")
+    require(lay_out(table, block) == tensors, "tensors lie one after the other")
+    require(max(count_blocks(tensors, block).values(), default=0) <= MOST_BLOCKS, "no model has so many blocks")
     return tensors
 
 
 def block_from_json(value: Any) -> int:
     """The elements of a block. Raises ValueError for what no writer writes."""
-    _require(
-        _is_count(value) and 0 < value <= BLOCK and not value & (value - 1), f"a power of two up to {BLOCK} is a block"
+    require(
+        is_count(value) and 0 < value <= BLOCK and not value & (value - 1), f"a power of two up to {BLOCK} is a block"
     )
     return int(value)
 
 
 def hashes_from_json(value: Any) -> dict[str, str]:
     """A table of hashes. Raises ValueError for what no writer writes."""
-    _require(isinstance(value, dict) and all(isinstance(text, str) for text in value.values()), "hashes are texts")
-    _require(all(map(_NODE.fullmatch, value)), "hashes are of groups and arrays of the store")
+    require(isinstance(value, dict) and all(isinstance(text, str) for text in value.values()), "hashes are texts")
+    require(all(map(_NODE.fullmatch, value)), "hashes are of groups and arrays of the store")
     return dict(value)
 
 
@@ -290,43 +206,13 @@ class Layout:
     def from_json(cls, value: Json) -> "Layout":
         """From an array's ``zarr.json``. Raises ValueError for what no writer writes."""
         shape, chunks = tuple(value["shape"]), tuple(value["chunk_grid"]["configuration"]["chunk_shape"])
-        _require(value["node_type"] == "array", "it is an array")
-        _require(value["data_type"] in _TYPES, f"the data type is one of {', '.join(_TYPES)}")
-        _require([codec["name"] for codec in value["codecs"]] == _CODECS, f"codecs are {', '.join(_CODECS)}")
-        _require(all(map(_is_count, (*shape, *chunks))) and len(shape) == len(chunks) > 0, "a shape is a list of sizes")
+        require(value["node_type"] == "array", "it is an array")
+        require(value["data_type"] in _TYPES, f"the data type is one of {', '.join(_TYPES)}")
+        require([codec["name"] for codec in value["codecs"]] == _CODECS, f"codecs are {', '.join(_CODECS)}")
+        require(all(map(is_count, (*shape, *chunks))) and len(shape) == len(chunks) > 0, "a shape is a list of sizes")
         dtype = np.dtype(value["data_type"]).newbyteorder("<")
-        _require(0 < prod(chunks) * dtype.itemsize <= _MOST_CHUNK, "a chunk has room for something")
+        require(0 < prod(chunks) * dtype.itemsize <= _MOST_CHUNK, "a chunk has room for something")
         return cls(shape, chunks, dtype)
-
-
-def _is_text(value: Any) -> bool:
-    """Whether it is text that a file system can have: JSON may hold halves of characters."""
-    try:
-        return isinstance(value, str) and os.fsencode(value) is not None
-    except UnicodeEncodeError:
-        return False
-
-
-def _is_inside(name: str) -> bool:
-    """Whether a path names a file in its directory, or in directories below."""
-    parts = PurePosixPath(name).parts
-    plain = all(part not in ("/", "..") and "\0" not in part and len(os.fsencode(part)) < 256 for part in parts)
-    short = 1 <= len(parts) <= _DEEPEST and len(os.fsencode(name)) <= _LONGEST
-    return plain and short and str(PurePosixPath(name)) == name
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _is_time(value: Any) -> bool:
-    """Whether it is nanoseconds that a file system can give: 64 bits of seconds, before 1970 too."""
-    return type(value) is int and abs(value) < 2**94
-
-
-def _require(right: object, rule: str) -> None:
-    if not right:
-        raise ValueError(f"not as it was written: {rule}")
 
 
 def check_format(attributes: Json, address: str) -> Json:

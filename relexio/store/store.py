@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from relexio.checkpoints.record import StoredCheckpoint
+from relexio.dtypes import Table
 from relexio.errors import MissingError, RequestError, StoreError
 from relexio.store.arrays import check_layout
 from relexio.store.chunks import chunk_key, read_chunk, write_chunk
@@ -16,7 +18,6 @@ from relexio.store.schema import (
     Block,
     Group,
     Layout,
-    StoredCheckpoint,
     Tensor,
     block_from_json,
     check_format,
@@ -76,6 +77,11 @@ class Store:
     def steps(self) -> tuple[int, ...]:
         """All committed steps, ascending."""
         return tuple(sorted(step for group in self.groups for step in group.steps))
+
+    @cached_property
+    def table(self) -> Table:
+        """The dtype and shape of every tensor."""
+        return {tensor.name: (tensor.dtype, tensor.shape) for tensor in self.tensors}
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of that name. Raises RequestError if there is none."""

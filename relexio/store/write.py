@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from relexio.dtypes import KINDS
+from relexio.dtypes import KINDS, Table
 from relexio.errors import CheckpointError
 from relexio.store.arrays import block_arrays, changed_array, file_array
 from relexio.store.schema import DIGEST, FILE_CHUNK, Group, lay_out
@@ -19,12 +19,12 @@ from relexio.store.store import FILE_DIGITS, Store, file_digest
 from relexio.store.zarrs import create, open_group
 
 
-def create_store(address: str, block: int, entries: list[tuple[str, str, tuple[int, ...]]]) -> Store:
+def create_store(address: str, block: int, table: Table) -> Store:
     """A new store at an address that does not exist: the base's empty arrays and tensor table, no step.
 
-    ``entries`` are (name, dtype, shape) of the base's tensors in file order; ``block`` elements make a block.
+    ``table`` has the base's tensors in file order; ``block`` elements make a block.
     """
-    tensors = lay_out(entries, block)
+    tensors = lay_out(table, block)
     store = Store(address, block, tensors, (), "")
     place(address).put(METADATA, _marker(store))  # whatever is written after that is a conversion that began
     root = open_group(address, "r+")

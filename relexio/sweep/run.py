@@ -152,9 +152,9 @@ def _disk(store: Store, request: Request, files: Files) -> tuple[int, int]:
     for candidate in request.candidates(store.steps):
         if not candidate.predicted and candidate.method != BASE:
             records.append(store.checkpoints(store.find(candidate.step)[0])[candidate.step])
-    side = {array for record in records for array in (*record.side.values(), record.index) if array is not None}
+    side = {array for record in records for array in record.beside.values()}
     around = sum(store.array(array).shape[0] for array in side) + _CARD
-    needed = 2 * (max(sum(shard.size for shard in record.shards) for record in records) + around)
+    needed = 2 * (max(record.nbytes(store.table) for record in records) + around)
     if request.disk is not None and request.disk < needed:
         raise BudgetError(
             f"--disk {show(request.disk)}: the candidate and the best so far take {show(needed)} at once; "

@@ -134,7 +134,7 @@ def changed_counts(store: Store, steps: tuple[int, ...]) -> np.ndarray:
 
 def sizes(store: Store) -> Sizes:
     """How large a store is, and what it stands for."""
-    checkpoints = sum(s.size for g in store.groups for c in store.checkpoints(g).values() for s in c.shards)
+    checkpoints = sum(c.nbytes(store.table) for g in store.groups for c in store.checkpoints(g).values())
     root = place(store.address)
     steps = sum(root.below(group.path).nbytes() for group in store.groups)
     return Sizes(checkpoints, steps, root.below("base").nbytes(), root.below("cache").nbytes())

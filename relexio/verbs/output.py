@@ -1,7 +1,7 @@
 """Checkpoints being written: staged, streamed into block by block, validated, and given their names."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from relexio import atomic
-from relexio.checkpoints.header import parse_header
-from relexio.checkpoints.read import EMBEDDINGS, HEAD, INDEX
-from relexio.checkpoints.write import Output, OutputShard, begin, validate
-from relexio.errors import ExistsError, RequestError, StorageError, StoreError
-from relexio.store.schema import Block, StoredCheckpoint
+from relexio.checkpoints import write
+from relexio.checkpoints.record import StoredCheckpoint
+from relexio.checkpoints.write import Output, OutputShard
+from relexio.errors import ExistsError, RequestError, StorageError
+from relexio.store.schema import Block
 from relexio.store.storage import METADATA
 from relexio.store.store import Store
 from relexio.words import show
@@ -60,8 +60,8 @@ def check_targets(store: Store, targets: list[Target]) -> None:
 
 
 def bytes_of(store: Store) -> int:
-    """Bytes of the shards of one checkpoint."""
-    return sum(shard.size for shard in store.base().shards)
+    """Bytes of the weights of one checkpoint."""
+    return store.base().nbytes(store.table)
 
 
 def needed_files(store: Store, outputs: list[Output], shards: list[OutputShard]) -> list[Path]:
@@ -70,19 +70,9 @@ def needed_files(store: Store, outputs: list[Output], shards: list[OutputShard])
     return [*store.files(METADATA), *begun]
 
 
-def output_shards(store: Store, record: StoredCheckpoint, change: Callable[[bytes], bytes]) -> Iterator[OutputShard]:
-    """The shards of a checkpoint, their headers changed. Raises StoreError where one does not fit the tensor table."""
-    table = {tensor.name: (tensor.dtype, tensor.shape) for tensor in store.tensors}
-    tied = {HEAD: next((name for name in EMBEDDINGS if name in table), "")}
-    for shard in record.shards:
-        if shard.name != Path(shard.name).name or shard.name in ("", ".", ".."):
-            raise StoreError(f"{store.shown}: names a shard outside its directory: {shard.name!r}")
-        header = store.file(shard.header)
-        for entry in parse_header(header, shard.size, f"{store.shown}: {shard.header}"):
-            # a tensor longer in the table than in its file would be written over the next one
-            if (entry.dtype, entry.shape) != table.get(entry.name if entry.name in table else tied.get(entry.name, "")):
-                raise StoreError(f"{store.shown}: {shard.header}: tensor {entry.name} is not as in the table; damaged")
-        yield OutputShard(shard.name, change(header), shard.size - 8 - len(header))
+def output_shards(store: Store, record: StoredCheckpoint, loadable: bool = False) -> list[OutputShard]:
+    """The weights' files of a stored checkpoint, to be written. Raises StoreError where one does not fit the tensor table."""
+    return write.output_shards(record, store.table, store.file, store.shown, loadable)
 
 
 @contextmanager
@@ -99,11 +89,11 @@ def staged(targets: list[Target], shards: list[OutputShard]) -> Iterator[list[Ou
             if target.out.exists():  # another process has ended since ours looked
                 raise ExistsError(f"{target.out} has appeared meanwhile; give another -o")
             atomic.empty_tree(directory)
-            outputs.append(begin(directory, shards))
+            outputs.append(write.begin(directory, shards))
             staged.append(directory)
         yield outputs
         for target, directory in zip(targets, staged, strict=True):
-            validate(directory, shards)
+            write.validate(directory, shards)
             atomic.publish(directory, target.out)
 
 
@@ -116,9 +106,6 @@ def _removed_after_error(directory: Path) -> Iterator[None]:
         raise
 
 
-def side_files(store: Store, record: StoredCheckpoint) -> Iterator[tuple[str, bytes | Iterator[bytes]]]:
-    """The index and the side files of a checkpoint by name, with their bytes."""
-    for name, array in record.side.items():
-        yield name, store.pieces(array)
-    if record.index is not None:
-        yield INDEX, store.file(record.index)
+def side_files(store: Store, files: Mapping[str, str]) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """Stored files by name, with their bytes, given the arrays that hold them by name."""
+    return ((name, store.pieces(array)) for name, array in files.items())

@@ -11,8 +11,7 @@ import numpy as np
 
 from relexio import atomic
 from relexio.checkpoints.files import is_tensors
-from relexio.checkpoints.header import header_for_transformers, parse_header
-from relexio.checkpoints.read import INDEX
+from relexio.checkpoints.record import StoredCheckpoint
 from relexio.checkpoints.side import TEMPLATE, TOKENIZER, template
 from relexio.checkpoints.write import CARD, model_card, without_clashes, write_files
 from relexio.engine import graph
@@ -24,7 +23,6 @@ from relexio.fit.fit import Fit, FitPlan, make_fit, plan_fit
 from relexio.methods import Recipe
 from relexio.methods.roles import Choice
 from relexio.progress import Stages
-from relexio.store.schema import StoredCheckpoint
 from relexio.store.storage import place
 from relexio.store.store import Store
 from relexio.verbs.output import Sink, Target, bytes_of, check_targets, needed_files, output_shards, side_files, staged
@@ -112,7 +110,7 @@ def predict(fit: Fit, targets: list[Target], resources: Resources, stages: Stage
 
 def _write(fit: Fit, targets: list[Target], executor: Executor, batch: int, stages: Stages) -> None:
     store, weights = fit.store, fit.weights_for([target.step for target in targets])
-    shards = list(output_shards(store, store.base(), header_for_transformers))
+    shards = output_shards(store, store.base(), loadable=True)
     with staged(targets, shards) as outputs:
         for target, output in zip(targets, outputs, strict=True):
             _write_side_files(fit, target, Path(output.directory))
@@ -149,7 +147,12 @@ def _carried(store: Store, window: tuple[int, ...]) -> tuple[dict[str, str], lis
     if _CONFIG in base.side and _tensors(store, last) != _tensors(store, base):
         wanted[_CONFIG] = base.side[_CONFIG]  # it says whether the head is tied, and so which tensors the files hold
     wanted |= {name: array for name, array in lacking(store, last).items() if name not in _NOT_CARRIED}
-    own = [CARD, PROVENANCE, *(shard.name for shard in base.shards), *([] if base.index is None else [INDEX])]
+    own = [
+        CARD,
+        PROVENANCE,
+        *(shard.name for shard in output_shards(store, base)),
+        *(base.beside.keys() - base.side.keys()),
+    ]
     names = without_clashes(wanted, own)
     gone = [name for name in wanted if name not in names and name != PROVENANCE]
     return {name: wanted[name] for name in names}, gone
@@ -158,7 +161,7 @@ def _carried(store: Store, window: tuple[int, ...]) -> tuple[dict[str, str], lis
 def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
     """The last observed step's side files and what only the base has besides, a model card, and where it all came from."""
     store, base = fit.store, fit.store.base()
-    write_files(directory, side_files(store, replace(base, side=_carried(store, fit.steps)[0])))
+    write_files(directory, side_files(store, replace(base, side=_carried(store, fit.steps)[0]).beside))
     facts = provenance(fit, target.step)
     public = {**facts, "window": describe_steps(fit.steps), "base": store.base_content}
     method = fit.recipe.way
@@ -168,9 +171,8 @@ def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
     write_files(directory, [(CARD, card.encode()), (PROVENANCE, (json.dumps(facts, indent=2) + "\n").encode())])
 
 
-def _tensors(store: Store, record: StoredCheckpoint) -> set[str]:
-    headers = {shard.header: shard.size for shard in record.shards}
-    return {entry.name for header, size in headers.items() for entry in parse_header(store.file(header), size, header)}
+def _tensors(store: Store, record: StoredCheckpoint) -> list[str]:
+    return sorted(name for shard in output_shards(store, record) for name, _ in shard.places)
 
 
 def lacking(store: Store, record: StoredCheckpoint) -> dict[str, str]:

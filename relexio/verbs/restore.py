@@ -17,20 +17,21 @@ from relexio.verbs.output import Sink, Target, check_targets, needed_files, outp
 def restore(store: Store, step: int | None, out: Path, resources: Resources, stages: Stages) -> None:
     """Write an observed step (None: the base) exactly as it was: same shard names, headers, bytes, and side files.
 
+    One that was not read from safetensors files is written as one such file (``checkpoints.protocol``).
     Raises StoreError where what was put together is not what was committed; then nothing gets the name ``out``.
     """
     targets = [Target(step or 0, out)]
     check_targets(store, targets)
     record = store.record(step)
-    shards = list(output_shards(store, record, bytes))
+    shards = output_shards(store, record)
     executor = resources.for_combine(store, 1, 1)
     with staged(targets, shards) as outputs:
-        sink = Sink((outputs[0].tied({tensor.name for tensor in store.tensors}),))
-        write_files(Path(outputs[0].directory), side_files(store, record))
+        sink, directory = Sink(tuple(outputs)), Path(outputs[0].directory)
+        write_files(directory, side_files(store, record.beside))
         executor.require(needed_files(store, outputs, shards))
         with stages("restore", sum(shard.size for shard in shards)) as advance:
             digests = graph.each(store, 1, partial(_restore_block, store, step, sink), executor, advance)
-        executor.settle([Path(outputs[0].directory)])
+        executor.settle([directory])
         check_content(store, step, digests)  # before it gets its name
 
 

@@ -1,6 +1,6 @@
 """``verify``: whether a trajectory is what was written, and what the checkpoints hold that it was made from."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -8,21 +8,22 @@ from pathlib import Path
 
 import numpy as np
 
-from relexio.checkpoints.layout import choose, step_directory
-from relexio.checkpoints.read import INDEX, Checkpoint, open_checkpoint
+from relexio.checkpoints.layout import Source, choose, open_checkpoint, open_step
+from relexio.checkpoints.protocol import Checkpoint
+from relexio.checkpoints.record import StoredCheckpoint
+from relexio.checkpoints.tied import match
 from relexio.engine import graph, plan
 from relexio.engine.resources import Resources
 from relexio.errors import CheckpointError, StoreError
 from relexio.progress import Stages
 from relexio.store import cache
-from relexio.store.schema import Block, Group, StoredCheckpoint, moves_chunk
+from relexio.store.schema import Block, Group, moves_chunk
 from relexio.store.state import block_state, digest_of
 from relexio.store.storage import METADATA, place
 from relexio.store.store import Store, file_digest
 from relexio.store.write import content_hashes
-from relexio.verbs.convert.check import Source, Table, fit_to_base
-from relexio.verbs.convert.encode import Reader
-from relexio.verbs.convert.left import Left, there
+from relexio.verbs.convert.encode import held, read_block
+from relexio.verbs.convert.left import Left, present
 from relexio.words import describe_steps
 
 _UNKNOWN = ""  # in place of a group: of that tensor a block could not be read
@@ -38,16 +39,15 @@ class Originals:
     out.
     """
 
-    steps: dict[int, Source] = field(default_factory=dict)
-    base: Source | None = None
+    steps: dict[int, Checkpoint] = field(default_factory=dict)
+    base: Checkpoint | None = None
     root: Path | None = None
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def left(self) -> list[Left]:
         """What is there and not in the trajectory."""
-        base = self.base.checkpoint if self.base else None
-        return there((source.checkpoint for source in self.steps.values()), base, self.root)
+        return present(self.steps.values(), self.base, self.root)
 
 
 @dataclass(frozen=True)
@@ -67,31 +67,34 @@ class Verified:
 
 
 @dataclass
-class _Found:
+class _BlockFindings:
     """What one block gave: problems, and by group how many elements differ from the base at each step."""
 
     problems: list[str] = field(default_factory=list)
     changed: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def find_originals(store: Store, root: Path | None, base: Path | None) -> Originals:
-    """The checkpoints below a directory that the store holds. Raises CheckpointError for a base that is none."""
-    table: Table = {tensor.name: (tensor.dtype, tensor.shape) for tensor in store.tensors}
-    label = f"the base of {store.shown}"
-    found, notes = choose(root, {}, None)[0] if root is not None else {}, []
-    if absent := tuple(step for step in found if step not in store.steps):
+def find_originals(
+    store: Store, root: Path | None, base: Source | None, named: Mapping[int, Source] | None = None
+) -> Originals:
+    """The checkpoints that the store holds, below a directory or named one by one, and its base.
+
+    Raises CheckpointError for a base that is none.
+    """
+    label, problems, notes = f"the base of {store.shown}", [], []
+    sources = choose(root, named or {}, None)[0] if root is not None or named else {}
+    if absent := tuple(step for step in sources if step not in store.steps):
         notes.append(f"not in the trajectory: {describe_steps(absent)}")
-    if root is not None and (alone := tuple(step for step in store.steps if step not in found)):
+    if root is not None and (alone := tuple(step for step in store.steps if step not in sources)):
         notes.append(f"not compared, no such directory: {describe_steps(alone)}")
-    sources, problems = {}, []
-    for step in (step for step in found if step in store.steps):
+    originals = {}
+    for step in (step for step in sources if step in store.steps):
         try:
-            checkpoint = open_checkpoint(found[step], step, step_directory(found[step], root))
-            sources[step] = fit_to_base(checkpoint, table, label)
+            originals[step] = match(open_step(step, sources[step], root, named or {}), store.table, label)
         except CheckpointError as error:
             problems.append(str(error))
-    original = fit_to_base(open_checkpoint(base), table, label) if base else None
-    return Originals(sources, original, root, tuple(problems), tuple(notes))
+    original = match(open_checkpoint(base), store.table, label) if base else None
+    return Originals(originals, original, root, tuple(problems), tuple(notes))
 
 
 def verify(store: Store, originals: Originals, resources: Resources, stages: Stages) -> Verified:
@@ -106,11 +109,11 @@ def verify(store: Store, originals: Originals, resources: Resources, stages: Sta
         blocks = graph.each(store, 1 + len(store.steps), kernel, executor, advance)
     changed: Changed = {}
     problems = list(originals.problems)
-    for block, found in blocks:
-        problems += found.problems
-        if found.problems:
+    for block, findings in blocks:
+        problems += findings.problems
+        if findings.problems:
             changed[_UNKNOWN, block.tensor.name] = 1
-        for group, counts in found.changed.items():
+        for group, counts in findings.changed.items():
             key = group, block.tensor.name
             changed[key] = changed.get(key, 0) + counts
     for check in _checks(store, originals, changed):
@@ -126,32 +129,28 @@ def verify(store: Store, originals: Originals, resources: Resources, stages: Sta
     return Verified(store.steps, compared, base, total, tuple(dict.fromkeys(problems)), notes, left)
 
 
-def _check_block(store: Store, originals: Originals, nbytes: int, block: Block) -> _Found:
-    found = _Found()
+def _check_block(store: Store, originals: Originals, nbytes: int, block: Block) -> _BlockFindings:
+    findings = _BlockFindings()
     try:
-        found.problems += _check_base(store, originals.base, block)
+        findings.problems += _check_base(store, originals.base, block)
         for group in store.groups:
-            found.problems += _check_group(store, originals.steps, nbytes, group, block, found.changed)
+            findings.problems += _check_group(store, originals.steps, nbytes, group, block, findings.changed)
     except (StoreError, CheckpointError) as error:
-        found.problems.append(str(error))
-    return found
+        findings.problems.append(str(error))
+    return findings
 
 
-def _check_base(store: Store, original: Source | None, block: Block) -> Iterator[str]:
+def _check_base(store: Store, original: Checkpoint | None, block: Block) -> Iterator[str]:
     bits = store.base_bits(block)
     if digest_of(bits) != store.digests("base", block).tobytes():
         yield f"{store.shown}: base: tensor {block.tensor.name}: not the bits that were hashed; damaged"
-    if original is not None:
-        held = np.empty_like(bits)
-        with ExitStack() as stack:
-            Reader(original, block, stack).read(0, held)
-        if (held != bits).any():
-            yield f"{original.checkpoint.label}: tensor {block.tensor.name}: differs from what {store.shown} holds"
+    if original is not None and (read_block(original, block) != bits).any():
+        yield f"{original.label}: tensor {block.tensor.name}: differs from what {store.shown} holds"
 
 
 def _check_group(
     store: Store,
-    originals: dict[int, Source],
+    originals: dict[int, Checkpoint],
     nbytes: int,
     group: Group,
     block: Block,
@@ -160,12 +159,12 @@ def _check_group(
     compared = {column: originals[step] for column, step in enumerate(group.steps) if step in originals}
     unlike: set[int] = set()
     with ExitStack() as stack:
-        readers = {column: Reader(source, block, stack) for column, source in compared.items()}
+        readers = {column: held(original, block, stack) for column, original in compared.items()}
 
         def see(first: int, bits: np.ndarray) -> None:
             row = np.empty(bits.shape[1], bits.dtype)
-            for column, reader in readers.items():
-                reader.read(first, row)
+            for column, read in readers.items():
+                read(first, row)
                 if (row != bits[column]).any():
                     unlike.add(column)
 
@@ -174,8 +173,7 @@ def _check_group(
         yield (
             f"{store.shown}: step {group.steps[column]}: tensor {block.tensor.name}: not the bits that were hashed; damaged"
         )
-    for place_ in sorted(unlike):
-        label = compared[place_].checkpoint.label
+    for label in (compared[column].label for column in sorted(unlike)):
         yield f"{label}: tensor {block.tensor.name}: differs from what {store.shown} holds"
 
 
@@ -190,9 +188,9 @@ def _checks(store: Store, originals: Originals, changed: Changed) -> Iterator[Ca
         yield partial(_check_files, store, group)
         for step, record in store.checkpoints(group).items():
             if step in originals.steps:
-                yield partial(_check_side, store, record, originals.steps[step].checkpoint)
+                yield partial(_check_side, store, record, originals.steps[step])
     if originals.base is not None:
-        yield partial(_check_side, store, store.base(), originals.base.checkpoint)
+        yield partial(_check_side, store, store.base(), originals.base)
 
 
 def _check_content(store: Store, path: str, content: tuple[str, ...], steps: int) -> list[str]:
@@ -229,16 +227,9 @@ def _check_files(store: Store, group: Group) -> list[str]:
 
 def _check_side(store: Store, record: StoredCheckpoint, original: Checkpoint) -> list[str]:
     """What differs of a checkpoint besides its tensors: headers, the index, config, tokenizer."""
-    held = {shard.name: shard.header for shard in record.shards} | record.side | {INDEX: record.index or ""}
-    now: dict[str, bytes | Path] = {shard.path.name: shard.header for shard in original.shards}
-    now |= original.side | {INDEX: original.index or b""}
-    problems = []
-    for name in sorted(held.keys() | now.keys()):
-        found = now.get(name)
-        if (file_digest(found) if found else "") != held.get(name, "").rsplit("/", 1)[-1]:
-            what = "differs from what" if held.get(name) else "is not among what"
-            problems.append(f"{original.label}: {name}: {what} {store.shown} holds")
-    return problems
+    what = {True: "differs from what", False: "is not among what"}
+    differing = record.unlike(original.record(file_digest))
+    return [f"{original.label}: {name}: {what[stored]} {store.shown} holds" for name, stored in differing]
 
 
 def _closed(names: list[str]) -> Iterator[str]:

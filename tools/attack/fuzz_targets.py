@@ -17,7 +17,7 @@ import numpy as np
 
 from relexio import atomic
 from relexio.checkpoints.header import parse_header, read_shard
-from relexio.checkpoints.read import open_checkpoint
+from relexio.checkpoints.layout import open_checkpoint
 from relexio.cli.main import main
 from relexio.engine.resources import Resources
 from relexio.errors import RelexioError
@@ -215,9 +215,9 @@ def side(world: World, data: bytes) -> None:
     try:
         with allowed():
             found = open_checkpoint(where)
-            taken = [*found.side.values(), *(shard.path for shard in found.shards)]
+            taken = [*found.side.values(), *(file.path for file in found.files)]
             assert all(path.resolve().is_relative_to(where.resolve()) for path in taken)
-            record = verb.write._record(found, _Names())
+            record = found.record(_Names().name)
             assert json.dumps(record.to_json())
     finally:
         shutil.rmtree(where)

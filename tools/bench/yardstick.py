@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from relexio.checkpoints.header import Entry
 from relexio.checkpoints.layout import find_steps
-from relexio.checkpoints.read import Checkpoint, open_checkpoint, read_exactly
+from relexio.checkpoints.safetensors import HuggingFace, open_directory, read_exactly
 from relexio.dtypes import BITS
 from relexio.engine.process import cores
 from relexio.words import parse_steps
@@ -34,17 +34,17 @@ Piece = tuple[Entry, int, int]  # a run of one tensor's elements: the tensor, th
 class Files:
     """The base and the checkpoints of the window, held open; every thread reads into buffers of its own."""
 
-    def __init__(self, base: Checkpoint, steps: list[Checkpoint]) -> None:
+    def __init__(self, base: HuggingFace, steps: list[HuggingFace]) -> None:
         self.base, self.all = base, [base, *steps]
         paths = [shard.path for checkpoint in self.all for shard in checkpoint.shards]
         self.open = {path: os.open(path, os.O_RDONLY) for path in paths}
         self.own = threading.local()
 
-    def read(self, checkpoint: Checkpoint, piece: Piece, out: np.ndarray) -> None:
+    def read(self, checkpoint: HuggingFace, piece: Piece, out: np.ndarray) -> None:
         """Fill ``out`` with the bytes of a piece in one checkpoint."""
-        place = checkpoint.location(piece[0].name)
+        path, entry = checkpoint.place(piece[0].name)
         skipped = piece[1] * WIDTH.get(piece[0].dtype, 1)
-        read_exactly(self.open[place.path], place.start + skipped, memoryview(out).cast("B"), place.path)
+        read_exactly(self.open[path], entry.start + skipped, memoryview(out).cast("B"), path)
 
     def deltas(self, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
         """theta_0 [n] and the deltas [T, n] of a piece, float32, in this thread's buffers until its next call."""
@@ -64,7 +64,7 @@ class Files:
 
     def pieces(self, kinds: Container[str] = BITS) -> Iterator[Piece]:
         """Tensors of these types in runs of at most ``BLOCK`` elements (bytes for what is no float)."""
-        for entry in (entry for entry in self.base.entries.values() if entry.dtype in kinds):
+        for entry in (entry for shard in self.base.shards for entry in shard.entries if entry.dtype in kinds):
             size = entry.nbytes // WIDTH.get(entry.dtype, 1)
             yield from ((entry, first, min(BLOCK, size - first)) for first in range(0, size, BLOCK))
 
@@ -124,8 +124,8 @@ def write(files: Files, run: Callable, found: dict[str, np.ndarray], out: Path) 
         else:  # what is no float is taken from the last step
             bits = np.empty(count, np.uint8)
             files.read(files.all[-1], piece, bits)
-        place = files.base.location(entry.name)
-        os.pwrite(written[place.path], memoryview(bits).cast("B"), place.start + first * bits.itemsize)
+        path = files.base.place(entry.name)[0]
+        os.pwrite(written[path], memoryview(bits).cast("B"), entry.start + first * bits.itemsize)
 
     list(run(combine, files.pieces()))
 
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--strength", type=float, default=1.0)
     chosen = parser.parse_args()
     found, _ = find_steps(chosen.steps, chosen.window)
-    files = Files(open_checkpoint(chosen.base), list(map(open_checkpoint, found.values())))
+    files = Files(open_directory(chosen.base), list(map(open_directory, found.values())))
     with threadpool_limits(1), ThreadPoolExecutor(chosen.workers) as pool:
         taken = fit(files, pool.map, np.array(list(found), float), chosen.step, chosen.strength)
         write(files, pool.map, taken, chosen.out)

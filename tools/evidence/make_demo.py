@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from relexio.checkpoints.layout import find_steps
-from relexio.checkpoints.read import Checkpoint, open_checkpoint
+from relexio.checkpoints.safetensors import HuggingFace, open_directory
 
 STEPS = [*range(5, 51, 5), 200]
 
 
-def bits(checkpoint: Checkpoint) -> np.ndarray:
+def bits(checkpoint: HuggingFace) -> np.ndarray:
     (shard,) = checkpoint.shards
     return np.frombuffer(shard.path.read_bytes()[8 + len(shard.header) :], "<u2")
 
@@ -29,8 +29,8 @@ def planes(array: np.ndarray) -> bytes:
 
 
 def main(base_path: str, steps_path: str, prompts: str, out: str) -> None:
-    base = open_checkpoint(Path(base_path))
-    steps = [open_checkpoint(find_steps(Path(steps_path))[0][step], step) for step in STEPS]
+    base = open_directory(Path(base_path))
+    steps = [open_directory(find_steps(Path(steps_path))[0][step], step) for step in STEPS]
     values = np.stack([bits(base), *map(bits, steps)], axis=1)
     head = {
         "steps": STEPS,

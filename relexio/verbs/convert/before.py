@@ -1,70 +1,92 @@
-"""What is worth knowing before a conversion begins, and is seen in a small part of the data: a base that looks like another
-model, and stored steps that have been written again."""
+"""What is worth knowing before a conversion begins, and is seen in a small part of the data: a step that is the base, a base
+that looks like another model, and stored steps that have been written again."""
 
-from contextlib import ExitStack
+import os
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
-from relexio.checkpoints.read import open_checkpoint, read_exactly
-from relexio.dtypes import kind_of, nonfinite, to_float64
+from relexio.checkpoints.layout import Source, open_checkpoint
+from relexio.checkpoints.protocol import Checkpoint
+from relexio.checkpoints.record import StoredCheckpoint
+from relexio.checkpoints.tied import match
+from relexio.dtypes import Kind, kind_of, nonfinite, tensor_bytes, to_float64
 from relexio.errors import CheckpointError
 from relexio.methods.line_tests import base_doubt
-from relexio.store.schema import Block, StoredCheckpoint
+from relexio.store.schema import Block
 from relexio.store.state import digest_of
 from relexio.store.store import Store
-from relexio.verbs.convert.check import Source, Table, fit_to_base
-from relexio.verbs.convert.encode import Reader
+from relexio.verbs.convert.encode import read_bits, read_block
 
 _PIECES = 128  # of each checkpoint, evenly spread over the elements of its float tensors
 _PIECE = 1 << 14  # elements at most
+_COMPARED = 1 << 20  # bytes at a time of a step that may be the base
 _STEPS = 3  # the first one is held against the next that differs
 _BLOCKS = 64  # of a step whose files have other times: one of each of the tensors that had changed most
 
 
-def doubt_of_base(base: Source, sources: tuple[Source, ...]) -> str | None:
+def refuse_base_among(checkpoints: Iterable[Checkpoint], base: Checkpoint) -> None:
+    """Raise CheckpointError if a step is the base: the same files, or the same bytes."""
+    files = [os.path.realpath(file.path) for file in base.files]
+    for checkpoint in checkpoints:
+        same = bool(files) and files == [os.path.realpath(file.path) for file in checkpoint.files]
+        if same or _same_bytes(checkpoint, base):
+            raise CheckpointError(
+                f"{checkpoint.label}: is the base itself{'' if same else ' (bit for bit)'}; "
+                f"leave step {checkpoint.step} out, as with --steps {(checkpoint.step or 0) + 1}:, or give another --base"
+            )
+
+
+def _same_bytes(checkpoint: Checkpoint, base: Checkpoint) -> bool:
+    """Compare tensor by tensor, stopping at the first difference: for any real step that is within a few MB."""
+    sizes = {name: tensor_bytes(*tensor) for name, tensor in base.tensors.items()}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        with checkpoint.held(name, 0, sizes[name]) as read, base.held(name, 0, sizes[name]) as read_base:
+            for first in range(0, sizes[name], _COMPARED):
+                count = min(_COMPARED, sizes[name] - first)
+                one, other = bytearray(count), bytearray(count)
+                read(first, memoryview(one))
+                read_base(first, memoryview(other))
+                if one != other:
+                    return False
+    return True
+
+
+def doubt_of_base(base: Checkpoint, checkpoints: tuple[Checkpoint, ...]) -> str | None:
     """Why the base does not look like the model that training began from, by a sample of a few MB; None without a reason.
 
     Raises CheckpointError for a file that ends early.
     """
-    first = sources[:_STEPS]
-    if len(first) < 2:
+    sample = checkpoints[:_STEPS]
+    if len(sample) < 2:
         return None
-    gram = np.zeros((len(first), len(first)))
-    for name, start, count in _spread(base):
-        kind = kind_of(base.checkpoint.entries[name].dtype)
-        bits = np.empty((1 + len(first), count), kind.bits)
-        for row, source in zip(bits, (base, *first), strict=True):
-            _read(source, name, start, row)
+    gram = np.zeros((len(sample), len(sample)))
+    for name, kind, first, count in _spread(base):
+        bits = np.stack([read_bits(checkpoint, name, kind, first, count) for checkpoint in (base, *sample)])
         values = to_float64(bits[:, ~nonfinite(bits, kind).any(axis=0)], kind)
         deltas = values[1:] - values[0]
         gram += np.einsum("in,jn->ij", deltas, deltas)  # without BLAS, whose threads take memory that nobody planned
-    return base_doubt(gram, np.array([source.checkpoint.step for source in first]))
+    return base_doubt(gram, np.array([checkpoint.step for checkpoint in sample]))
 
 
-def _spread(base: Source) -> list[tuple[str, int, int]]:
-    """Pieces of float tensors: name, first element, count."""
-    floats = [entry for entry in base.checkpoint.entries.values() if kind_of(entry.dtype).is_float and entry.nbytes]
-    sizes = [entry.nbytes // kind_of(entry.dtype).itemsize for entry in floats]
-    ends = list(accumulate(sizes))
-    found = {}
-    for place in range(_PIECES if floats else 0):
-        at = (2 * place + 1) * ends[-1] // (2 * _PIECES)
-        which = int(np.searchsorted(ends, at, side="right"))
-        count = min(_PIECE, sizes[which])
-        start = min(at - (ends[which] - sizes[which]), sizes[which] - count)
-        found[floats[which].name, start] = count
-    return [(name, start, count) for (name, start), count in found.items()]
+def _spread(base: Checkpoint) -> list[tuple[str, Kind, int, int]]:
+    """Pieces of float tensors: name, kind, first element, count."""
+    bits = {name: (kind_of(dtype), tensor_bytes(dtype, shape)) for name, (dtype, shape) in base.tensors.items()}
+    floats = [(name, kind, size // kind.itemsize) for name, (kind, size) in bits.items() if kind.is_float and size]
+    ends = list(accumulate(size for _, _, size in floats))
+    pieces = {}
+    for number in range(_PIECES if floats else 0):
+        middle = (2 * number + 1) * ends[-1] // (2 * _PIECES)
+        at = int(np.searchsorted(ends, middle, side="right"))
+        name, kind, size = floats[at]
+        count = min(_PIECE, size)
+        pieces[name, min(middle - (ends[at] - size), size - count)] = kind, count
+    return [(name, kind, first, count) for (name, first), (kind, count) in pieces.items()]
 
 
-def _read(source: Source, name: str, start: int, row: np.ndarray) -> None:
-    where = source.places(name)[0]
-    with open(where.path, "rb") as file:
-        read_exactly(file.fileno(), where.start + start * row.itemsize, memoryview(row).cast("B"), where.path)
-
-
-def written_again(store: Store, found: dict[int, Path], table: Table) -> str | None:
+def written_again(store: Store, sources: Mapping[int, Source]) -> str | None:
     """A note on the stored steps whose files are others now than when they were stored; None if there are none.
 
     Names, sizes and times of files are compared. Where only times differ, as in a copy of a run, so are hashes of some
@@ -72,8 +94,8 @@ def written_again(store: Store, found: dict[int, Path], table: Table) -> str | N
     """
     again = []
     for group in store.groups:
-        records = store.checkpoints(group) if any(step in found for step in group.steps) else {}
-        again += [s for s, record in records.items() if s in found and _other(store, record, found[s], table)]
+        records = store.checkpoints(group) if any(step in sources for step in group.steps) else {}
+        again += [s for s, record in records.items() if s in sources and _is_other(store, record, sources[s])]
     if not again:
         return None
     named = ", ".join(map(str, sorted(again)[:6])) + (f" and {len(again) - 6} more" if len(again) > 6 else "")
@@ -86,29 +108,22 @@ def written_again(store: Store, found: dict[int, Path], table: Table) -> str | N
     )
 
 
-def _other(store: Store, record: StoredCheckpoint, path: Path, table: Table) -> bool:
-    """Whether a directory holds another checkpoint than the one that was stored for its step."""
+def _is_other(store: Store, record: StoredCheckpoint, source: Source) -> bool:
+    """Whether a source is another checkpoint than the one that was stored for its step."""
     try:
-        if _stamps(record, path) == [(shard.size, shard.mtime_ns) for shard in record.shards]:
+        if isinstance(source, Path) and record.is_still_in(source):
             return False
-        checkpoint = open_checkpoint(path, record.step)
+        checkpoint = open_checkpoint(source, record.step)
     except (CheckpointError, OSError):
         return False
-    if {(s.path.name, s.size) for s in checkpoint.shards} != {(s.name, s.size) for s in record.shards}:
-        return True
+    now, then = checkpoint.fingerprints, record.fingerprints
+    if now and then and (now == then or {stamp[:2] for stamp in now} != {stamp[:2] for stamp in then}):
+        return now != then
     try:
-        source = fit_to_base(checkpoint, table, store.address)
-        return any(_differs(store, source, block) for block in _telling(store, record.step or 0))
+        checkpoint = match(checkpoint, store.table, store.address)
+        return any(_differs(store, checkpoint, block) for block in _telling(store, record.step or 0))
     except CheckpointError:
         return True
-
-
-def _stamps(record: StoredCheckpoint, path: Path) -> list[tuple[int, int]]:
-    try:
-        stats = [(path / shard.name).stat() for shard in record.shards]
-    except FileNotFoundError:
-        return []
-    return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
 def _telling(store: Store, step: int) -> list[Block]:
@@ -119,9 +134,6 @@ def _telling(store: Store, step: int) -> list[Block]:
     return [store.blocks(store.tensors[place])[0] for place in most]
 
 
-def _differs(store: Store, source: Source, block: Block) -> bool:
-    group, column = store.find(source.checkpoint.step or 0)
-    bits = np.empty(block.size, block.kind.bits)
-    with ExitStack() as stack:
-        Reader(source, block, stack).read(0, bits)
-    return digest_of(bits) != store.digests(group.path, block)[column].tobytes()
+def _differs(store: Store, checkpoint: Checkpoint, block: Block) -> bool:
+    group, column = store.find(checkpoint.step or 0)
+    return digest_of(read_block(checkpoint, block)) != store.digests(group.path, block)[column].tobytes()

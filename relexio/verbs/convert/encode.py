@@ -1,24 +1,23 @@
 """One block of ``convert``: read it at every step, XOR with the base, find the moves, hash, check, write.
 
-A task knows its sources and the store's address, writes whole chunks at fixed places, and its digest last; so it can
+A task knows its checkpoints and the store's address, writes whole chunks at fixed places, and its digest last; so it can
 run in any order or process, and again. A block whose digest is there is whole.
 """
 
-import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
 from xxhash import xxh3_128
 
-from relexio.checkpoints.read import Location, read_exactly
-from relexio.dtypes import nonfinite
+from relexio.checkpoints.protocol import Checkpoint
+from relexio.dtypes import Kind, nonfinite
 from relexio.errors import CheckpointError, StoreError
 from relexio.store.moves import Moves, changed, count_changed, find_moves
 from relexio.store.schema import DIGEST, Block, Group, moves_room
 from relexio.store.state import block_state, digest_of, tile_width
 from relexio.store.store import Store
-from relexio.verbs.convert.check import Source
 
 #: So many tiles are read at a time: a read of a few hundred kB costs little more than one of a few ten.
 _READ = 4
@@ -26,12 +25,12 @@ _READ = 4
 
 @dataclass(frozen=True)
 class Job:
-    """All that a block's task needs: the store, the group being written, its sources, and the base's if it is new."""
+    """All that a block's task needs: the store, the group being written, its checkpoints, and the base's if it is new."""
 
     store: Store
     group: Group
-    sources: tuple[Source, ...]
-    base: Source | None
+    checkpoints: tuple[Checkpoint, ...]
+    base: Checkpoint | None
     tile_bytes: int
     resumed: bool
 
@@ -55,7 +54,7 @@ class _Encoder:
     def __init__(self, job: Job, block: Block) -> None:
         self.job, self.block = job, block
         self.path = f"{job.path}/{block.kind.name}"
-        self.steps = len(job.sources)
+        self.steps = len(job.checkpoints)
         self.streams = [_Stream(job, block, name) for name in ("step", "xor")]
         self.count = np.zeros(job.store.block, job.store.array(f"{self.path}/count").dtype)
         self.changed = np.zeros(self.steps, np.int64)
@@ -67,11 +66,11 @@ class _Encoder:
         wide = min(_READ * tile, block.size)
         buffer = np.empty((self.steps, wide), block.kind.bits)
         with ExitStack() as stack:
-            readers = [Reader(source, block, stack) for source in job.sources]
+            readers = [held(checkpoint, block, stack) for checkpoint in job.checkpoints]
             for first in range(0, block.size, wide):
                 rows = buffer[:, : block.size - first]
-                for row, reader, digest in zip(rows, readers, self.digests, strict=True):
-                    reader.read(first, row)
+                for row, read, digest in zip(rows, readers, self.digests, strict=True):
+                    read(first, row)
                     digest.update(row.data)
                 for at in range(0, rows.shape[1], tile):
                     self._take(rows[:, at : at + tile], base[first + at :][:tile], first + at)
@@ -102,8 +101,7 @@ class _Encoder:
         chunk = store.array(f"{path}/bits").chunks[0]
         whole = np.zeros(-(-block.size // chunk) * chunk, kind.bits)
         bits = whole[: block.size]
-        with ExitStack() as stack:
-            Reader(self.job.base, block, stack).read(0, bits)
+        self.job.base.read(block.tensor.name, block.start * kind.itemsize, memoryview(bits).cast("B"))
         first = block.index * store.block // chunk
         for i, part in enumerate(whole.reshape(-1, chunk)):
             store.write_chunk(f"{path}/bits", part, first + i)
@@ -120,7 +118,7 @@ class _Encoder:
             )
         bad = nonfinite(moves.xor ^ base[moves.owner], kind)
         if bad.any():
-            checkpoint = self.job.sources[int(moves.step[bad].min())].checkpoint
+            checkpoint = self.job.checkpoints[int(moves.step[bad].min())]
             raise CheckpointError(
                 f"{checkpoint.label}: tensor {self.block.tensor.name}: NaN or Inf where the base has numbers; "
                 f"leave this step out with --steps"
@@ -135,7 +133,7 @@ class _Stream:
         array = job.store.array(self.path)
         self.chunk = np.zeros(array.chunks, array.dtype)
         self.filled = 0
-        self.next = block.index * moves_room(job.store.block, len(job.sources)) // len(self.chunk)
+        self.next = block.index * moves_room(job.store.block, len(job.checkpoints)) // len(self.chunk)
 
     def append(self, entries: np.ndarray) -> None:
         while len(entries):
@@ -153,32 +151,24 @@ class _Stream:
             self.next, self.filled = self.next + 1, 0
 
 
-class Reader:
-    """Reads one source's bytes of a block; checks that a second copy of the tensor, where there is one, is the same."""
+def held(checkpoint: Checkpoint, block: Block, stack: ExitStack) -> Callable[[int, np.ndarray], None]:
+    """What fills an array with a checkpoint's element bits, from an element of the block on; open until the stack ends."""
+    itemsize = block.kind.itemsize
+    first, nbytes = block.start * itemsize, block.size * itemsize
+    read = stack.enter_context(checkpoint.held(block.tensor.name, first, nbytes))
+    return lambda element, bits: read(first + element * itemsize, memoryview(bits).cast("B"))
 
-    def __init__(self, source: Source, block: Block, stack: ExitStack) -> None:
-        self.source, self.block = source, block
-        self.places = source.places(block.tensor.name)
-        self.files = [_open(place, stack) for place in self.places]
-        first, count = block.start * block.kind.itemsize, block.size * block.kind.itemsize
-        if hasattr(
-            os, "posix_fadvise"
-        ):  # of hundreds of files small pieces are read in turn: let the disk see more of each
-            for place, fd in zip(self.places, self.files, strict=True):
-                os.posix_fadvise(fd, place.start + first, count, os.POSIX_FADV_WILLNEED)
 
-    def read(self, first: int, row: np.ndarray) -> None:
-        """Fill ``row`` with elements ``first`` and following of the block."""
-        at = (self.block.start + first) * self.block.kind.itemsize
-        read_exactly(self.files[0], self.places[0].start + at, memoryview(row).cast("B"), self.places[0].path)
-        if len(self.places) > 1:
-            copy = np.empty_like(row)
-            read_exactly(self.files[1], self.places[1].start + at, memoryview(copy).cast("B"), self.places[1].path)
-            if (copy != row).any():
-                raise CheckpointError(
-                    f"{self.source.checkpoint.label}: its lm_head.weight differs from {self.block.tensor.name}, and the base "
-                    f"has no head of its own; save the base with its lm_head.weight"
-                )
+def read_block(checkpoint: Checkpoint, block: Block) -> np.ndarray:
+    """The element bits [size] of a block in a checkpoint."""
+    return read_bits(checkpoint, block.tensor.name, block.kind, block.start, block.size)
+
+
+def read_bits(checkpoint: Checkpoint, name: str, kind: Kind, first: int, count: int) -> np.ndarray:
+    """``count`` element bits of a tensor in a checkpoint, from element ``first`` on."""
+    bits = np.empty(count, kind.bits)
+    checkpoint.read(name, first * kind.itemsize, memoryview(bits).cast("B"))
+    return bits
 
 
 def _stored_base(store: Store, block: Block) -> np.ndarray:
@@ -192,12 +182,6 @@ def _stored_base(store: Store, block: Block) -> np.ndarray:
     return bits
 
 
-def _open(place: Location, stack: ExitStack) -> int:
-    fd = os.open(place.path, os.O_RDONLY)
-    stack.callback(os.close, fd)
-    return fd
-
-
 def _finished(job: Job, block: Block) -> np.ndarray | None:
     """Changed elements [K] of a block that an interrupted run wrote, if it is whole and fits its digests; else None."""
     try:
@@ -205,7 +189,7 @@ def _finished(job: Job, block: Block) -> np.ndarray | None:
         base = job.store.base_bits(block)
         if digest_of(base) != job.store.digests("base", block).tobytes():
             return None
-        found, counts = block_state(job.store, job.group, block, job.tile_bytes)
-        return counts if (found == digests).all() else None
+        state, counts = block_state(job.store, job.group, block, job.tile_bytes)
+        return counts if (state == digests).all() else None
     except StoreError:
         return None

@@ -1,14 +1,15 @@
 """What the directories of checkpoints hold and a trajectory does not: said wherever someone may go on to delete them."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from relexio.checkpoints.files import is_state, left_out
-from relexio.checkpoints.read import Checkpoint
-from relexio.store.schema import NotStored, StoredCheckpoint
+from relexio.checkpoints.protocol import Checkpoint
+from relexio.checkpoints.record import NotStored, StoredCheckpoint
 from relexio.store.store import Store
 from relexio.words import show
 
@@ -26,10 +27,10 @@ class Left:
     def __str__(self) -> str:
         names = _alike(self.what.files)
         more = max(len(names) - _SHOWN, 0) + self.what.more
-        said = ", ".join(names[:_SHOWN]) + (f" and {more} more" if more else "")
+        text = ", ".join(names[:_SHOWN]) + (f" and {more} more" if more else "")
         each = f"{show(self.what.bytes / self.count)}{' a step' if self.count > 1 else ''}"
         state = any(map(is_state, names))
-        return f"{self._where}{said} ({each}){': training cannot be resumed without them' if state else ''}"
+        return f"{self._where}{text} ({each}){': training cannot be resumed without them' if state else ''}"
 
     @property
     def _where(self) -> str:
@@ -42,10 +43,10 @@ class Left:
 
 def _alike(names: Iterable[str]) -> list[str]:
     """The names, those that differ in nothing but numbers as one with stars."""
-    found: dict[str, list[str]] = {}
+    alike: dict[str, list[str]] = {}
     for name in names:
-        found.setdefault(re.sub(r"\d+", "*", name), []).append(name)
-    return [some[0] if len(some) == 1 else pattern for pattern, some in found.items()]
+        alike.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    return [group[0] if len(group) == 1 else pattern for pattern, group in alike.items()]
 
 
 def recorded(store: Store) -> list[Left]:
@@ -59,32 +60,30 @@ def recorded_of(record: StoredCheckpoint) -> list[Left]:
     return _merged("base" if record.step is None else f"step {record.step}", [record.not_stored])
 
 
-def there(steps: Iterable[Checkpoint], base: Checkpoint | None, root: Path | None) -> list[Left]:
+def present(steps: Iterable[Checkpoint], base: Checkpoint | None, root: Path | None) -> list[Left]:
     """As it is there now: of steps, of a base, and of the directory that the steps are in, besides them."""
-    found = {
-        checkpoint.top or checkpoint.path: NotStored.of(checkpoint.left_out(), most=1 << 20) for checkpoint in steps
-    }
-    left = _merged("steps", list(found.values()))
+    steps = list(steps)
+    left = _merged("steps", [NotStored.of(checkpoint.not_stored(), most=1 << 20) for checkpoint in steps])
     if base is not None:
-        left += _merged("base", [NotStored.of(base.left_out())])
+        left += _merged("base", [NotStored.of(base.not_stored())])
     if root is not None:
-        known = {path.relative_to(root).parts[0] for path in found if root in path.parents}
-        if base is not None and root.resolve() == base.path.resolve().parent:
-            known.add(base.path.resolve().name)
-        beside = {name: n for name, n in left_out(root, root, ()).items() if name.split("/")[0] not in known}
+        directories = [c.directory for c in steps if c.directory is not None and root in c.directory.parents]
+        of_steps = {directory.relative_to(root).parts[0] for directory in directories}
+        if base is not None and base.directory is not None and root.resolve() == base.directory.resolve().parent:
+            of_steps.add(base.directory.resolve().name)
+        beside = {name: n for name, n in left_out(root, root, ()).items() if name.split("/")[0] not in of_steps}
         left += _merged("beside the steps", [NotStored.of(beside)])
     return left
 
 
-def _merged(of: str, found: list[NotStored]) -> list[Left]:
+def _merged(of: str, parts: list[NotStored]) -> list[Left]:
     """Of several checkpoints together: the bytes of all, under each name; nothing where nothing was left out."""
-    some = [what for what in found if what.files]
-    if not some:
+    parts = [part for part in parts if part.files]
+    if not parts:
         return []
-    files: dict[str, int] = {}
-    for what in some:
-        for name, size in what.files.items():
-            files[name] = files.get(name, 0) + size
+    files: Counter[str] = Counter()
+    for part in parts:
+        files.update(part.files)
     whole = NotStored.of(files)
-    more, size = whole.more + max(what.more for what in some), sum(what.bytes for what in some)
-    return [Left(of, len(some), NotStored(whole.files, more, size))]
+    more, size = whole.more + max(part.more for part in parts), sum(part.bytes for part in parts)
+    return [Left(of, len(parts), NotStored(whole.files, more, size))]

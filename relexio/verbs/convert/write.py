@@ -6,19 +6,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from relexio import atomic
-from relexio.checkpoints.read import Checkpoint, assert_unchanged
+from relexio.checkpoints.record import StoredCheckpoint
 from relexio.checkpoints.side import COMPARED, differences
 from relexio.dtypes import is_buffer
 from relexio.engine import graph
 from relexio.errors import CheckpointError, ClusterError, ExistsError, RelexioError, StorageError, StoreError
 from relexio.progress import Stages
-from relexio.store.schema import Block, Group, NotStored, StoredCheckpoint, StoredShard
+from relexio.store.schema import Block, Group
 from relexio.store.storage import METADATA, Place, place
 from relexio.store.store import Store, begun, open_store, unfinished_store
 from relexio.store.write import (
@@ -52,15 +51,15 @@ def convert(conversion: Conversion, stages: Stages) -> Converted:
     disk or the cluster failed: what was written so far then waits for the same call.
     Raises a RelexioError naming file, tensor, step.
     """
-    if not conversion.sources:
+    if not conversion.checkpoints:
         if conversion.store is None:
             raise CheckpointError(f"{conversion.out.shown}: no step to convert")
         return Converted(conversion.store, False, ())
-    begun = _begun(conversion)
-    if begun:  # an interrupted run was about some of these steps: finish that, then add the rest
-        parts = [[s for s in conversion.sources if (s.checkpoint.step in begun) == first] for first in (True, False)]
-        done = _convert(replace(conversion, sources=tuple(parts[0])), stages)
-        rest = _convert(replace(conversion, store=done.store, sources=tuple(parts[1])), stages)
+    unfinished = _begun(conversion)
+    if unfinished:  # an interrupted run was about some of these steps: finish that, then add the rest
+        parts = [tuple(c for c in conversion.checkpoints if (c.step in unfinished) == first) for first in (True, False)]
+        done = _convert(replace(conversion, checkpoints=parts[0]), stages)
+        rest = _convert(replace(conversion, store=done.store, checkpoints=parts[1]), stages)
         return Converted(rest.store, True, (*done.notes, *rest.notes))
     return _convert(conversion, stages)
 
@@ -83,15 +82,16 @@ def _convert(conversion: Conversion, stages: Stages) -> Converted:
         group = Group(f"{len(store.groups):04d}", conversion.steps)
         resumed = _begin(conversion, store, group)
         base = conversion.base if conversion.store is None else None
-        job = Job(store, group, conversion.sources, base, conversion.executor.plan.tile_bytes, resumed)
+        job = Job(store, group, conversion.checkpoints, base, conversion.executor.plan.tile_bytes, resumed)
         executor = conversion.executor
-        executor.require([*store.files(f"{group.path}/{METADATA}"), *_shards(conversion)])
-        encode = partial(_encode, job, 2 * len(job.sources) * executor.plan.workers + 64)
+        files = [file.path for checkpoint in conversion.read for file in checkpoint.files]
+        executor.require([*store.files(f"{group.path}/{METADATA}"), *files])
+        encode = partial(_encode, job, 2 * len(job.checkpoints) * executor.plan.workers + 64)
         with stages("convert", conversion.bytes_read) as advance:
             counts = graph.sums(store, len(conversion.read), encode, executor, advance)
         executor.settle(store.files(""))
-        for source in conversion.read:
-            assert_unchanged(source.checkpoint)
+        for checkpoint in conversion.read:
+            checkpoint.assert_unchanged()
         write_changed(store, group, counts)
         done, notes = _commit(conversion, store, group)
     return Converted(done.moved_to(conversion.out.address), resumed, notes)
@@ -109,10 +109,6 @@ def _needed_said(conversion: Conversion) -> Iterator[None]:
         failure = StorageError(f"{error} (at the very most {most} in all; mostly a small part of that)")
         failure.errno = error.errno
         raise failure from error
-
-
-def _shards(conversion: Conversion) -> list[Path]:
-    return [shard.path for source in conversion.read for shard in source.checkpoint.shards]
 
 
 def _encode(job: Job, files: int, block: Block) -> np.ndarray:
@@ -161,18 +157,12 @@ def _drop_group(store: Store) -> None:
 
 def _staged_store(conversion: Conversion, staged: Place) -> Store:
     """The store that is being built: as an interrupted run left it if that was this same conversion, else new."""
-    entries = (
-        [(e.name, e.dtype, e.shape) for e in conversion.base.checkpoint.entries.values()] if conversion.base else []
-    )
-    found = unfinished_store(staged)
-    if (
-        found is not None
-        and found.block == conversion.block
-        and [(t.name, t.dtype, t.shape) for t in found.tensors] == entries
-    ):
-        return found
+    table = conversion.base.tensors if conversion.base else {}
+    store = unfinished_store(staged)
+    if store is not None and (store.block, list(store.table.items())) == (conversion.block, list(table.items())):
+        return store
     staged.empty()
-    return create_store(staged.address, conversion.block, entries)
+    return create_store(staged.address, conversion.block, table)
 
 
 def _begin(conversion: Conversion, store: Store, group: Group) -> bool:
@@ -180,12 +170,13 @@ def _begin(conversion: Conversion, store: Store, group: Group) -> bool:
     known = [name for old in store.groups for name in _names(*store.checkpoints(old).values())]
     base = store.base() if conversion.store is not None else None
     files = Files(store, group.path, [*known, *(_names(base) if base else [])])
-    records = [_record(source.checkpoint, files) for source in conversion.sources]
-    base_record = _record(conversion.base.checkpoint, files) if base is None and conversion.base else base
+    records = [checkpoint.record(files.name) for checkpoint in conversion.checkpoints]
+    base_record = conversion.base.record(files.name) if base is None and conversion.base else base
     value = {"base": base_record.to_json() if base_record else None, "steps": [r.to_json() for r in records]}
     begun_group = place(store.address).below(group.path)
     if begun_group.exists():
-        if _as_sources(_recorded(store, group.path)) == _as_sources(value):
+        certain = all(checkpoint.files for checkpoint in conversion.read)  # else the record would fit other tensors too
+        if certain and _as_sources(_recorded(store, group.path)) == _as_sources(value):
             set_attribute(store, group.path, "sources", value)
             return True
         begun_group.remove()
@@ -213,14 +204,6 @@ def _as_sources(value: Any) -> Any:
 
 def _names(*records: StoredCheckpoint) -> list[str]:
     return [name for record in records for name in record.files]
-
-
-def _record(checkpoint: Checkpoint, files: Files) -> StoredCheckpoint:
-    shards = tuple(StoredShard(s.path.name, s.size, s.mtime_ns, files.name(s.header)) for s in checkpoint.shards)
-    index = files.name(checkpoint.index) if checkpoint.index is not None else None
-    side = {name: files.name(path) for name, path in checkpoint.side.items()}
-    left = NotStored.of(checkpoint.left_out())
-    return StoredCheckpoint(checkpoint.step, str(checkpoint.path.resolve()), shards, index, side, left)
 
 
 def _commit(conversion: Conversion, store: Store, group: Group) -> tuple[Store, tuple[str, ...]]:

@@ -1,98 +1,97 @@
-"""One checkpoint directory: which files hold which tensors, and the side files that make it loadable."""
+"""Checkpoints as Hugging Face directories: which safetensors files hold which tensors, and what else is there."""
 
 import os
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from errno import ENAMETOOLONG
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 
-from relexio.checkpoints.files import inside, is_file, left_out, side_files
-from relexio.checkpoints.header import MAX_HEADER, Entry, Shard, parse_json, read_shard
+from relexio.checkpoints.files import INDEX, SINGLE, inside, is_file, left_out, side_files
+from relexio.checkpoints.header import MAX_HEADER, Entry, Shard, parse_json, parse_once, read_shard
+from relexio.checkpoints.protocol import Checkpoint, Read
+from relexio.checkpoints.record import NotStored, StoredCheckpoint, StoredShard
+from relexio.dtypes import Table
 from relexio.errors import CheckpointError, IncompleteError, MissingError
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-#: A head that some trainers write beside the embedding it is tied to, and others leave out.
-HEAD = "lm_head.weight"
-EMBEDDINGS = (
-    "model.embed_tokens.weight",
-    "model.language_model.embed_tokens.weight",
-    "embed_tokens.weight",
-    "transformer.wte.weight",
-)
 
+class HuggingFace(Checkpoint):
+    """One model directory at one training step (None: the base); ``top`` is all that the trainer wrote, with the model in it.
 
-@dataclass(frozen=True)
-class Location:
-    """Where the bytes of one tensor stand: the shard's path and the first byte."""
+    ``index`` has the bytes of the index of the shards, if there is one.
+    """
 
-    path: Path
-    start: int
+    def __init__(
+        self,
+        path: Path,
+        step: int | None,
+        shards: tuple[Shard, ...],
+        index: bytes | None,
+        side: dict[str, Path],
+        top: Path | None = None,
+    ) -> None:
+        self.label = f"base {path}" if step is None else f"step {step} ({path})"
+        self.source = str(path.resolve())
+        self.path, self.step, self.shards, self.index = path, step, shards, index
+        self.side: dict[str, Path] = side
+        self.files, self.directory = shards, top or path
+        self.tensors, self._places = _tables(tuple((shard.header, shard.size) for shard in shards))
 
+    def place(self, name: str) -> tuple[Path, Entry]:
+        """Where a tensor stands: the shard, and its entry there."""
+        number, entry = self._places[name]
+        return self.shards[number].path, entry
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """One model directory at one training step (``step`` is None for the base); ``top`` is all that the trainer wrote."""
+    @contextmanager
+    def held(self, name: str, first_byte: int, nbytes: int) -> Iterator[Read]:
+        """Keep the file of a tensor open, and read these bytes ahead."""
+        path, entry = self.place(name)
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            if hasattr(os, "posix_fadvise"):  # of hundreds of files small pieces are read in turn
+                os.posix_fadvise(fd, entry.start + first_byte, nbytes, os.POSIX_FADV_WILLNEED)
+            yield lambda first, out: read_exactly(fd, entry.start + first, out, path)
+        finally:
+            os.close(fd)
 
-    path: Path
-    step: int | None
-    shards: tuple[Shard, ...]
-    index: bytes | None
-    side: dict[str, Path] = field(default_factory=dict)
-    top: Path | None = None
-
-    @property
-    def label(self) -> str:
-        """How errors name it."""
-        return f"base {self.path}" if self.step is None else f"step {self.step} ({self.path})"
-
-    @cached_property
-    def entries(self) -> dict[str, Entry]:
-        """Every tensor by name, in file order."""
-        return {entry.name: entry for shard in self.shards for entry in shard.entries}
-
-    @cached_property
-    def _shard_of(self) -> dict[str, Shard]:
-        return {entry.name: shard for shard in self.shards for entry in shard.entries}
-
-    def location(self, name: str) -> Location:
-        """Where a tensor stands."""
-        return Location(self._shard_of[name].path, self.entries[name].start)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all shards."""
-        return sum(shard.size for shard in self.shards)
-
-    @cached_property
-    def side_sizes(self) -> list[int]:
-        """Bytes of each side file."""
-        return [file.stat().st_size for file in self.side.values()]
-
-    def left_out(self) -> dict[str, int]:
+    def not_stored(self) -> dict[str, int]:
         """Bytes of what is there and does not belong to the model, by path; a directory of such is one entry."""
         stored = {*self.side, *(shard.path.name for shard in self.shards), *([] if self.index is None else [INDEX])}
-        return left_out(self.top or self.path, self.path, stored)
+        return left_out(self.directory, self.path, stored)
+
+    def record(self, name_of: Callable[[Path | bytes], str]) -> StoredCheckpoint:
+        """What the store keeps of it: with headers and index, to write the same files again."""
+        shards = tuple(StoredShard(s.path.name, s.size, s.mtime_ns, name_of(s.header)) for s in self.shards)
+        index = name_of(self.index) if self.index is not None else None
+        side = {name: name_of(path) for name, path in self.side.items()}
+        return StoredCheckpoint(self.step, self.source, shards, index, side, NotStored.of(self.not_stored()))
 
 
-def open_checkpoint(path: Path, step: int | None = None, top: Path | None = None) -> Checkpoint:
-    """Read the headers and the list of side files of one checkpoint directory; no tensor is read.
+@lru_cache(maxsize=256)
+def _tables(shards: tuple[tuple[bytes, int], ...]) -> tuple[Table, dict[str, tuple[int, Entry]]]:
+    """Tensors and places by the headers and sizes of all shards; most steps have the same, and share them."""
+    entries = [(i, e) for i, (header, size) in enumerate(shards) for e in parse_once(header, size)]
+    return {e.name: (e.dtype, e.shape) for _, e in entries}, {e.name: (i, e) for i, e in entries}
 
-    ``top`` is the directory of the step, where that of the model is one in it.
 
-    Raises MissingError or CheckpointError, naming the directory and file, for anything that is not whole.
-    """
+def holds_model(path: Path) -> bool:
+    """Whether a directory has weights that can be read, by the names of its files."""
+    return is_file(path / INDEX) or bool(weight_files(path))
+
+
+def open_directory(path: Path, step: int | None = None, top: Path | None = None) -> HuggingFace:
+    """Read the headers and the list of side files of one checkpoint directory. As ``layout.open_checkpoint``."""
     if not path.is_dir():
         raise MissingError(f"{path}: {_not_a_directory(path)}")
     try:
-        return replace(_open(path, step), top=top)
+        return _open(path, step, top)
     except OSError as error:
         if error.errno != ENAMETOOLONG:
             raise
         raise CheckpointError(f"{error.filename}: a link to a name that no file can have; remove it") from error
 
 
-def _open(path: Path, step: int | None) -> Checkpoint:
+def _open(path: Path, step: int | None, top: Path | None) -> HuggingFace:
     index = path / INDEX
     if is_file(index) and is_file(path / SINGLE):
         raise CheckpointError(f"{path}: holds both {SINGLE} and {INDEX}; remove the one that is not the model")
@@ -105,8 +104,8 @@ def _open(path: Path, step: int | None) -> Checkpoint:
         data = None
         shards = (read_shard(inside(path, _single(path, step))),)
     taken = {*(shard.path.name for shard in shards), *([] if data is None else [INDEX])}
-    checkpoint = Checkpoint(path, step, shards, data, side_files(path, taken))
-    if not checkpoint.entries:
+    checkpoint = HuggingFace(path, step, shards, data, side_files(path, taken), top)
+    if not checkpoint.tensors:
         raise CheckpointError(f"{checkpoint.label}: its safetensors files hold no tensor")
     return checkpoint
 
@@ -120,13 +119,13 @@ def _not_a_directory(path: Path) -> str:
 
 
 def _single(path: Path, step: int | None) -> Path:
-    found = weight_files(path)
-    if path / SINGLE in found:
+    files = weight_files(path)
+    if path / SINGLE in files:
         return path / SINGLE
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise IncompleteError(f"{path}: {len(found)} safetensors files and no {INDEX}; a shard or the index is missing")
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise IncompleteError(f"{path}: {len(files)} safetensors files and no {INDEX}; a shard or the index is missing")
     way_out = "give the directory of the base model" if step is None else "leave this step out with --steps"
     problem = _other_format(path)
     if problem:
@@ -168,13 +167,13 @@ def _sharded(path: Path, data: bytes) -> tuple[Shard, ...]:
         if name not in present:
             raise IncompleteError(f"{path / name}: the index names this shard and it is not there; copy it again")
         shards.append(read_shard(inside(path, path / name)))
-    found = {entry.name: shard.path.name for shard in shards for entry in shard.entries}
-    if sum(len(shard.entries) for shard in shards) != len(found):
+    shard_of = {entry.name: shard.path.name for shard in shards for entry in shard.entries}
+    if sum(len(shard.entries) for shard in shards) != len(shard_of):
         raise CheckpointError(f"{path}: a tensor stands in two of its shards")
-    for tensor in sorted(weight_map.keys() | found.keys()):
-        if weight_map.get(tensor) != found.get(tensor):
+    for tensor in sorted(weight_map.keys() | shard_of.keys()):
+        if weight_map.get(tensor) != shard_of.get(tensor):
             raise CheckpointError(
-                f"{index}: tensor {tensor}: the index says {weight_map.get(tensor)}, the shards say {found.get(tensor)}"
+                f"{index}: tensor {tensor}: the index says {weight_map.get(tensor)}, the shards say {shard_of.get(tensor)}"
             )
     return tuple(shards)
 
@@ -187,13 +186,3 @@ def read_exactly(fd: int, start: int, out: memoryview, path: Path) -> None:
         if count == 0:
             raise CheckpointError(f"{path}: ended while it was read: its header promises more bytes; copy it again")
         done += count
-
-
-def assert_unchanged(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if a shard is not the file any more whose header was read."""
-    for shard in checkpoint.shards:
-        stat = shard.path.stat()
-        if (stat.st_size, stat.st_mtime_ns) != (shard.size, shard.mtime_ns):
-            raise CheckpointError(
-                f"{shard.path}: changed while it was read; wait until training has written it, and run again"
-            )

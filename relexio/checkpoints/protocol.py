@@ -1,0 +1,103 @@
+"""What a checkpoint is, to all that stores, compares and writes it again.
+
+A new input format is a class that inherits from ``Checkpoint``, in a module of its own in this room, and an entry in
+``layout.FORMATS`` that says by which files it is known. It provides the data below, and ``held`` or ``read``; what else
+it can do better than the defaults it overrides. Nothing outside this room knows what its files look like.
+
+What comes back: every tensor bit for bit, and the side files. A checkpoint that was read from safetensors files comes
+back as the same files. Any other is written as one ``model.safetensors``: its tensors in the order of the base's table
+under a plain header, and ``restore`` says so. A prediction has the form of its base.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from relexio.checkpoints.files import INDEX, SINGLE, File
+from relexio.checkpoints.header import header_of, parse_header
+from relexio.checkpoints.record import NotStored, StoredCheckpoint
+from relexio.dtypes import Table, tensor_bytes
+from relexio.errors import CheckpointError
+
+#: Fills a buffer with a tensor's bytes from a certain one on: ``read(first_byte, out)``.
+Read = Callable[[int, memoryview], None]
+
+
+class Checkpoint(Protocol):
+    """One model at one training step, or the base. It can be pickled, as blocks may be read in other processes.
+
+    ``step`` is None for the base; ``label`` is how errors name it, ``source`` what the record says of where it was.
+    ``tensors`` are in the order in which they are to be written. Their bytes are little-endian, as in safetensors files.
+    ``files`` hold the weights: every worker must see them, and they must not change while they are read. Without files
+    only its bytes say whether a checkpoint is still the same: they are compared, and no interrupted conversion goes on.
+    ``side`` has the model's other files by their path inside the checkpoint, or their bytes. ``directory`` holds all that
+    the trainer wrote, if there is one.
+    """
+
+    step: int | None
+    label: str
+    source: str
+    tensors: Table
+    files: tuple[File, ...]
+    side: Mapping[str, Path | bytes]
+    directory: Path | None
+
+    def read(self, name: str, first_byte: int, out: memoryview) -> None:
+        """Fill ``out`` (bytes) with a tensor's bytes from ``first_byte`` on. Raises CheckpointError if they end before."""
+        with self.held(name, first_byte, len(out)) as read:
+            read(first_byte, out)
+
+    def held(self, name: str, first_byte: int, nbytes: int) -> AbstractContextManager[Read]:
+        """Keep open, and read ahead, what holds these bytes of a tensor: they will be read piece by piece.
+
+        A block is read at many steps in turn, so that many are held at once: no more than one or two files each.
+        """
+        return _as_it_is(partial(self.read, name))
+
+    def assert_unchanged(self) -> None:
+        """Raise CheckpointError if a file is not the one any more that was opened."""
+        for file in self.files:
+            stat = file.path.stat()
+            if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
+                raise CheckpointError(
+                    f"{file.path}: changed while it was read; wait until training has written it, and run again"
+                )
+
+    def not_stored(self) -> dict[str, int]:
+        """Bytes of what is there and does not belong to the model, by path; a directory of such is one entry."""
+        return {}
+
+    def record(self, name_of: Callable[[Path | bytes], str]) -> StoredCheckpoint:
+        """What the store keeps of it; ``name_of`` gives the name of the array that will hold a file's bytes.
+
+        Raises CheckpointError for tensors, or names of side files, with which it could not be written again.
+        """
+        header = header_of(self.tensors)
+        parse_header(header, 8 + len(header) + sum(tensor_bytes(*t) for t in self.tensors.values()), self.label)
+        for name in (SINGLE, INDEX):
+            if name in self.side:
+                raise CheckpointError(f"{self.label}: a side file has the name {name}, which its weights will get")
+        side = {name: name_of(data) for name, data in self.side.items()}
+        return StoredCheckpoint(self.step, self.source, (), None, side, NotStored.of(self.not_stored()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+        return sum(file.size for file in self.files) or sum(tensor_bytes(*tensor) for tensor in self.tensors.values())
+
+    @property
+    def fingerprints(self) -> tuple[tuple[str, int, int], ...]:
+        """Name, size and time of its files."""
+        return tuple((file.path.name, file.size, file.mtime_ns) for file in self.files)
+
+    @property
+    def side_sizes(self) -> list[int]:
+        """Bytes of each side file."""
+        return [data.stat().st_size if isinstance(data, Path) else len(data) for data in self.side.values()]
+
+
+@contextmanager
+def _as_it_is(read: Read) -> Iterator[Read]:
+    yield read

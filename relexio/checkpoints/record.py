@@ -1,0 +1,168 @@
+"""What a store keeps of a checkpoint besides its tensors: where it came from, its files, and what was not stored of it."""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from relexio.checkpoints.files import DEEPEST, INDEX, LONGEST, SINGLE
+from relexio.checkpoints.header import header_of
+from relexio.dtypes import Table, tensor_bytes
+
+Json = dict[str, Any]
+_ARRAY = re.compile(r"groups/\d{4,8}/files/[0-9a-f]{32}")
+_NAMES, _NAME = 20, 200  # names, and letters of one, of what was not stored
+
+
+@dataclass(frozen=True)
+class StoredShard:
+    """One safetensors file of a source checkpoint: enough to write it again, and to see that it is still the same."""
+
+    name: str
+    size: int
+    mtime_ns: int
+    header: str
+
+
+@dataclass(frozen=True)
+class NotStored:
+    """What a checkpoint's directory held besides: bytes by path, of the largest only, how many more, and all bytes."""
+
+    files: dict[str, int] = field(default_factory=dict)
+    more: int = 0
+    bytes: int = 0
+
+    @classmethod
+    def of(cls, sizes: dict[str, int], most: int = _NAMES) -> "NotStored":
+        """Of bytes by path."""
+        largest = sorted(sizes, key=lambda name: (-sizes[name], name))[:most]
+        files = {name[:_NAME]: sizes[name] for name in sorted(largest)}
+        return cls(files, len(sizes) - len(files), sum(sizes.values()))
+
+    @classmethod
+    def from_json(cls, value: Json) -> "NotStored":
+        """From Zarr attributes. Raises ValueError for what no writer writes."""
+        rest = cls(dict(value["files"]), value["more"], value["bytes"])
+        require(all(map(is_text, rest.files)), "files have names")
+        require(all(map(is_count, (*rest.files.values(), rest.more, rest.bytes))), "sizes are numbers")
+        return rest
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """Where a checkpoint came from, and its files. ``header``, ``index`` and ``side`` name arrays of file bytes.
+
+    Without shards it was not read from safetensors files.
+    """
+
+    step: int | None
+    source: str
+    shards: tuple[StoredShard, ...]
+    index: str | None
+    side: dict[str, str]
+    not_stored: NotStored = NotStored()
+
+    @property
+    def from_safetensors(self) -> bool:
+        """Whether it comes back as the files that it was."""
+        return bool(self.shards)
+
+    @property
+    def files(self) -> list[str]:
+        """The paths of all arrays that it names."""
+        return [name for name in (*self.side.values(), *(s.header for s in self.shards), self.index) if name]
+
+    @property
+    def beside(self) -> dict[str, str]:
+        """The arrays of the files that stand beside the weights, by name: the side files, and the index of the shards."""
+        return self.side if self.index is None else {**self.side, INDEX: self.index}
+
+    @property
+    def fingerprints(self) -> tuple[tuple[str, int, int], ...]:
+        """Name, size and time of the files that it was read from."""
+        return tuple((shard.name, shard.size, shard.mtime_ns) for shard in self.shards)
+
+    def nbytes(self, table: Table) -> int:
+        """Bytes of its weights' files: as they were, or as they will be written."""
+        if self.shards:
+            return sum(shard.size for shard in self.shards)
+        return 8 + len(header_of(table)) + sum(tensor_bytes(*tensor) for tensor in table.values())
+
+    def is_still_in(self, directory: Path) -> bool:
+        """Whether a directory has the files that it was read from, by their sizes and times."""
+        try:
+            stats = [(directory / shard.name).stat() for shard in self.shards]
+        except FileNotFoundError:
+            return False
+        stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+        return bool(stamps) and stamps == [(shard.size, shard.mtime_ns) for shard in self.shards]
+
+    def unlike(self, other: "StoredCheckpoint") -> Iterator[tuple[str, bool]]:
+        """The names of files that are not the same in both, by the hashes that name their arrays; and whether it has them.
+
+        Headers and index are compared where both were read from safetensors files.
+        """
+        ours, theirs = (
+            {**c.beside, **{shard.name: shard.header for shard in c.shards}} if self.shards and other.shards else c.side
+            for c in (self, other)
+        )
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name, "").rsplit("/", 1)[-1] != theirs.get(name, "").rsplit("/", 1)[-1]:
+                yield name, name in ours
+
+    def to_json(self) -> Json:
+        """As it stands in Zarr attributes; nothing is said of what was not stored where that is nothing."""
+        value = {**asdict(self), "shards": [asdict(shard) for shard in self.shards]}
+        return value if self.not_stored.files else {k: v for k, v in value.items() if k != "not_stored"}
+
+    @classmethod
+    def from_json(cls, value: Json) -> "StoredCheckpoint":
+        """From Zarr attributes. Raises ValueError for what no writer writes."""
+        shards = tuple(StoredShard(s["name"], s["size"], s["mtime_ns"], s["header"]) for s in value["shards"])
+        rest = NotStored.from_json(value["not_stored"]) if "not_stored" in value else NotStored()
+        record = cls(value["step"], value["source"], shards, value["index"], dict(value["side"]), rest)
+        names = [shard.name for shard in shards] or [SINGLE]
+        require(is_text(record.source), "a source is a text")
+        for name in (*names, *record.side):
+            require(is_text(name) and _is_inside(name), f"a file stands inside its directory, and {name!r} does not")
+        require(all(name == PurePosixPath(name).name for name in names), "a shard is in no directory below")
+        require(record.side.keys().isdisjoint(names), "a side file has a name of its own")
+        arrays = [*record.side.values(), *(s.header for s in shards), *([] if record.index is None else [record.index])]
+        require(all(isinstance(a, str) and _ARRAY.fullmatch(a) for a in arrays), "files are arrays of a group")
+        require(all(is_count(s.size) and _is_time(s.mtime_ns) for s in shards), "sizes and times are numbers")
+        require(record.step is None or is_count(record.step), "a step is a number")
+        return record
+
+
+def require(right: object, rule: str) -> None:
+    """Raise ValueError, which says the rule, for what no writer of a store writes."""
+    if not right:
+        raise ValueError(f"not as it was written: {rule}")
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is text that a file system can have: JSON may hold halves of characters."""
+    try:
+        return isinstance(value, str) and os.fsencode(value) is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a number from 0 on, of 63 bits."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a path names a file in its directory, or in directories below."""
+    parts = PurePosixPath(name).parts
+    plain = all(part not in ("/", "..") and "\0" not in part and len(os.fsencode(part)) < 256 for part in parts)
+    short = 1 <= len(parts) <= DEEPEST and len(os.fsencode(name)) <= LONGEST
+    return plain and short and str(PurePosixPath(name)) == name
+
+
+def _is_time(value: Any) -> bool:
+    """Whether it is nanoseconds that a file system can give: 64 bits of seconds, before 1970 too."""
+    return type(value) is int and abs(value) < 2**94
