@@ -3,7 +3,7 @@
 import logging
 import sys
 import weakref
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -110,14 +110,14 @@ class Link:
                     dashboard_address="127.0.0.1:0",
                     memory_limit=0,
                 )
-            self._stack.callback(self._cluster.close)
+            self._stack.callback(_close, self._cluster)
         try:
             client = Client(self._cluster or self.scheduler, timeout=PATIENCE, set_as_default=False)
         except (OSError, ValueError) as error:
             raise ClusterError(
                 f"{self.scheduler}: no Dask scheduler answers there; start one with dask scheduler, or check the address"
             ) from error
-        self._stack.callback(client.close)
+        self._stack.callback(_close, client)
         try:
             client.wait_for_workers(1, timeout=PATIENCE)
         except TimeoutError as error:
@@ -134,6 +134,12 @@ class Link:
             with reached(client):
                 self._workers[device] = client.run(look, device)
         return self._workers[device]
+
+
+def _close(cluster: Client | LocalCluster) -> None:
+    """Leave or end it. That Dask has not seen its end in time, on a busy machine, is no error: the work is done."""
+    with suppress(TimeoutError):
+        cluster.close()
 
 
 def _silence(stack: ExitStack) -> None:
