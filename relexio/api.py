@@ -24,7 +24,7 @@ from relexio.store.read import TILE, observed
 from relexio.store.schema import Block, Tensor
 from relexio.store.storage import local
 from relexio.store.store import Store, open_store
-from relexio.verbs.backtest import Judged, judge
+from relexio.verbs.backtest import Judgement, judge
 from relexio.verbs.output import Target
 from relexio.verbs.predict import predict
 from relexio.verbs.restore import restore
@@ -118,7 +118,7 @@ class Trajectory:
         *,
         workers: int | None = None,
         scheduler: str | None = None,
-    ) -> Judged:
+    ) -> Judgement:
         """Backtest every method, rank, curve and strength on a window, as ``relexio backtest`` does, on the CPU.
 
         Raises RequestError for fewer than 3 steps, BudgetError for too little memory.

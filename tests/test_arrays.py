@@ -10,7 +10,7 @@ import pytest
 
 from relexio.api import open
 from relexio.checkpoints.layout import Source, open_checkpoint
-from relexio.checkpoints.record import StoredCheckpoint
+from relexio.checkpoints.record import CheckpointRecord
 from relexio.engine.resources import Resources
 from relexio.errors import CheckpointError
 from relexio.progress import silent
@@ -243,6 +243,6 @@ def test_a_sweep_evaluates_observed_arrays(tmp_path: Path, stored: Store) -> Non
 def test_a_record_without_shards_is_checked(name: str) -> None:
     array = f"groups/0000/files/{'0' * 32}"
     record = {"step": 1, "source": "/x", "shards": [], "index": None, "side": {"x": array}}
-    assert StoredCheckpoint.from_json(record).to_json() == record
+    assert CheckpointRecord.from_json(record).to_json() == record
     with pytest.raises(ValueError):
-        StoredCheckpoint.from_json({**record, "side": {name: array}})
+        CheckpointRecord.from_json({**record, "side": {name: array}})

@@ -14,7 +14,7 @@ import pytest
 from relexio.cli.main import main
 from relexio.store.schema import Block
 from relexio.store.seal import metadata_hashes, seal
-from relexio.store.storage import place
+from relexio.store.storage import locate
 from relexio.verbs.convert import encode, write
 from tests.support.command import Outcome, Relexio, in_process, snapshot
 from tests.support.make import Tensors, load_file, make_run, save_file
@@ -76,7 +76,7 @@ def reseal(store: Path) -> None:
     """Make the hashes of metadata right again, as someone would who changed it on purpose."""
     record = json.loads((store / "zarr.json").read_text())["attributes"]["relexio"]
     for table in (record["metadata"], *(group["metadata"] for group in record["groups"])):
-        table.update(metadata_hashes(place(store), table))
+        table.update(metadata_hashes(locate(store), table))
     (store / "zarr.json").write_bytes(seal(record))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from relexio.checkpoints.record import StoredCheckpoint
+from relexio.checkpoints.record import CheckpointRecord
 from relexio.errors import BusyError, RequestError
 from relexio.progress import silent
 from relexio.store.schema import Block
@@ -283,4 +283,4 @@ def test_a_time_before_1970_or_after_2262(tmp_path: Path, relexio: Relexio, seco
 def test_a_time_that_no_file_has(time: object) -> None:
     shard = {"name": "model.safetensors", "size": 1, "mtime_ns": time, "header": f"groups/0000/files/{'0' * 32}"}
     with pytest.raises(ValueError, match="times are numbers"):
-        StoredCheckpoint.from_json({"step": 1, "source": "a", "shards": [shard], "index": None, "side": {}})
+        CheckpointRecord.from_json({"step": 1, "source": "a", "shards": [shard], "index": None, "side": {}})

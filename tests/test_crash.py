@@ -14,7 +14,7 @@ import pytest
 
 from relexio import atomic
 from relexio.errors import StorageError
-from relexio.store.storage import Directory
+from relexio.store.storage import LocalStorage
 from relexio.store.store import open_store
 from tests.support.command import Relexio, in_process, snapshot
 from tests.support.make import BF16, Run, make_run
@@ -127,7 +127,7 @@ def test_a_disk_that_fills_up_while_converting(tmp_path: Path, monkeypatch: pyte
 
     with monkeypatch.context() as disk:
         disk.setattr(local, "_put", striking(local._put))
-        disk.setattr(Directory, "put", striking(Directory.put))
+        disk.setattr(LocalStorage, "put", striking(LocalStorage.put))
         try:
             store_run(made, tmp_path / "run.zarr")
         except StorageError as error:

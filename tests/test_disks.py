@@ -18,7 +18,7 @@ import pytest
 import zarr.storage._local as zarr_local
 
 from relexio import atomic
-from relexio.store.storage import Directory, place
+from relexio.store.storage import LocalStorage, locate
 from relexio.store.store import open_store
 from tests.support.command import Outcome, Relexio, in_process, refused, snapshot, whole, without_progress
 from tests.support.make import BF16, Run, make_run
@@ -190,15 +190,15 @@ def test_a_directory_that_is_moved_away(
         assert relexio("convert", *arguments, "--steps", "1:2").code == 0
     calls = []
 
-    def put(where: Directory, key: str, data: bytes) -> None:
+    def put(where: LocalStorage, key: str, data: bytes) -> None:
         calls.append(key)
         if len(calls) == strike:
             disk.rename(away)
         real(where, key, data)
 
-    real = Directory.put
+    real = LocalStorage.put
     with monkeypatch.context() as patch:
-        patch.setattr(Directory, "put", put)
+        patch.setattr(LocalStorage, "put", put)
         refused(relexio("convert", *arguments), str(disk))
     assert len(calls) >= strike and not disk.exists()
     away.rename(disk)
@@ -337,8 +337,8 @@ def test_a_kept_fit_that_another_process_finishes_meanwhile(
     """What was seen in the cache a moment ago may have got its name, or be gone."""
     store = tmp_path / "run.zarr"
     assert relexio("convert", run.steps_path, "--base", run.base_path, "-o", store).code == 0
-    real = Directory.names
-    monkeypatch.setattr(Directory, "names", lambda where: [*real(where), f"gram-0000-x{atomic.PARTIAL}"])
+    real = LocalStorage.names
+    monkeypatch.setattr(LocalStorage, "names", lambda where: [*real(where), f"gram-0000-x{atomic.PARTIAL}"])
     assert relexio("predict", store, "--step", 9, "-o", tmp_path / "out").code == 0
     assert (store / "cache/gram-0001").exists()
 
@@ -351,7 +351,7 @@ def test_a_write_that_comes_after_the_error_leaves_nothing(tmp_path: Path) -> No
         path.mkdir(parents=True, exist_ok=True)
         (path / "zarr.json").write_text("{}")
 
-    with pytest.raises(OSError, match="full"), place(tmp_path / "cache" / "fit").building() as building:
+    with pytest.raises(OSError, match="full"), locate(tmp_path / "cache" / "fit").building() as building:
         writer = threading.Thread(target=late, args=(Path(building.address),))
         writer.start()
         raise OSError(errno.ENOSPC, "full")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from relexio.checkpoints.layout import model_directory, open_checkpoint
 from relexio.errors import CheckpointError, StoreError
-from relexio.store.storage import place
+from relexio.store.storage import locate
 from tests.support.command import Relexio
 from tests.support.make import Run, make_run, save_checkpoint
 
@@ -185,7 +185,7 @@ def test_blobs_that_are_a_link_are_no_way_out(tmp_path: Path) -> None:
 
 
 def test_files_of_a_store_that_are_pipes_devices_or_vast(tmp_path: Path) -> None:
-    here = place(tmp_path)
+    here = locate(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
     with open(tmp_path / "vast", "wb") as file:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from relexio.checkpoints.layout import open_checkpoint
-from relexio.checkpoints.record import NotStored, StoredCheckpoint
+from relexio.checkpoints.record import CheckpointRecord, NotStored
 from relexio.errors import CheckpointError, StorageError, StoreError
 from relexio.progress import silent
 from relexio.store.store import open_store
@@ -227,19 +227,19 @@ def record(**changes: object) -> dict[str, object]:
 )
 def test_names_of_side_files_stay_inside(name: str) -> None:
     array = f"groups/0000/files/{'0' * 32}"
-    assert StoredCheckpoint.from_json(record(side={"a/b/c/d.json": array})).side
+    assert CheckpointRecord.from_json(record(side={"a/b/c/d.json": array})).side
     with pytest.raises(ValueError):
-        StoredCheckpoint.from_json(record(side={name: array}))
+        CheckpointRecord.from_json(record(side={name: array}))
 
 
 def test_what_is_said_of_files_not_stored_is_checked() -> None:
     good = NotStored.of({"optimizer.pt": 3, "a/": 4})
-    found = StoredCheckpoint.from_json(record(not_stored={"files": good.files, "more": 0, "bytes": 7}))
-    assert found.not_stored == good and StoredCheckpoint.from_json(found.to_json()) == found
-    assert StoredCheckpoint.from_json(record()).to_json() == record(), "stores that say nothing of it"
+    found = CheckpointRecord.from_json(record(not_stored={"files": good.files, "more": 0, "bytes": 7}))
+    assert found.not_stored == good and CheckpointRecord.from_json(found.to_json()) == found
+    assert CheckpointRecord.from_json(record()).to_json() == record(), "stores that say nothing of it"
     for wrong in ({"files": {"a": -1}, "more": 0, "bytes": 0}, {"files": {"a": 1}, "more": "x", "bytes": 1}):
         with pytest.raises(ValueError):
-            StoredCheckpoint.from_json(record(not_stored=wrong))
+            CheckpointRecord.from_json(record(not_stored=wrong))
 
 
 def test_a_file_link_out_is_refused_whatever_its_name(tmp_path: Path, run: Run) -> None:

@@ -13,7 +13,7 @@ from relexio import atomic
 from relexio.atomic import locked, staging
 from relexio.errors import BusyError
 from relexio.store import cache
-from relexio.store.storage import place
+from relexio.store.storage import locate
 from relexio.sweep.files import Files
 from tests.support.command import Relexio, in_process, refused, snapshot, whole
 from tests.support.make import Run, make_run
@@ -164,7 +164,7 @@ def test_a_fit_that_another_process_clears_away(
     """It takes a directory that is not locked yet for one that was left; the fit is kept all the same."""
     store = tmp_path / "run.zarr"
     assert relexio("convert", run.steps_path, "--base", run.base_path, "-o", store).code == 0
-    kept = place(store).below("cache")
+    kept = locate(store).below("cache")
     with ExitStack() as other:
 
         def clear_away() -> None:

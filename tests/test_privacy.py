@@ -9,7 +9,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 import relexio as package
-from relexio.store.storage import place
+from relexio.store.storage import locate
 from relexio.words import shown, stem, without_secrets
 from tests.support.command import Outcome, Relexio
 from tests.support.make import Run, make_run
@@ -95,7 +95,7 @@ def test_commands_on_an_address_with_a_password(at_url: Path, run: Run, relexio:
     clean(relexio("restore", URL, "--step", 20, "-o", at_url / "step"))
     nothing_below(at_url)
     trajectory = package.open(URL)
-    for held in (trajectory, trajectory._store, place(URL)):
+    for held in (trajectory, trajectory._store, locate(URL)):
         assert SECRET not in repr(held) and "***" in repr(held)
 
 
@@ -135,7 +135,7 @@ def a_writer(files: Any, top: str) -> None:
 
 @pytest.mark.parametrize("fault", [damaged_marker, damaged_array, damaged_chunk, all_gone])
 def test_errors_about_an_address_with_a_password(at_url: Path, relexio: Relexio, fault: Any) -> None:
-    fault(*place(URL)._files())
+    fault(*locate(URL)._files())
     assert "***@here/run.zarr" in clean(relexio("predict", URL, "--step", 50, "-o", at_url / "out"), 1)
     clean(relexio("verify", URL), 1)
 
@@ -143,8 +143,8 @@ def test_errors_about_an_address_with_a_password(at_url: Path, relexio: Relexio,
 def test_a_lock_at_an_address_with_a_password(
     at_url: Path, run: Run, relexio: Relexio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relexio.store.storage.objects._gone", lambda held: False)
-    files, top = place("memory://user:pa55w0rd@here/new.zarr")._files()
+    monkeypatch.setattr("relexio.store.storage.objects._owner_has_ended", lambda held: False)
+    files, top = locate("memory://user:pa55w0rd@here/new.zarr")._files()
     a_writer(files, top)
     done = relexio("convert", run.steps_path, "--base", run.base_path, "-o", URL.replace("run", "new"))
     assert "remove the object memory://***@here/new.zarr/.relexio-lock" in clean(done, 1)

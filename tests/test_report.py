@@ -192,13 +192,13 @@ def test_many_steps_are_thinned_and_ends_kept() -> None:
     [(0.154, "+.15"), (-0.04, "−.04"), (-3.0, "< −1"), (1.0, "+1.0"), (-0.99, "−.99"), (0.0, ".00"), (-0.001, ".00")],
 )
 def test_skill_of_a_part_has_four_characters(facts: Facts, skill: float, said: str) -> None:
-    class Judged:
+    class Judgement:
         verdict = facts.findings.judged.verdict if facts.findings.judged else None
 
         def parts(self, pick: object) -> dict[str, np.ndarray]:
             return {"q": np.array([np.nan, skill])}
 
-    (row,) = data.skill_by_part(replace(facts.findings, judged=Judged()))  # type: ignore[arg-type]
+    (row,) = data.skill_by_part(replace(facts.findings, judged=Judgement()))  # type: ignore[arg-type]
     assert row == {"part": "q", "horizon": "1.25×", "skill": skill, "said": said}
 
 

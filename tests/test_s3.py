@@ -28,7 +28,7 @@ from zarr.core.sync import sync
 import relexio as package
 from relexio.errors import BusyError, ExistsError, MissingError, RequestError, StorageError, StoreError
 from relexio.progress import silent
-from relexio.store.storage import LOCK, Remote, objects, place
+from relexio.store.storage import LOCK, ObjectStorage, locate, objects
 from relexio.store.store import Store, open_store
 from relexio.verbs.convert import Request, convert, prepare, write
 from relexio.words import parse_steps
@@ -312,7 +312,7 @@ def test_a_second_writer_is_refused(
 
 def test_a_stale_lock_is_taken_over(bucket: Bucket) -> None:
     bucket.put(f"run.zarr/{LOCK}", lock_of(socket.gethostname(), NOBODY))
-    with place(bucket.url()).locked():
+    with locate(bucket.url()).locked():
         assert json.loads(bucket.objects()[LOCK])["pid"] == os.getpid()
     assert bucket.objects() == {}
 
@@ -328,13 +328,13 @@ def test_of_many_at_once_one_gets_the_lock(bucket: Bucket, monkeypatch: pytest.M
     """All have looked, and found no lock, before the first creates it: the storage decides."""
     threads = 4
     looked = threading.Barrier(threads)
-    real = Remote._held
-    monkeypatch.setattr(Remote, "_held", lambda self: (real(self), looked.wait())[0])
+    real = ObjectStorage._held
+    monkeypatch.setattr(ObjectStorage, "_held", lambda self: (real(self), looked.wait())[0])
     tried, got, refused = threading.Barrier(threads), [], []
 
     def writer() -> None:
         try:
-            with place(bucket.url()).locked():
+            with locate(bucket.url()).locked():
                 got.append(1)
                 tried.wait()
         except BusyError as error:
@@ -350,10 +350,10 @@ def test_of_many_at_once_one_gets_the_lock(bucket: Bucket, monkeypatch: pytest.M
 
 
 def test_a_lock_is_given_back_after_errors_and_only_by_its_owner(bucket: Bucket) -> None:
-    with pytest.raises(KeyboardInterrupt), place(bucket.url()).locked():
+    with pytest.raises(KeyboardInterrupt), locate(bucket.url()).locked():
         raise KeyboardInterrupt
     assert bucket.objects() == {}
-    with place(bucket.url()).locked():
+    with locate(bucket.url()).locked():
         bucket.put(f"run.zarr/{LOCK}", lock_of("elsewhere", 1))
     assert bucket.objects() == {LOCK: lock_of("elsewhere", 1)}
 
@@ -371,17 +371,17 @@ def test_a_kept_fit_is_used_again(stored: Path, bucket: Bucket, monkeypatch: pyt
 
 def test_a_half_written_fit_is_not_used(whole: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(bucket.upload(whole))
-    real = Remote.put
+    real = ObjectStorage.put
 
-    def put(location: Remote, key: str, data: bytes) -> None:
+    def put(location: ObjectStorage, key: str, data: bytes) -> None:
         if key == "zarr.json":
             raise StorageError("killed before the mark")
         real(location, key, data)
 
-    monkeypatch.setattr(Remote, "put", put)
+    monkeypatch.setattr(ObjectStorage, "put", put)
     with pytest.raises(StorageError):
         fit_run(store)
-    monkeypatch.setattr(Remote, "put", real)
+    monkeypatch.setattr(ObjectStorage, "put", real)
     begun = {name: data for name, data in bucket.objects().items() if name.startswith("cache/")}
     [chunk] = [name for name in begun if "/c/" in name]
     bucket.put(f"run.zarr/{chunk}", b"not a chunk")
@@ -488,17 +488,17 @@ def test_any_other_file_system(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
         store_run(run, out, base=False)
         predict_run(fit_run(open_store(out)), 100, tmp_path / f"out-{out == url}")
     assert snapshot(tmp_path / "out-True") == snapshot(tmp_path / "out-False")
-    with place(url).locked(), pytest.raises(BusyError, match=f"process {os.getpid()}"), place(url).locked():
+    with locate(url).locked(), pytest.raises(BusyError, match=f"process {os.getpid()}"), locate(url).locked():
         pass
-    place(url).remove()
-    assert not place(url).exists()
+    locate(url).remove()
+    assert not locate(url).exists()
     with pytest.raises(MissingError):
         open_store(url)
 
 
 @pytest.mark.parametrize("where", ["s3", "local"])
 def test_single_objects(bucket: Bucket, tmp_path: Path, where: str) -> None:
-    there = place(bucket.url() if where == "s3" else tmp_path / "run.zarr")
+    there = locate(bucket.url() if where == "s3" else tmp_path / "run.zarr")
     assert there.get("groups/0000/bf16/xor/c/0/0") is None and there.names() == [] and there.nbytes() == 0
     there.make()
     there.put("groups/0000/bf16/xor/c/0/0", b"old")

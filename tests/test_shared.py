@@ -13,7 +13,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from relexio import atomic
-from relexio.store.storage import place
+from relexio.store.storage import locate
 from tests.support.command import Outcome, Relexio, refused, snapshot
 from tests.support.make import Run, make_run
 
@@ -188,9 +188,9 @@ def test_a_fit_that_another_user_has_just_finished(
         return len(seen) > 1
 
     assert relexio("convert", run.steps_path, "--base", run.base_path, "-o", store).code == 0
-    monkeypatch.setattr("relexio.store.storage.Directory.readable", readable)
+    monkeypatch.setattr("relexio.store.storage.LocalStorage.readable", readable)
     done = relexio("predict", store, "--step", 9, "-o", open_folder / "out")
-    assert done.code == 0 and "not kept" in done.err and seen == [place(store).below("cache/gram-0001")]
+    assert done.code == 0 and "not kept" in done.err and seen == [locate(store).below("cache/gram-0001")]
 
 
 def test_kept_results_on_object_storage_that_may_not_be_read(
@@ -223,4 +223,4 @@ def test_what_else_is_wrong_with_a_kept_result_is_for_its_reader_to_say(tmp_path
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "gone").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe")
-    assert place(tmp_path).readable()
+    assert locate(tmp_path).readable()

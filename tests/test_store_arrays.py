@@ -12,7 +12,7 @@ from relexio.store.arrays import block_arrays
 from relexio.store.cache import CacheName
 from relexio.store.schema import Layout, lay_out
 from relexio.store.seal import damage, read_node
-from relexio.store.storage import place
+from relexio.store.storage import locate
 from relexio.store.store import open_store
 from tests.support.make import Run, make_run
 from tests.support.steps import fit_run, predict_run, store_run
@@ -73,7 +73,7 @@ def test_what_records_cannot_be_is_damage(error: type[Exception]) -> None:
 def test_metadata_that_is_none(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "zarr.json").write_bytes(data)
     with pytest.raises(ValueError):
-        read_node(place(tmp_path), ".", None)
+        read_node(locate(tmp_path), ".", None)
 
 
 def test_names_in_the_cache_are_made_and_read_by_one() -> None:

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from relexio.checkpoints.files import INDEX, SINGLE, File
 from relexio.checkpoints.header import header_of, parse_header
-from relexio.checkpoints.record import NotStored, StoredCheckpoint
+from relexio.checkpoints.record import CheckpointRecord, NotStored
 from relexio.dtypes import Table, tensor_bytes
 from relexio.errors import CheckpointError
 
@@ -69,7 +69,7 @@ class Checkpoint(Protocol):
         """Bytes of what is there and does not belong to the model, by path; a directory of such is one entry."""
         return {}
 
-    def record(self, name_of: Callable[[Path | bytes], str]) -> StoredCheckpoint:
+    def record(self, name_of: Callable[[Path | bytes], str]) -> CheckpointRecord:
         """What the store keeps of it; ``name_of`` gives the name of the array that will hold a file's bytes.
 
         Raises CheckpointError for tensors, or names of side files, with which it could not be written again.
@@ -80,7 +80,7 @@ class Checkpoint(Protocol):
             if name in self.side:
                 raise CheckpointError(f"{self.label}: a side file has the name {name}, which its weights will get")
         side = {name: name_of(data) for name, data in self.side.items()}
-        return StoredCheckpoint(self.step, self.source, (), None, side, NotStored.of(self.not_stored()))
+        return CheckpointRecord(self.step, self.source, (), None, side, NotStored.of(self.not_stored()))
 
     @property
     def nbytes(self) -> int:

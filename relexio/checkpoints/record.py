@@ -17,7 +17,7 @@ _NAMES, _NAME = 20, 200  # names, and letters of one, of what was not stored
 
 
 @dataclass(frozen=True)
-class StoredShard:
+class ShardRecord:
     """One safetensors file of a source checkpoint: enough to write it again, and to see that it is still the same."""
 
     name: str
@@ -51,7 +51,7 @@ class NotStored:
 
 
 @dataclass(frozen=True)
-class StoredCheckpoint:
+class CheckpointRecord:
     """Where a checkpoint came from, and its files. ``header``, ``index`` and ``side`` name arrays of file bytes.
 
     Without shards it was not read from safetensors files.
@@ -59,7 +59,7 @@ class StoredCheckpoint:
 
     step: int | None
     source: str
-    shards: tuple[StoredShard, ...]
+    shards: tuple[ShardRecord, ...]
     index: str | None
     side: dict[str, str]
     not_stored: NotStored = NotStored()
@@ -99,7 +99,7 @@ class StoredCheckpoint:
         stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
         return bool(stamps) and stamps == [(shard.size, shard.mtime_ns) for shard in self.shards]
 
-    def unlike(self, other: "StoredCheckpoint") -> Iterator[tuple[str, bool]]:
+    def unlike(self, other: "CheckpointRecord") -> Iterator[tuple[str, bool]]:
         """The names of files that are not the same in both, by the hashes that name their arrays; and whether it has them.
 
         Headers and index are compared where both were read from safetensors files.
@@ -118,9 +118,9 @@ class StoredCheckpoint:
         return value if self.not_stored.files else {k: v for k, v in value.items() if k != "not_stored"}
 
     @classmethod
-    def from_json(cls, value: Json) -> "StoredCheckpoint":
+    def from_json(cls, value: Json) -> "CheckpointRecord":
         """From Zarr attributes. Raises ValueError for what no writer writes."""
-        shards = tuple(StoredShard(s["name"], s["size"], s["mtime_ns"], s["header"]) for s in value["shards"])
+        shards = tuple(ShardRecord(s["name"], s["size"], s["mtime_ns"], s["header"]) for s in value["shards"])
         rest = NotStored.from_json(value["not_stored"]) if "not_stored" in value else NotStored()
         record = cls(value["step"], value["source"], shards, value["index"], dict(value["side"]), rest)
         names = [shard.name for shard in shards] or [SINGLE]

@@ -10,7 +10,7 @@ from pathlib import Path
 from relexio.checkpoints.files import INDEX, SINGLE, inside, is_file, left_out, side_files
 from relexio.checkpoints.header import MAX_HEADER, Entry, Shard, parse_json, parse_once, read_shard
 from relexio.checkpoints.protocol import Checkpoint, Read
-from relexio.checkpoints.record import NotStored, StoredCheckpoint, StoredShard
+from relexio.checkpoints.record import CheckpointRecord, NotStored, ShardRecord
 from relexio.dtypes import Table
 from relexio.errors import CheckpointError, IncompleteError, MissingError
 
@@ -37,7 +37,7 @@ class HuggingFace(Checkpoint):
         self.files, self.directory = shards, top or path
         self.tensors, self._places = _tables(tuple((shard.header, shard.size) for shard in shards))
 
-    def place(self, name: str) -> tuple[Path, Entry]:
+    def locate(self, name: str) -> tuple[Path, Entry]:
         """Where a tensor stands: the shard, and its entry there."""
         number, entry = self._places[name]
         return self.shards[number].path, entry
@@ -45,7 +45,7 @@ class HuggingFace(Checkpoint):
     @contextmanager
     def held(self, name: str, first_byte: int, nbytes: int) -> Iterator[Read]:
         """Keep the file of a tensor open, and read these bytes ahead."""
-        path, entry = self.place(name)
+        path, entry = self.locate(name)
         fd = os.open(path, os.O_RDONLY)
         try:
             if hasattr(os, "posix_fadvise"):  # of hundreds of files small pieces are read in turn
@@ -59,12 +59,12 @@ class HuggingFace(Checkpoint):
         stored = {*self.side, *(shard.path.name for shard in self.shards), *([] if self.index is None else [INDEX])}
         return left_out(self.directory, self.path, stored)
 
-    def record(self, name_of: Callable[[Path | bytes], str]) -> StoredCheckpoint:
+    def record(self, name_of: Callable[[Path | bytes], str]) -> CheckpointRecord:
         """What the store keeps of it: with headers and index, to write the same files again."""
-        shards = tuple(StoredShard(s.path.name, s.size, s.mtime_ns, name_of(s.header)) for s in self.shards)
+        shards = tuple(ShardRecord(s.path.name, s.size, s.mtime_ns, name_of(s.header)) for s in self.shards)
         index = name_of(self.index) if self.index is not None else None
         side = {name: name_of(path) for name, path in self.side.items()}
-        return StoredCheckpoint(self.step, self.source, shards, index, side, NotStored.of(self.not_stored()))
+        return CheckpointRecord(self.step, self.source, shards, index, side, NotStored.of(self.not_stored()))
 
 
 @lru_cache(maxsize=256)

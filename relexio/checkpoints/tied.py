@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from relexio.checkpoints.protocol import Checkpoint, Read
-from relexio.checkpoints.record import StoredCheckpoint
+from relexio.checkpoints.record import CheckpointRecord
 from relexio.dtypes import Table
 from relexio.errors import CheckpointError
 
@@ -107,6 +107,6 @@ class _Tied(Checkpoint):
         """What the checkpoint says."""
         return self._checkpoint.not_stored()
 
-    def record(self, name_of: Callable[[Path | bytes], str]) -> StoredCheckpoint:
+    def record(self, name_of: Callable[[Path | bytes], str]) -> CheckpointRecord:
         """The checkpoint's own: it comes back as it was."""
         return self._checkpoint.record(name_of)

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from relexio.checkpoints.files import SINGLE
 from relexio.checkpoints.header import header_for_transformers, header_of, parse_header
-from relexio.checkpoints.record import StoredCheckpoint
+from relexio.checkpoints.record import CheckpointRecord
 from relexio.checkpoints.tied import written_from
 from relexio.dtypes import Table
 from relexio.errors import CheckpointError, StoreError
@@ -31,7 +31,7 @@ class OutputShard:
 
 
 def output_shards(
-    record: StoredCheckpoint, table: Table, read: Callable[[str], bytes], shown: str, loadable: bool = False
+    record: CheckpointRecord, table: Table, read: Callable[[str], bytes], shown: str, loadable: bool = False
 ) -> list[OutputShard]:
     """The files that a stored checkpoint's tensors are written into: those it had, or one if it had no safetensors files.
 

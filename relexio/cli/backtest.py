@@ -11,7 +11,7 @@ from relexio.cli.skill import horizon_heads, skill_columns, skill_table
 from relexio.engine.resources import Resources
 from relexio.methods.verdict import Pick
 from relexio.store.store import Store
-from relexio.verbs.backtest import Judged, judge
+from relexio.verbs.backtest import Judgement, judge
 from relexio.words import describe_steps
 
 _all = click.option("--all", "everything", is_flag=True, help="Show every recipe, not only the best of each method.")
@@ -28,7 +28,7 @@ def backtest(store: Store, window: tuple[int, ...], resources: Resources, everyt
     return Result(judged.to_json, partial(_show, judged, everything))
 
 
-def _show(judged: Judged, everything: bool) -> None:
+def _show(judged: Judgement, everything: bool) -> None:
     _show_run(judged)
     _show_recipes(judged, judged.ranked() if everything else judged.best_of_each_method())
     if judged.verdict is not None:
@@ -42,7 +42,7 @@ def _show(judged: Judged, everything: bool) -> None:
         click.echo(f"\n  {command}")
 
 
-def _show_run(judged: Judged) -> None:
+def _show_run(judged: Judgement) -> None:
     test, straight = judged.test, judged.straight
     known = ", ".join(map(str, np.unique(test.known)))
     rows = [
@@ -63,7 +63,7 @@ def _show_run(judged: Judged) -> None:
         note(f"not one line: {text}")
 
 
-def _show_recipes(judged: Judged, picks: list[Pick]) -> None:
+def _show_recipes(judged: Judgement, picks: list[Pick]) -> None:
     test = judged.test
     width = max(len(text) for text in ("method", *(str(pick.recipe) for pick in picks)))
     click.echo("\nskill up to so many times the last known step, beyond the column before (pooled over all tensors)")

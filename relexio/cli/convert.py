@@ -123,7 +123,7 @@ def _plan(conversion: verb.Conversion) -> Result:
     return Result(lambda: facts, lambda: table(rows))
 
 
-def _facts(conversion: verb.Conversion, done: verb.Converted) -> object:
+def _facts(conversion: verb.Conversion, done: verb.ConversionResult) -> object:
     return {
         "out": conversion.out.shown,
         "added": list(conversion.steps),
@@ -134,7 +134,7 @@ def _facts(conversion: verb.Conversion, done: verb.Converted) -> object:
     }
 
 
-def _show(conversion: verb.Conversion, done: verb.Converted, left: list[tuple[str, str]]) -> None:
+def _show(conversion: verb.Conversion, done: verb.ConversionResult, left: list[tuple[str, str]]) -> None:
     size = sizes(done.store)
     smaller = f"{show(size.checkpoints)} of checkpoints ({size.compression:.1f} times smaller)"
     table(

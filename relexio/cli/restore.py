@@ -7,7 +7,7 @@ from relexio.cli.show import not_stored, stages, table
 from relexio.engine.resources import Resources
 from relexio.store.storage import local
 from relexio.store.store import Store
-from relexio.verbs.convert.left import recorded_of
+from relexio.verbs.convert.left import not_stored_summary_of
 from relexio.verbs.restore import restore as verb
 
 
@@ -39,7 +39,7 @@ def restore(store: Store, resources: Resources, step: int | str, out: str) -> Re
     number = step if isinstance(step, int) else None
     verb(store, number, local(out), resources, stages)
     record = store.record(number)
-    left = recorded_of(record)
+    left = not_stored_summary_of(record)
     name = "the base" if number is None else f"step {number}"
     how = "the model's files as they were"
     if not record.from_safetensors:

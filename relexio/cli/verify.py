@@ -8,7 +8,7 @@ from relexio.cli.command import Result, on_trajectory
 from relexio.cli.show import not_stored, note, stages, table
 from relexio.engine.resources import Resources
 from relexio.store.store import Store
-from relexio.verbs.verify import Verified, find_originals
+from relexio.verbs.verify import Verification, find_originals
 from relexio.verbs.verify import verify as verb
 from relexio.words import describe_steps, show
 
@@ -30,7 +30,7 @@ def verify(store: Store, resources: Resources, checkpoints: Path | None, base: P
     return report(store, verb(store, find_originals(store, checkpoints, base), resources, stages))
 
 
-def report(store: Store, verified: Verified) -> Result:
+def report(store: Store, verified: Verification) -> Result:
     """What was verified; its notes are printed at once."""
     for text in verified.notes:
         note(text)
@@ -55,14 +55,14 @@ def report(store: Store, verified: Verified) -> Result:
     return Result(lambda: facts, lambda: table(rows), (*problems[:_SHOWN], *more))
 
 
-def _compared(verified: Verified) -> str:
+def _compared(verified: Verification) -> str:
     if not verified.compared and not verified.base_compared:
         return "with no checkpoint"
     base = "the base" if verified.base_compared else "not the base (--base names it)"
     return f"{describe_steps(verified.compared)}; {base}"
 
 
-def _verdict(verified: Verified) -> str:
+def _verdict(verified: Verification) -> str:
     if verified.problems:
         return f"{len(verified.problems)} problem{'s' if len(verified.problems) > 1 else ''}"
     compared = verified.compared or verified.base_compared

@@ -17,7 +17,7 @@ from relexio.engine.resources import Resources
 from relexio.errors import BudgetError, StoreError
 from relexio.methods.eigen import Eigenpairs, power_iteration
 from relexio.progress import Stages
-from relexio.store.cache import CacheName, Kept, has, keep
+from relexio.store.cache import CachedResult, CacheName, has, keep
 from relexio.store.schema import Tensor
 from relexio.store.storage import METADATA
 from relexio.store.store import Store
@@ -113,7 +113,7 @@ def find_grams(
     return make_grams(plan_grams(store, window, rank, solver, resources), stages)
 
 
-def _make_whole(plan: GramPlan, stages: Stages, result: Kept) -> None:
+def _make_whole(plan: GramPlan, stages: Stages, result: CachedResult) -> None:
     count, tensors = len(plan.steps), plan.store.fitted()
     with result.create("gram", (len(tensors), count, count)) as array:
 
@@ -125,11 +125,11 @@ def _make_whole(plan: GramPlan, stages: Stages, result: Kept) -> None:
             graph.gram(plan.store, plan.steps, put, executor, advance)
 
 
-def _read_whole(plan: GramPlan, result: Kept, tensor: Tensor) -> np.ndarray:
+def _read_whole(plan: GramPlan, result: CachedResult, tensor: Tensor) -> np.ndarray:
     return result.read("gram", plan.rows[tensor.name], (len(plan.rows), len(plan.steps), len(plan.steps)))
 
 
-def _make_pairs(plan: GramPlan, stages: Stages, result: Kept) -> None:
+def _make_pairs(plan: GramPlan, stages: Stages, result: CachedResult) -> None:
     pairs = _iterate_all(plan.store, plan.steps, plan.rank, plan.begin(), stages)
     with (
         result.create("values", (len(plan.rows), plan.rank)) as values,
@@ -139,7 +139,7 @@ def _make_pairs(plan: GramPlan, stages: Stages, result: Kept) -> None:
             values[row], vectors[row] = pairs[name].values, pairs[name].vectors
 
 
-def _read_pairs(plan: GramPlan, result: Kept, tensor: Tensor) -> np.ndarray:
+def _read_pairs(plan: GramPlan, result: CachedResult, tensor: Tensor) -> np.ndarray:
     row, count = plan.rows[tensor.name], len(plan.rows)
     vectors = result.read("vectors", row, (count, len(plan.steps), plan.rank))
     return (vectors * result.read("values", row, (count, plan.rank))) @ vectors.T

@@ -24,7 +24,7 @@ from relexio.errors import BusyError, StoreError
 from relexio.store.chunks import read_chunk, write_chunk
 from relexio.store.schema import Layout, hashes_from_json
 from relexio.store.seal import damage, metadata_hashes, read_node, seal, unseal
-from relexio.store.storage import METADATA, Directory, Place, place
+from relexio.store.storage import METADATA, LocalStorage, Location, locate
 from relexio.store.store import Store
 from relexio.store.zarrs import create, open_group
 from relexio.words import shown
@@ -80,7 +80,7 @@ class _Temporary:
 
 
 @dataclass(frozen=True)
-class Kept:
+class CachedResult:
     """A small Zarr group of float64 arrays, one entry along the first axis for each tensor."""
 
     address: str
@@ -88,7 +88,7 @@ class Kept:
     _opened: dict[str, Layout | np.ndarray] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __repr__(self) -> str:
-        return f"<Kept {self.shown}>"
+        return f"<CachedResult {self.shown}>"
 
     @property
     def shown(self) -> str:
@@ -105,7 +105,7 @@ class Kept:
         begun = group.get(name)  # by another build of the same in this place
         if not isinstance(begun, zarr.Array) or (begun.shape, begun.chunks) != (shape, layout.chunks):
             create(group, name, layout, overwrite=begun is not None)
-        entries = _Entries(place(self.address), name, layout)
+        entries = _Entries(locate(self.address), name, layout)
         if not small:
             yield entries
             return
@@ -125,14 +125,14 @@ class Kept:
                 if shape[0] != tensors or any(size > steps for size in shape[1:]):
                     raise ValueError(f"its shape {list(shape)[:4]} is not of {tensors} tensors and {steps} steps")
                 for number in range(-(-tensors // layout.chunks[0])):
-                    read_chunk(place(self.address), name, layout, number)
+                    read_chunk(locate(self.address), name, layout, number)
 
     def _hashes(self) -> dict[str, str]:
-        return hashes_from_json(unseal(place(self.address).get(METADATA) or b"")["relexio"]["metadata"])
+        return hashes_from_json(unseal(locate(self.address).get(METADATA) or b"")["relexio"]["metadata"])
 
     def _layout(self, name: str) -> Layout:
         """All in one chunk, or one for each tensor. Raises ValueError for what this module does not write."""
-        layout = Layout.from_json(read_node(place(self.address), name, self._hashes()[name]))
+        layout = Layout.from_json(read_node(locate(self.address), name, self._hashes()[name]))
         if layout.dtype != _NUMBER or layout.chunks not in (layout.shape, (1, *layout.shape[1:])):
             raise ValueError(f"its chunks {list(layout.chunks)[:4]} are neither all of it nor those of a tensor")
         return layout
@@ -145,10 +145,10 @@ class Kept:
                 if layout.shape != shape:
                     raise ValueError(f"its shape is {list(layout.shape)[:4]}, not {list(shape)}")
                 whole = layout.chunks == shape
-                self._opened[name] = read_chunk(place(self.address), name, layout, 0) if whole else layout
+                self._opened[name] = read_chunk(locate(self.address), name, layout, 0) if whole else layout
             held = self._opened[name]
             numbers = (
-                held[entry] if isinstance(held, np.ndarray) else read_chunk(place(self.address), name, held, entry)[0]
+                held[entry] if isinstance(held, np.ndarray) else read_chunk(locate(self.address), name, held, entry)[0]
             )
             if not (np.abs(numbers) < _LARGE).all():  # false for NaN too
                 raise ValueError("it holds numbers that no weights make")
@@ -159,7 +159,7 @@ class Kept:
 class _Entries:
     """An array that is written an entry at a time: a chunk for each tensor."""
 
-    location: Place
+    location: Location
     name: str
     layout: Layout
 
@@ -170,11 +170,11 @@ class _Entries:
 def has(store: Store, name: CacheName) -> bool:
     """Whether something is kept under a name, and may be read."""
     with _without_permission([], f"cache/{name}"):
-        return _is_there(place(store.address).below(f"cache/{name}"))
+        return _is_there(locate(store.address).below(f"cache/{name}"))
     return False
 
 
-def _is_there(final: Place) -> bool:
+def _is_there(final: Location) -> bool:
     """Whether a result is there. Raises OSError (EACCES) for one that may not be read: it is another user's own."""
     if not final.whole():
         return False
@@ -185,7 +185,7 @@ def _is_there(final: Place) -> bool:
 
 def check(store: Store) -> tuple[list[str], list[str]]:
     """What is damaged of all that is kept, and what of it may not be read: a line each."""
-    cache = place(store.address).below("cache")
+    cache = locate(store.address).below("cache")
     damaged: list[str] = []
     closed: list[str] = []
     with _without_permission(closed, "cache"):
@@ -193,7 +193,7 @@ def check(store: Store) -> tuple[list[str], list[str]]:
             with _without_permission(closed, f"cache/{name}"):
                 try:
                     if not name.endswith("partial") and _is_there(cache.below(name)):
-                        Kept(cache.below(name).address).check(len(store.fitted()), len(store.steps))
+                        CachedResult(cache.below(name).address).check(len(store.fitted()), len(store.steps))
                 except StoreError as error:
                     damaged.append(str(error))
     return damaged, closed
@@ -202,7 +202,7 @@ def check(store: Store) -> tuple[list[str], list[str]]:
 def left(store: Store) -> list[str]:
     """The names of what is unfinished in ``cache/``, as far as that may be read."""
     with _without_permission([], "cache"):
-        return [name for name in place(store.address).below("cache").names() if name.endswith("partial")]
+        return [name for name in locate(store.address).below("cache").names() if name.endswith("partial")]
     return []
 
 
@@ -217,14 +217,14 @@ def _without_permission(closed: list[str], name: str) -> Iterator[None]:
         closed.append(name)
 
 
-def keep(store: Store, name: CacheName, build: Callable[[Kept], None]) -> Kept:
+def keep(store: Store, name: CacheName, build: Callable[[CachedResult], None]) -> CachedResult:
     """What is kept under a name, built if it is not there yet. What may not be read is not there."""
-    cache = place(store.address).below("cache")
+    cache = locate(store.address).below("cache")
     final = cache.below(str(name))
     try:
         if _is_there(final):
-            return Kept(final.address)
-        if isinstance(cache, Directory) and cache.path.is_symlink():  # to write there is not what was asked for
+            return CachedResult(final.address)
+        if isinstance(cache, LocalStorage) and cache.path.is_symlink():  # to write there is not what was asked for
             raise NotADirectoryError(errno.ENOTDIR, "a link", cache.address)
         _clear_away(cache, name)
         _build(final, build)
@@ -233,21 +233,21 @@ def keep(store: Store, name: CacheName, build: Callable[[Kept], None]) -> Kept:
         if error.errno not in _NOT_WRITABLE:
             raise
         owner = _Temporary()
-        final = place(Path(owner.path, str(name)))
+        final = locate(Path(owner.path, str(name)))
         with final.storage_errors():
             _build(final, build)
-        return Kept(final.address, owner)
-    return Kept(final.address)
+        return CachedResult(final.address, owner)
+    return CachedResult(final.address)
 
 
-def _build(final: Place, build: Callable[[Kept], None]) -> None:
+def _build(final: Location, build: Callable[[CachedResult], None]) -> None:
     with final.building() as building:
         group = open_group(building.address, "a")
-        build(Kept(building.address))
+        build(CachedResult(building.address))
         building.put(METADATA, seal({"metadata": metadata_hashes(building, sorted(group.array_keys()))}, whole=True))
 
 
-def _clear_away(cache: Place, wanted: CacheName) -> None:
+def _clear_away(cache: Location, wanted: CacheName) -> None:
     """Remove what nobody will ask for again: results on fewer groups, and what a killed process left unfinished."""
     for name in cache.names():
         other = CacheName.parse(name)

@@ -12,7 +12,7 @@ import numpy as np
 from numcodecs import blosc
 
 from relexio.store.schema import Layout
-from relexio.store.storage import Place
+from relexio.store.storage import Location
 
 CNAME: Final = "zstd"
 LEVEL, BLOCKSIZE = 1, 1 << 20
@@ -50,7 +50,7 @@ def chunk_key(path: str, layout: Layout, *index: int) -> str:
     return "/".join(map(str, (path, "c", *index, *[0] * (len(layout.shape) - len(index)))))
 
 
-def read_chunk(location: Place, path: str, layout: Layout, *index: int) -> np.ndarray:
+def read_chunk(location: Location, path: str, layout: Layout, *index: int) -> np.ndarray:
     """One whole chunk of an array. Raises ValueError where it is missing or damaged."""
     count = prod(layout.chunks)
     data = location.get(chunk_key(path, layout, *index), count * layout.dtype.itemsize + _HEADER + 4)
@@ -59,6 +59,6 @@ def read_chunk(location: Place, path: str, layout: Layout, *index: int) -> np.nd
     return decode(data, layout.dtype, count).reshape(layout.chunks)
 
 
-def write_chunk(location: Place, path: str, layout: Layout, values: np.ndarray, *index: int) -> None:
+def write_chunk(location: Location, path: str, layout: Layout, values: np.ndarray, *index: int) -> None:
     """Write one whole chunk of an array."""
     location.put(chunk_key(path, layout, *index), encode(values.astype(layout.dtype, copy=False)))

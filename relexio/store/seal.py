@@ -13,7 +13,7 @@ from xxhash import xxh3_128_hexdigest
 from relexio.bounded import loads
 from relexio.errors import StoreError
 from relexio.store.schema import FORMAT
-from relexio.store.storage import METADATA, Place
+from relexio.store.storage import METADATA, Location
 
 Json = dict[str, Any]
 _BLANK = "0" * 32
@@ -46,7 +46,7 @@ def unseal(data: bytes) -> Json:
     return attributes
 
 
-def read_node(location: Place, path: str, known: str | None) -> Json:
+def read_node(location: Location, path: str, known: str | None) -> Json:
     """The ``zarr.json`` of a group or array. Raises ValueError where it is missing, or its hash not the known one."""
     data = location.get(f"{path}/{METADATA}")
     if data is None:
@@ -63,7 +63,7 @@ def _parse(data: bytes) -> Json:
     return node
 
 
-def metadata_hashes(location: Place, nodes: Iterable[str]) -> dict[str, str]:
+def metadata_hashes(location: Location, nodes: Iterable[str]) -> dict[str, str]:
     """The hash of the ``zarr.json`` of groups and arrays, by their paths from the root."""
     return {node: hash_of(location.get(f"{node}/{METADATA}") or b"") for node in nodes}
 

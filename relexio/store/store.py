@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from relexio.checkpoints.record import StoredCheckpoint
+from relexio.checkpoints.record import CheckpointRecord
 from relexio.dtypes import Table
 from relexio.errors import MissingError, RequestError, StoreError
 from relexio.store.arrays import check_layout
@@ -27,7 +27,7 @@ from relexio.store.schema import (
     tensors_from_json,
 )
 from relexio.store.seal import damage, read_node, unseal
-from relexio.store.storage import METADATA, Directory, Place, attributes, place
+from relexio.store.storage import METADATA, LocalStorage, Location, attributes, locate
 from relexio.words import describe_steps, shown
 
 T = TypeVar("T")
@@ -70,8 +70,8 @@ class Store:
 
     def files(self, *names: str) -> list[Path]:
         """Files of the store by their names in it, as absolute paths; none of a store on object storage."""
-        location = place(self.address)
-        return [(location.path / name).absolute() for name in names] if isinstance(location, Directory) else []
+        location = locate(self.address)
+        return [(location.path / name).absolute() for name in names] if isinstance(location, LocalStorage) else []
 
     @cached_property
     def steps(self) -> tuple[int, ...]:
@@ -128,7 +128,7 @@ class Store:
     def metadata(self, path: str) -> Any:
         """The ``zarr.json`` of a group or array. Raises StoreError if it is not the one that was committed."""
         with damage(f"{self.shown}: {path}/{METADATA}"):
-            return read_node(place(self.address), path, self.sealed.get(path))
+            return read_node(locate(self.address), path, self.sealed.get(path))
 
     @cached_property
     def sealed(self) -> dict[str, str]:
@@ -142,11 +142,11 @@ class Store:
         """One whole chunk of an array. Raises StoreError, naming it, where it is missing or damaged."""
         layout = self.array(path)
         with damage(f"{self.shown}: chunk {chunk_key(path, layout, *index)}"):
-            return read_chunk(place(self.address), path, layout, *index)
+            return read_chunk(locate(self.address), path, layout, *index)
 
     def write_chunk(self, path: str, values: np.ndarray, *index: int) -> None:
         """Write one whole chunk of an array."""
-        write_chunk(place(self.address), path, self.array(path), values, *index)
+        write_chunk(locate(self.address), path, self.array(path), values, *index)
 
     def base_bits(self, block: Block) -> np.ndarray:
         """The base's element bits in a block [size]."""
@@ -173,16 +173,16 @@ class Store:
         """How many elements of each tensor differ from the base at each step of a group: int64 [tensors, K]."""
         return self.chunk(f"{group.path}/changed")
 
-    def checkpoints(self, group: Group) -> dict[int, StoredCheckpoint]:
+    def checkpoints(self, group: Group) -> dict[int, CheckpointRecord]:
         """The source checkpoints of a group, by step."""
-        records = self._sources(group, lambda value: list(map(StoredCheckpoint.from_json, value["steps"])))
+        records = self._sources(group, lambda value: list(map(CheckpointRecord.from_json, value["steps"])))
         if tuple(record.step for record in records) != group.steps:
             raise StoreError(f"{self.shown}: sources of {group.path} do not fit its steps; the store is damaged")
         return {record.step: record for record in records if record.step is not None}
 
-    def base(self) -> StoredCheckpoint:
+    def base(self) -> CheckpointRecord:
         """The base's source checkpoint."""
-        return self._sources(self.groups[0], lambda value: StoredCheckpoint.from_json(value["base"]))
+        return self._sources(self.groups[0], lambda value: CheckpointRecord.from_json(value["base"]))
 
     def file(self, path: str) -> bytes:
         """The bytes of a stored file (a header, an index, or a side file). Raises StoreError if they are another file's."""
@@ -199,7 +199,7 @@ class Store:
         if hashed.hexdigest()[:FILE_DIGITS] != path.rsplit("/", 1)[-1]:
             raise StoreError(f"{self.shown}: {path}: not the bytes that were hashed; damaged")
 
-    def record(self, step: int | None) -> StoredCheckpoint:
+    def record(self, step: int | None) -> CheckpointRecord:
         """The source checkpoint of a step, or of the base (None). Raises RequestError for a step that is not stored."""
         return self.base() if step is None else self.checkpoints(self.find(step)[0])[step]
 
@@ -221,7 +221,7 @@ def open_store(path: str | Path) -> Store:
 
     Raises MissingError if nothing is there, StoreError if it is no finished trajectory or of a newer format.
     """
-    location = place(path)
+    location = locate(path)
     address = location.shown
     if not location.exists():
         if location.staged.exists():
@@ -231,13 +231,13 @@ def open_store(path: str | Path) -> Store:
         raise MissingError(f"{address}: no such trajectory; make one with relexio convert")
     if location.get(METADATA) is None:
         raise StoreError(f"{address}: not a relexio trajectory (it has no zarr.json)")
-    store = None if begun(location) else _open(location)
+    store = None if has_begun(location) else _open(location)
     if store is None or not store.groups:
         raise StoreError(f"{address}: an unfinished conversion; run the same relexio convert again to finish it")
     return store
 
 
-def begun(location: Place) -> bool:
+def has_begun(location: Location) -> bool:
     """Whether a conversion has begun right at a location that cannot be renamed, and has committed nothing."""
     if location.staged != location:
         return False
@@ -245,7 +245,7 @@ def begun(location: Place) -> bool:
     return isinstance(marker, dict) and marker.get("groups") == []
 
 
-def unfinished_store(location: Place) -> Store | None:
+def unfinished_store(location: Location) -> Store | None:
     """The store that an interrupted ``convert`` left where it was staged; None if there is none to go on with."""
     try:
         store = _open(location) if location.get(METADATA) is not None else None
@@ -254,7 +254,7 @@ def unfinished_store(location: Place) -> Store | None:
     return store if store is not None and not store.groups else None
 
 
-def _open(location: Place) -> Store:
+def _open(location: Location) -> Store:
     with damage(f"{location.shown}/{METADATA}"):
         record = check_format(unseal(location.get(METADATA) or b""), location.shown)
     with damage(location.shown):

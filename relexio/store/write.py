@@ -14,7 +14,7 @@ from relexio.errors import CheckpointError
 from relexio.store.arrays import block_arrays, changed_array, file_array
 from relexio.store.schema import DIGEST, FILE_CHUNK, Group, lay_out
 from relexio.store.seal import metadata_hashes, seal
-from relexio.store.storage import METADATA, attributes, place
+from relexio.store.storage import METADATA, attributes, locate
 from relexio.store.store import FILE_DIGITS, Store, file_digest
 from relexio.store.zarrs import create, open_group
 
@@ -26,7 +26,7 @@ def create_store(address: str, block: int, table: Table) -> Store:
     """
     tensors = lay_out(table, block)
     store = Store(address, block, tensors, (), "")
-    place(address).put(METADATA, _marker(store))  # whatever is written after that is a conversion that began
+    locate(address).put(METADATA, _marker(store))  # whatever is written after that is a conversion that began
     root = open_group(address, "r+")
     root.create_group("groups")
     base = root.create_group("base")
@@ -132,12 +132,12 @@ def set_attribute(store: Store, path: str, name: str, value: Any) -> None:
 
 def attribute(store: Store, path: str, name: str) -> Any:
     """One attribute of a Zarr group of the store, None where it is not set or cannot be read."""
-    return attributes(place(store.address).below(path)).get(name)
+    return attributes(locate(store.address).below(path)).get(name)
 
 
 def commit(store: Store, group: Group, files: Iterable[str], base_content: str) -> Store:
     """Write the commit marker with one more group; from here on its steps exist. ``files`` are those that it names."""
-    location, base = place(store.address), store.base_metadata
+    location, base = locate(store.address), store.base_metadata
     if not base:
         base = metadata_hashes(location, ["groups", *_nodes(store, "base", 0)])
     own = sorted({name for name in files if name.startswith(f"{group.path}/")})

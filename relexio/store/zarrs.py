@@ -5,12 +5,12 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from relexio.store.chunks import BLOCKSIZE, CNAME, LEVEL
 from relexio.store.schema import Layout
-from relexio.store.storage import place
+from relexio.store.storage import locate
 
 
 def open_group(address: str, mode: str) -> zarr.Group:
     """The root group at ``address``, to be written to: ``r+`` for one that is there, ``a`` to make it if it is not."""
-    store = place(address).zarr_store()
+    store = locate(address).zarr_store()
     return zarr.open_group(store, mode=mode, zarr_format=3, use_consolidated=False)  # type: ignore[arg-type]
 
 

@@ -28,7 +28,7 @@ def curve(sweep: Sweep) -> list[str]:
     head = f"{'':<{label}}  {'step':>{steps}}  {'score':>{numbers}}  "
     lines = [head + f"{left}{right:>{scale.width - len(left)}}"]
     last = sweep.last_observed
-    mark = None if last is None or last.score is None else scale.place(last.score)
+    mark = None if last is None or last.score is None else scale.column(last.score)
     for name, some in groups:
         for i, result in enumerate(sorted(some, key=lambda result: result.candidate.step)):
             shown = "failed" if result.score is None else number(result.score)
@@ -46,7 +46,7 @@ class _Scale:
     def __init__(self, low: float, high: float, width: int) -> None:
         self.low, self.high, self.width = low, high, width
 
-    def place(self, score: float) -> int:
+    def column(self, score: float) -> int:
         """The column of a score."""
         span = self.high / 2 - self.low / 2  # halves: the difference of two floats may be none
         return round((score / 2 - self.low / 2) / span * (self.width - 1)) if span > 0 else self.width // 2
@@ -54,7 +54,7 @@ class _Scale:
     def line(self, result: Evaluation, mark: int | None, best: bool) -> str:
         """The dots that lead to the mark of a score, and the last observed score."""
         cells = [" "] * self.width
-        at = None if result.score is None else self.place(result.score)
+        at = None if result.score is None else self.column(result.score)
         if at is not None:
             cells[: at + 1] = "." * at + ("*" if best else "o")
         if mark is not None and mark != at:

@@ -111,11 +111,11 @@ class Sweep:
     def best(self) -> Evaluation | None:
         """The prediction of the best score; of several the one of the nearest step, then the smallest strength."""
 
-        def place(result: Evaluation) -> tuple[float, int, float]:
+        def order(result: Evaluation) -> tuple[float, int, float]:
             score, candidate = result.score or 0.0, result.candidate
             return score if self.lower_is_better else -score, candidate.step, abs(candidate.strength or 0.0)
 
-        return min(self.predicted, key=place, default=None)
+        return min(self.predicted, key=order, default=None)
 
     def gain(self, result: Evaluation) -> float | None:
         """By how much it is better than the last observed checkpoint; None where one of the two has no score."""

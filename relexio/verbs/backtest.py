@@ -26,7 +26,7 @@ from relexio.words import show
 
 
 @dataclass(frozen=True)
-class Judged:
+class Judgement:
     """The judgement on a trajectory: the backtest, its verdict (None where no recipe fits), and how straight the run is.
 
     ``doubt`` says why the base does not look like the model that training began from.
@@ -137,7 +137,7 @@ def by_horizon(values: np.ndarray) -> dict[str, float]:
     return {horizon_name(place): float(value) for place, value in enumerate(values) if not np.isnan(value)}
 
 
-def judge(store: Store, window: tuple[int, ...], resources: Resources, stages: Stages) -> Judged:
+def judge(store: Store, window: tuple[int, ...], resources: Resources, stages: Stages) -> Judgement:
     """Backtest a trajectory over a window of stored steps; Gram matrices are made and kept if they are not there yet.
 
     Raises RequestError for fewer than 3 steps, BudgetError where memory is too small.
@@ -162,4 +162,4 @@ def judge(store: Store, window: tuple[int, ...], resources: Resources, stages: S
         test = backtest(pairs(), len(fitted), steps, trials, folds, STRENGTHS)
         straight = straightness((gram for _, gram in pairs()), steps)
     doubt = doubt_of_base(store, grams)
-    return Judged(store, window, test, advise(test, doubt is not None), straight, doubt)
+    return Judgement(store, window, test, advise(test, doubt is not None), straight, doubt)

@@ -14,7 +14,7 @@ from relexio.methods import Recipe, Window
 from relexio.methods.spectrum import SPECTRUM, TensorFindings, alike, find, left_over, thrown_away
 from relexio.progress import Stages
 from relexio.store.store import Store
-from relexio.verbs.backtest import Judged, by_horizon, judge
+from relexio.verbs.backtest import Judgement, by_horizon, judge
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Findings:
     spectrum: np.ndarray
     thrown: np.ndarray
     alike: np.ndarray
-    judged: Judged | None
+    judged: Judgement | None
 
     def ablation(self) -> dict[str, np.ndarray]:
         """Skill by horizon, at strength 1 on the whole window, for ranks 1 to 3 and for each curve at rank 1."""

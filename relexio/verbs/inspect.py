@@ -13,7 +13,7 @@ from relexio.methods.backtest import Backtest
 from relexio.methods.line_tests import Straightness, straightness
 from relexio.methods.skill import Errors
 from relexio.progress import Stages
-from relexio.store.storage import place
+from relexio.store.storage import locate
 from relexio.store.store import Store
 
 
@@ -135,6 +135,6 @@ def changed_counts(store: Store, steps: tuple[int, ...]) -> np.ndarray:
 def sizes(store: Store) -> Sizes:
     """How large a store is, and what it stands for."""
     checkpoints = sum(c.nbytes(store.table) for g in store.groups for c in store.checkpoints(g).values())
-    root = place(store.address)
+    root = locate(store.address)
     steps = sum(root.below(group.path).nbytes() for group in store.groups)
     return Sizes(checkpoints, steps, root.below("base").nbytes(), root.below("cache").nbytes())

@@ -10,7 +10,7 @@ import numpy as np
 
 from relexio import atomic
 from relexio.checkpoints import write
-from relexio.checkpoints.record import StoredCheckpoint
+from relexio.checkpoints.record import CheckpointRecord
 from relexio.checkpoints.write import Output, OutputShard
 from relexio.errors import ExistsError, RequestError, StorageError
 from relexio.store.schema import Block
@@ -70,7 +70,7 @@ def needed_files(store: Store, outputs: list[Output], shards: list[OutputShard])
     return [*store.files(METADATA), *begun]
 
 
-def output_shards(store: Store, record: StoredCheckpoint, loadable: bool = False) -> list[OutputShard]:
+def output_shards(store: Store, record: CheckpointRecord, loadable: bool = False) -> list[OutputShard]:
     """The weights' files of a stored checkpoint, to be written. Raises StoreError where one does not fit the tensor table."""
     return write.output_shards(record, store.table, store.file, store.shown, loadable)
 

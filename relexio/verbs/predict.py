@@ -11,7 +11,7 @@ import numpy as np
 
 from relexio import atomic
 from relexio.checkpoints.files import is_tensors
-from relexio.checkpoints.record import StoredCheckpoint
+from relexio.checkpoints.record import CheckpointRecord
 from relexio.checkpoints.side import TEMPLATE, TOKENIZER, template
 from relexio.checkpoints.write import CARD, model_card, without_clashes, write_files
 from relexio.engine import graph
@@ -23,7 +23,7 @@ from relexio.fit.fit import Fit, FitPlan, make_fit, plan_fit
 from relexio.methods import Recipe
 from relexio.methods.roles import Choice
 from relexio.progress import Stages
-from relexio.store.storage import place
+from relexio.store.storage import locate
 from relexio.store.store import Store
 from relexio.verbs.output import Sink, Target, bytes_of, check_targets, needed_files, output_shards, side_files, staged
 from relexio.version import __version__
@@ -95,7 +95,7 @@ def run(job: PredictJob, stages: Stages, note: Callable[[str], None]) -> Fit:
 
 def stored_bytes(store: Store) -> int:
     """Bytes of base and committed steps in the store."""
-    top = place(store.address)
+    top = locate(store.address)
     return sum(top.below(name).nbytes() for name in ("base", *(group.path for group in store.groups)))
 
 
@@ -171,11 +171,11 @@ def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
     write_files(directory, [(CARD, card.encode()), (PROVENANCE, (json.dumps(facts, indent=2) + "\n").encode())])
 
 
-def _tensors(store: Store, record: StoredCheckpoint) -> list[str]:
+def _tensors(store: Store, record: CheckpointRecord) -> list[str]:
     return sorted(name for shard in output_shards(store, record) for name, _ in shard.places)
 
 
-def lacking(store: Store, record: StoredCheckpoint) -> dict[str, str]:
+def lacking(store: Store, record: CheckpointRecord) -> dict[str, str]:
     """The arrays of those of the base's side files that a step lacks, by name; none that hold tensors.
 
     Where the step's tokenizer has its chat template in its configuration, a file with the base's would displace it.

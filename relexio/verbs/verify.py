@@ -10,7 +10,7 @@ import numpy as np
 
 from relexio.checkpoints.layout import Source, choose, open_checkpoint, open_step
 from relexio.checkpoints.protocol import Checkpoint
-from relexio.checkpoints.record import StoredCheckpoint
+from relexio.checkpoints.record import CheckpointRecord
 from relexio.checkpoints.tied import match
 from relexio.engine import graph, plan
 from relexio.engine.resources import Resources
@@ -19,11 +19,11 @@ from relexio.progress import Stages
 from relexio.store import cache
 from relexio.store.schema import Block, Group, moves_chunk
 from relexio.store.state import block_state, digest_of
-from relexio.store.storage import METADATA, place
+from relexio.store.storage import METADATA, locate
 from relexio.store.store import Store, file_digest
 from relexio.store.write import content_hashes
 from relexio.verbs.convert.encode import held, read_block
-from relexio.verbs.convert.left import Left, present
+from relexio.verbs.convert.left import NotStoredSummary, present
 from relexio.words import describe_steps
 
 _UNKNOWN = ""  # in place of a group: of that tensor a block could not be read
@@ -45,13 +45,13 @@ class Originals:
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def left(self) -> list[Left]:
+    def left(self) -> list[NotStoredSummary]:
         """What is there and not in the trajectory."""
         return present(self.steps.values(), self.base, self.root)
 
 
 @dataclass(frozen=True)
-class Verified:
+class Verification:
     """What was looked at, and what is wrong: one line each, nothing if all is as it should be.
 
     ``left`` is what stands beside what was compared, and is not in the trajectory.
@@ -63,7 +63,7 @@ class Verified:
     bytes_checked: int
     problems: tuple[str, ...]
     notes: tuple[str, ...]
-    left: tuple[Left, ...] = ()
+    left: tuple[NotStoredSummary, ...] = ()
 
 
 @dataclass
@@ -97,7 +97,7 @@ def find_originals(
     return Originals(originals, original, root, tuple(problems), tuple(notes))
 
 
-def verify(store: Store, originals: Originals, resources: Resources, stages: Stages) -> Verified:
+def verify(store: Store, originals: Originals, resources: Resources, stages: Stages) -> Verification:
     """Read all of a store: checksums, hashes, structure; and compare it bit for bit with the checkpoints given."""
     most = max(len(group.steps) for group in store.groups)
     need = plan.convert_need(store.block, 4, most, moves_chunk(store.block, most))
@@ -126,7 +126,7 @@ def verify(store: Store, originals: Originals, resources: Resources, stages: Sta
     notes = (*originals.notes, *_closed(closed), *_leftovers(store))
     compared, base = tuple(originals.steps), originals.base is not None
     left = tuple(originals.left())
-    return Verified(store.steps, compared, base, total, tuple(dict.fromkeys(problems)), notes, left)
+    return Verification(store.steps, compared, base, total, tuple(dict.fromkeys(problems)), notes, left)
 
 
 def _check_block(store: Store, originals: Originals, nbytes: int, block: Block) -> _BlockFindings:
@@ -225,7 +225,7 @@ def _check_files(store: Store, group: Group) -> list[str]:
     return problems
 
 
-def _check_side(store: Store, record: StoredCheckpoint, original: Checkpoint) -> list[str]:
+def _check_side(store: Store, record: CheckpointRecord, original: Checkpoint) -> list[str]:
     """What differs of a checkpoint besides its tensors: headers, the index, config, tokenizer."""
     what = {True: "differs from what", False: "is not among what"}
     differing = record.unlike(original.record(file_digest))
@@ -241,8 +241,8 @@ def _closed(names: list[str]) -> Iterator[str]:
 def _leftovers(store: Store) -> Iterator[str]:
     """What an interrupted command left; nothing reads it, and the next one removes it or goes on with it."""
     known = {group.name for group in store.groups} | {METADATA}
-    left = [f"groups/{name}" for name in place(store.address).below("groups").names() if name not in known]
-    left += [name for name in place(store.address).names() if name.endswith(".partial")]
+    left = [f"groups/{name}" for name in locate(store.address).below("groups").names() if name not in known]
+    left += [name for name in locate(store.address).names() if name.endswith(".partial")]
     left += [f"cache/{name}" for name in cache.left(store)]
     if left:
         yield f"left by an interrupted command, not read: {', '.join(sorted(left))}"

@@ -11,7 +11,7 @@ from relexio.methods.verdict import advise
 from relexio.report.data import Facts, default_target
 from relexio.store.schema import lay_out
 from relexio.store.store import Store
-from relexio.verbs.backtest import Judged
+from relexio.verbs.backtest import Judgement
 from relexio.verbs.findings import Findings
 from relexio.verbs.inspect import Sizes
 
@@ -59,11 +59,11 @@ def made_up(tensors: list[str], steps: tuple[int, ...], drift: float = 0.3, seed
     return Facts(findings, Sizes(10**12, 2 * 10**9, 10**9, 10**7), changed, default_target(findings))
 
 
-def _judge(store: Store, steps: tuple[int, ...], grams: dict[str, np.ndarray]) -> Judged | None:
+def _judge(store: Store, steps: tuple[int, ...], grams: dict[str, np.ndarray]) -> Judgement | None:
     if len(steps) < 3:
         return None
     at = np.array(steps)
     trials = [trial for trial in make_trials(len(steps)) if trial.share == 1 and trial.recipe.curve == "line"]
     trials = [trial for trial in trials if trial.recipe.refit is None]
     test = backtest(grams.items(), len(grams), at, trials, make_folds(at), STRENGTHS)
-    return Judged(store, steps, test, advise(test), straightness(grams.values(), at))
+    return Judgement(store, steps, test, advise(test), straightness(grams.values(), at))

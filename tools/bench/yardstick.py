@@ -42,7 +42,7 @@ class Files:
 
     def read(self, checkpoint: HuggingFace, piece: Piece, out: np.ndarray) -> None:
         """Fill ``out`` with the bytes of a piece in one checkpoint."""
-        path, entry = checkpoint.place(piece[0].name)
+        path, entry = checkpoint.locate(piece[0].name)
         skipped = piece[1] * WIDTH.get(piece[0].dtype, 1)
         read_exactly(self.open[path], entry.start + skipped, memoryview(out).cast("B"), path)
 

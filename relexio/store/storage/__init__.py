@@ -8,28 +8,28 @@ import re
 from pathlib import Path
 
 from relexio.errors import RequestError
-from relexio.store.storage.local import Directory
-from relexio.store.storage.objects import LOCK, Remote
-from relexio.store.storage.protocol import METADATA, Place, attributes
+from relexio.store.storage.local import LocalStorage
+from relexio.store.storage.objects import LOCK, ObjectStorage
+from relexio.store.storage.protocol import METADATA, Location, attributes
 from relexio.words import shown
 
-__all__ = ["LOCK", "METADATA", "Directory", "Place", "Remote", "attributes", "local", "place"]
+__all__ = ["LOCK", "METADATA", "LocalStorage", "Location", "ObjectStorage", "attributes", "local", "locate"]
 
 _URL = re.compile(r"[A-Za-z][\w+.:-]*://")
 
 
-def place(address: str | Path) -> Place:
+def locate(address: str | Path) -> Location:
     """The location of an address: a URL for fsspec, else a path. Raises RequestError for a URL that cannot be one."""
     text = str(address)
     if not _URL.match(text):
-        return Directory(str(Path(text)))
+        return LocalStorage(str(Path(text)))
     if text.startswith("file://"):
-        return Directory(str(Path(text.removeprefix("file://"))))
+        return LocalStorage(str(Path(text.removeprefix("file://"))))
     if set("*?[") & set(text):
         raise RequestError(f"{shown(text)}: fsspec takes *, ? and [ for patterns; give the trajectory another name")
     if not _URL.match(text.rstrip("/")):
         raise RequestError(f"{shown(text)}: names no trajectory")
-    return Remote(text.rstrip("/"))
+    return ObjectStorage(text.rstrip("/"))
 
 
 def local(path: str | Path) -> Path:

@@ -14,14 +14,14 @@ from zarr.storage import LocalStore
 
 from relexio import atomic
 from relexio.errors import BusyError, StoreError
-from relexio.store.storage.protocol import METADATA, METADATA_BYTES, Place
+from relexio.store.storage.protocol import METADATA, METADATA_BYTES, Location
 from relexio.words import shown
 
 _TRIES, _WAIT = 20, 0.05  # times, seconds
 
 
 @dataclass(frozen=True)
-class Directory:
+class LocalStorage:
     """A directory of this machine."""
 
     address: str
@@ -36,12 +36,12 @@ class Directory:
         return Path(self.address)
 
     @property
-    def staged(self) -> "Directory":
+    def staged(self) -> "LocalStorage":
         """The directory beside it with PARTIAL behind its name."""
-        return Directory(str(atomic.staging(self.path)))
+        return LocalStorage(str(atomic.staging(self.path)))
 
-    def below(self, key: str) -> "Directory":
-        return Directory(str(self.path / key))
+    def below(self, key: str) -> "LocalStorage":
+        return LocalStorage(str(self.path / key))
 
     def exists(self) -> bool:
         return self.path.exists()
@@ -116,7 +116,7 @@ class Directory:
             leftover.unlink()
         self._put(self.path / METADATA, marker, durable=True)
 
-    def publish(self, final: Place) -> None:
+    def publish(self, final: Location) -> None:
         atomic.publish(self.path, Path(final.address))
 
     def whole(self) -> bool:
@@ -135,13 +135,13 @@ class Directory:
         return True
 
     @contextmanager
-    def building(self) -> Iterator[Place]:
+    def building(self) -> Iterator[Location]:
         """Build in a directory beside it that gets its name at the end, unless another was faster."""
         self.path.parent.mkdir(exist_ok=True)
         with ExitStack() as lock:
             staged = self._begun(lock)
             try:
-                yield Directory(str(staged))
+                yield LocalStorage(str(staged))
                 atomic.sync_tree(staged)
                 if not self.path.is_dir():
                     staged.rename(self.path)

@@ -22,7 +22,7 @@ from zarr.storage import FsspecStore
 
 from relexio import atomic
 from relexio.errors import BusyError, RelexioError, RequestError, StorageError
-from relexio.store.storage.protocol import METADATA, METADATA_BYTES, Place, attributes, parse_record
+from relexio.store.storage.protocol import METADATA, METADATA_BYTES, Location, attributes, parse_record
 from relexio.words import shown, without_secrets
 
 #: The object that one writer of a remote store holds.
@@ -38,7 +38,7 @@ _NETWORK = {
 
 
 @dataclass(frozen=True)
-class Remote:
+class ObjectStorage:
     """Objects under a URL. Every method raises StorageError where the storage does not answer, or says no."""
 
     address: str
@@ -51,12 +51,12 @@ class Remote:
         return shown(self.address)
 
     @property
-    def staged(self) -> "Remote":
+    def staged(self) -> "ObjectStorage":
         """Itself: objects cannot be renamed."""
         return self
 
-    def below(self, key: str) -> "Remote":
-        return Remote(f"{self.address}/{key}")
+    def below(self, key: str) -> "ObjectStorage":
+        return ObjectStorage(f"{self.address}/{key}")
 
     def exists(self) -> bool:
         return any(name != LOCK for name in self.names())
@@ -137,7 +137,7 @@ class Remote:
     def commit(self, marker: bytes) -> None:
         self.put(METADATA, marker)
 
-    def publish(self, final: Place) -> None:
+    def publish(self, final: Location) -> None:
         """Nothing: the commit marker is what makes it exist."""
 
     def whole(self) -> bool:
@@ -147,7 +147,7 @@ class Remote:
         return True  # who may read one object of a result may read them all
 
     @contextmanager
-    def building(self) -> Iterator[Place]:
+    def building(self) -> Iterator[Location]:
         """Build in place; the group's metadata with the mark must be written last.
 
         Nothing is removed first: another process may be building the same from the same data, and what each writes is
@@ -184,7 +184,7 @@ class Remote:
     def _held(self) -> bytes | None:
         """The lock's owner, if there is one that may still be running; a lock left by one that is not is removed."""
         held = self.get(LOCK)
-        if held is None or not _gone(held):
+        if held is None or not _owner_has_ended(held):
             return held
         with atomic.locked(Path(tempfile.gettempdir())):  # of all on this host that find it stale, one at a time
             self._give_back(held)
@@ -212,7 +212,7 @@ class Objects(FsspecStore):
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         with _storage_errors(self.root):
-            return await super().get(key, prototype, byte_range or OffsetByteRequest(0))  # as in Remote.get
+            return await super().get(key, prototype, byte_range or OffsetByteRequest(0))  # as in ObjectStorage.get
 
     async def set(self, key: str, value: Buffer, byte_range: tuple[int, int] | None = None) -> None:
         with _storage_errors(self.root):
@@ -289,7 +289,7 @@ def _owner() -> bytes:
     return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "user": user, "time": now}).encode()
 
 
-def _gone(held: bytes) -> bool:
+def _owner_has_ended(held: bytes) -> bool:
     """Whether a lock's owner was a process of this host that has ended."""
     owner = parse_record(held)
     pid = owner.get("pid")

@@ -13,7 +13,7 @@ METADATA = "zarr.json"
 METADATA_BYTES = 64 << 20
 
 
-class Place(Protocol):
+class Location(Protocol):
     """What a store needs of where it is. Cheap to make, to compare, and to pickle."""
 
     @property
@@ -25,10 +25,10 @@ class Place(Protocol):
         """The address as it may be seen: without what is secret in it."""
 
     @property
-    def staged(self) -> "Place":
+    def staged(self) -> "Location":
         """Where a new store is built: beside this location, or in it where nothing can be renamed."""
 
-    def below(self, key: str) -> "Place":
+    def below(self, key: str) -> "Location":
         """The location of that name below this one."""
 
     def exists(self) -> bool:
@@ -79,7 +79,7 @@ class Place(Protocol):
     def commit(self, marker: bytes) -> None:
         """Replace the commit marker: durable when this returns, and the old one or the new one at any moment."""
 
-    def publish(self, final: "Place") -> None:
+    def publish(self, final: "Location") -> None:
         """Give what was built here its final name. Raises ExistsError if that is taken."""
 
     def whole(self) -> bool:
@@ -88,11 +88,11 @@ class Place(Protocol):
     def readable(self) -> bool:
         """Whether all files below may be read, as far as it can be known before they are."""
 
-    def building(self) -> "AbstractContextManager[Place]":
+    def building(self) -> "AbstractContextManager[Location]":
         """Build a result for this location in the one given; it is whole when the context ends without an error."""
 
 
-def attributes(location: Place) -> dict[str, Any]:
+def attributes(location: Location) -> dict[str, Any]:
     """The attributes of the Zarr group at a location; none if there is no group."""
     values = parse_record(location.get(METADATA)).get("attributes")
     return values if isinstance(values, dict) else {}

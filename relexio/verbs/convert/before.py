@@ -10,7 +10,7 @@ import numpy as np
 
 from relexio.checkpoints.layout import Source, open_checkpoint
 from relexio.checkpoints.protocol import Checkpoint
-from relexio.checkpoints.record import StoredCheckpoint
+from relexio.checkpoints.record import CheckpointRecord
 from relexio.checkpoints.tied import match
 from relexio.dtypes import Kind, kind_of, nonfinite, tensor_bytes, to_float64
 from relexio.errors import CheckpointError
@@ -108,7 +108,7 @@ def written_again(store: Store, sources: Mapping[int, Source]) -> str | None:
     )
 
 
-def _is_other(store: Store, record: StoredCheckpoint, source: Source) -> bool:
+def _is_other(store: Store, record: CheckpointRecord, source: Source) -> bool:
     """Whether a source is another checkpoint than the one that was stored for its step."""
     try:
         if isinstance(source, Path) and record.is_still_in(source):

@@ -9,7 +9,7 @@ from typing import Any
 
 from relexio.checkpoints.files import is_state, left_out
 from relexio.checkpoints.protocol import Checkpoint
-from relexio.checkpoints.record import NotStored, StoredCheckpoint
+from relexio.checkpoints.record import CheckpointRecord, NotStored
 from relexio.store.store import Store
 from relexio.words import show
 
@@ -17,7 +17,7 @@ _SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Left:
+class NotStoredSummary:
     """What was not stored of the checkpoints that ``of`` names, and of how many that was."""
 
     of: str
@@ -49,18 +49,18 @@ def _alike(names: Iterable[str]) -> list[str]:
     return [group[0] if len(group) == 1 else pattern for pattern, group in alike.items()]
 
 
-def recorded(store: Store) -> list[Left]:
+def recorded(store: Store) -> list[NotStoredSummary]:
     """As ``convert`` found it, of steps and base."""
     records = [record for group in store.groups for record in store.checkpoints(group).values()]
     return [*_merged("steps", [r.not_stored for r in records]), *_merged("base", [store.base().not_stored])]
 
 
-def recorded_of(record: StoredCheckpoint) -> list[Left]:
+def not_stored_summary_of(record: CheckpointRecord) -> list[NotStoredSummary]:
     """As ``convert`` found it, of one checkpoint."""
     return _merged("base" if record.step is None else f"step {record.step}", [record.not_stored])
 
 
-def present(steps: Iterable[Checkpoint], base: Checkpoint | None, root: Path | None) -> list[Left]:
+def present(steps: Iterable[Checkpoint], base: Checkpoint | None, root: Path | None) -> list[NotStoredSummary]:
     """As it is there now: of steps, of a base, and of the directory that the steps are in, besides them."""
     steps = list(steps)
     left = _merged("steps", [NotStored.of(checkpoint.not_stored(), most=1 << 20) for checkpoint in steps])
@@ -76,7 +76,7 @@ def present(steps: Iterable[Checkpoint], base: Checkpoint | None, root: Path | N
     return left
 
 
-def _merged(of: str, parts: list[NotStored]) -> list[Left]:
+def _merged(of: str, parts: list[NotStored]) -> list[NotStoredSummary]:
     """Of several checkpoints together: the bytes of all, under each name; nothing where nothing was left out."""
     parts = [part for part in parts if part.files]
     if not parts:
@@ -86,4 +86,4 @@ def _merged(of: str, parts: list[NotStored]) -> list[Left]:
         files.update(part.files)
     whole = NotStored.of(files)
     more, size = whole.more + max(part.more for part in parts), sum(part.bytes for part in parts)
-    return [Left(of, len(parts), NotStored(whole.files, more, size))]
+    return [NotStoredSummary(of, len(parts), NotStored(whole.files, more, size))]

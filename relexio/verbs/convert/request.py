@@ -20,8 +20,8 @@ from relexio.errors import CheckpointError, ExistsError, IncompleteError, Reques
 from relexio.progress import Stages
 from relexio.store.schema import FILE_CHUNK, Block, block_elements, lay_out, moves_chunk
 from relexio.store.state import digest_of
-from relexio.store.storage import METADATA, Place, place
-from relexio.store.store import Store, begun, open_store
+from relexio.store.storage import METADATA, Location, locate
+from relexio.store.store import Store, has_begun, open_store
 from relexio.verbs.convert.before import doubt_of_base, refuse_base_among, written_again
 from relexio.verbs.convert.encode import read_block
 from relexio.words import Selection, describe_steps
@@ -42,7 +42,7 @@ class Request:
 class Conversion:
     """What a ``convert`` will do: into ``out``, from ``base`` (None: the store's own), the steps that are new."""
 
-    out: Place
+    out: Location
     store: Store | None
     base: Checkpoint | None
     checkpoints: tuple[Checkpoint, ...]
@@ -83,13 +83,13 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
 
     Raises a RelexioError that names file, tensor and step for whatever cannot be converted as it is.
     """
-    target = place(request.out)
+    target = locate(request.out)
     out, exists = target.shown, target.exists()
     if exists and target.get(METADATA) is None:
         raise ExistsError(f"{out}: exists and is not a trajectory; give another -o")
     if out.endswith(PARTIAL):
         raise RequestError(f"{out}: the name of unfinished work; give -o {out.removesuffix(PARTIAL)}")
-    store = open_store(target.address) if exists and not begun(target) else None
+    store = open_store(target.address) if exists and not has_begun(target) else None
     sources, others = choose(request.root, request.named or {}, request.selection)
     if store is None and request.base is None:
         raise RequestError(f"{out} does not exist yet: a new trajectory needs --base, the model before RL")

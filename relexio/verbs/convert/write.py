@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 
 from relexio import atomic
-from relexio.checkpoints.record import StoredCheckpoint
+from relexio.checkpoints.record import CheckpointRecord
 from relexio.checkpoints.side import COMPARED, differences
 from relexio.dtypes import is_buffer
 from relexio.engine import graph
 from relexio.errors import CheckpointError, ClusterError, ExistsError, RelexioError, StorageError, StoreError
 from relexio.progress import Stages
 from relexio.store.schema import Block, Group
-from relexio.store.storage import METADATA, Place, place
-from relexio.store.store import Store, begun, open_store, unfinished_store
+from relexio.store.storage import METADATA, Location, locate
+from relexio.store.store import Store, has_begun, open_store, unfinished_store
 from relexio.store.write import (
     Files,
     attribute,
@@ -36,7 +36,7 @@ from relexio.words import show
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConversionResult:
     """A committed conversion: the store as it is now, whether an interrupted run was taken up, and notes."""
 
     store: Store
@@ -44,7 +44,7 @@ class Converted:
     notes: tuple[str, ...]
 
 
-def convert(conversion: Conversion, stages: Stages) -> Converted:
+def convert(conversion: Conversion, stages: Stages) -> ConversionResult:
     """Write the new steps and commit them. The store is as it was, or not there, until the very end.
 
     After an interruption the same call takes up what is whole. After an error nothing is left behind, save where the
@@ -54,13 +54,13 @@ def convert(conversion: Conversion, stages: Stages) -> Converted:
     if not conversion.checkpoints:
         if conversion.store is None:
             raise CheckpointError(f"{conversion.out.shown}: no step to convert")
-        return Converted(conversion.store, False, ())
+        return ConversionResult(conversion.store, False, ())
     unfinished = _begun(conversion)
     if unfinished:  # an interrupted run was about some of these steps: finish that, then add the rest
         parts = [tuple(c for c in conversion.checkpoints if (c.step in unfinished) == first) for first in (True, False)]
         done = _convert(replace(conversion, checkpoints=parts[0]), stages)
         rest = _convert(replace(conversion, store=done.store, checkpoints=parts[1]), stages)
-        return Converted(rest.store, True, (*done.notes, *rest.notes))
+        return ConversionResult(rest.store, True, (*done.notes, *rest.notes))
     return _convert(conversion, stages)
 
 
@@ -76,7 +76,7 @@ def _begun(conversion: Conversion) -> set[int]:
     return steps if steps < set(conversion.steps) else set()
 
 
-def _convert(conversion: Conversion, stages: Stages) -> Converted:
+def _convert(conversion: Conversion, stages: Stages) -> ConversionResult:
     """Write and commit the steps of a conversion as one group."""
     with _needed_said(conversion), conversion.out.storage_errors(), _workspace(conversion) as store:
         group = Group(f"{len(store.groups):04d}", conversion.steps)
@@ -94,7 +94,7 @@ def _convert(conversion: Conversion, stages: Stages) -> Converted:
             checkpoint.assert_unchanged()
         write_changed(store, group, counts)
         done, notes = _commit(conversion, store, group)
-    return Converted(done.moved_to(conversion.out.address), resumed, notes)
+    return ConversionResult(done.moved_to(conversion.out.address), resumed, notes)
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def _workspace(conversion: Conversion) -> Iterator[Store]:
     staged = out.staged
     staged.make()
     with staged.locked(make=True):
-        if out.exists() and not begun(out):  # another process has ended since ours looked
+        if out.exists() and not has_begun(out):  # another process has ended since ours looked
             if staged != out:
                 staged.remove()
             raise ExistsError(f"{out.shown} has appeared meanwhile; run again to add to it")
@@ -152,10 +152,10 @@ def _clean_up(remove: Callable[[], None]) -> Iterator[None]:
 
 def _drop_group(store: Store) -> None:
     """Remove the group that was not committed."""
-    place(store.address).below(f"groups/{len(store.groups):04d}").remove()
+    locate(store.address).below(f"groups/{len(store.groups):04d}").remove()
 
 
-def _staged_store(conversion: Conversion, staged: Place) -> Store:
+def _staged_store(conversion: Conversion, staged: Location) -> Store:
     """The store that is being built: as an interrupted run left it if that was this same conversion, else new."""
     table = conversion.base.tensors if conversion.base else {}
     store = unfinished_store(staged)
@@ -173,7 +173,7 @@ def _begin(conversion: Conversion, store: Store, group: Group) -> bool:
     records = [checkpoint.record(files.name) for checkpoint in conversion.checkpoints]
     base_record = conversion.base.record(files.name) if base is None and conversion.base else base
     value = {"base": base_record.to_json() if base_record else None, "steps": [r.to_json() for r in records]}
-    begun_group = place(store.address).below(group.path)
+    begun_group = locate(store.address).below(group.path)
     if begun_group.exists():
         certain = all(checkpoint.files for checkpoint in conversion.read)  # else the record would fit other tensors too
         if certain and _as_sources(_recorded(store, group.path)) == _as_sources(value):
@@ -202,7 +202,7 @@ def _as_sources(value: Any) -> Any:
     return [{k: v for k, v in (record or {}).items() if k != "not_stored"} for record in records]
 
 
-def _names(*records: StoredCheckpoint) -> list[str]:
+def _names(*records: CheckpointRecord) -> list[str]:
     return [name for record in records for name in record.files]
 
 
@@ -216,11 +216,11 @@ def _commit(conversion: Conversion, store: Store, group: Group) -> tuple[Store, 
     if base in content:
         step = group.steps[content.index(base)]
         raise CheckpointError(f"step {step}: is the base itself (bit for bit); leave it out with --steps")
-    where = place(store.address)
+    where = locate(store.address)
     for written in ("base", "groups"):
         where.below(written).settle()
     records = _recorded(store, group.path)
-    files = _names(*map(StoredCheckpoint.from_json, [records["base"], *records["steps"]]))
+    files = _names(*map(CheckpointRecord.from_json, [records["base"], *records["steps"]]))
     done = commit(store, replace(group, content=tuple(content)), files, base)
     return done, tuple(_notes(done))
 
