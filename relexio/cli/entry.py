@@ -6,7 +6,7 @@ import sys
 import warnings
 from types import FrameType
 
-INTERRUPTED = "interrupted: nothing half-written has a final name; run the same command again to go on"
+from relexio.cli import INTERRUPTED
 
 
 class _Interrupted(KeyboardInterrupt):

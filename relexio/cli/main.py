@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from relexio.cli.entry import INTERRUPTED
+from relexio.cli import INTERRUPTED
 from relexio.cli.show import note, printable
 from relexio.engine.process import use_one_heap
 from relexio.errors import RelexioError, RelexioWarning

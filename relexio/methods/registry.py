@@ -2,14 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from relexio.methods.eigen import power_iteration, solve
-
-if TYPE_CHECKING:
-    from relexio.methods.recipe import Recipe
 
 Vector = np.ndarray
 Matrix = np.ndarray
@@ -36,8 +33,8 @@ class Window:
         return top[:, :rank]
 
 
-#: (window of one tensor, target steps [S], recipe) -> updates b [T, S].
-Weights = Callable[[Window, Vector, "Recipe"], Matrix]
+#: (window of one tensor, target steps [S], Recipe) -> updates b [T, S].
+Weights = Callable[[Window, Vector, Any], Matrix]
 
 
 @dataclass(frozen=True)
