@@ -214,7 +214,7 @@ def test_skill_is_told_as_far_ahead_as_predict_vouches(facts: Facts) -> None:
 def test_a_random_walk_is_measured_as_everywhere_else(facts: Facts) -> None:
     steps = np.array(facts.findings.window)
     energy, r_squared = random_walk(steps)
-    assert facts.walk.kept == pytest.approx(energy) and facts.walk.line.r_squared == pytest.approx(r_squared)
+    assert facts.walk.energy == pytest.approx(energy) and facts.walk.line.r_squared == pytest.approx(r_squared)
     shares = [row["share"] for row in data.energy_by_direction(facts) if row["of"] == data.WALK]
     assert shares[0] == pytest.approx(energy, rel=1e-4) and len(shares) == 10
 

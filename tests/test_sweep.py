@@ -73,7 +73,7 @@ def scores(out: Path) -> dict[str, object]:
 def test_scores_are_those_of_the_checkpoints(run: Run, store: Store, tmp_path: Path, relexio: Relexio) -> None:
     sums = [float(sum(a.astype(float).sum() for a in run.steps[step].values())) for step in (40, 60)]
     wanted = repr(sums[0] + 2.2 * (sums[1] - sums[0]))
-    command = f"{PYTHON} {ROOT}/tests/scoring.py {{checkpoint}} {wanted}"
+    command = f"{PYTHON} {ROOT}/tests/support/scoring.py {{checkpoint}} {wanted}"
     asked = ("--steps", "50:90:40,60", "--strengths", "0.5,1", "--methods", "relex,pinned", "--rank", 2)
     done = swept(relexio, store, tmp_path / "out", command, *asked)
     assert done.code == 0, done.err
@@ -324,7 +324,8 @@ def test_interrupted_while_it_evaluates(
         os.killpg(group, signal.SIGKILL)
     else:
         assert process.returncode == 130 and "run the same command again" in err and "Traceback" not in err
-        assert not runs(group)
+        while runs(group):  # it was killed; on a busy machine it takes a moment to go
+            time.sleep(0.05)
         assert not (out / "candidates").exists()
     held = scores(out)
     assert held == {"base": 0.0, "observed-step-40": 40.0, "observed-step-60": 60.0, "relex-step-60-strength-1": 60.0}

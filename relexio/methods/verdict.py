@@ -196,7 +196,7 @@ def horizon_for(times: float, tested: float, tried: np.ndarray) -> int | None:
 
 def outlook(test: Backtest, target: int, last: int) -> Outlook:
     """What a backtest of a single trial says of a target beyond the last observed step."""
-    (trial,), strength, times = test.trials, test.strengths[0], target / max(last, 1)
+    trial, strength, times = test.trials[0], test.strengths[0], target / max(last, 1)
     tested = float(test.times.max())
     farthest = min(last + int((test.held_out - test.known).max()), int(last * tested))
     horizon = horizon_for(times, tested, np.unique(test.horizons))

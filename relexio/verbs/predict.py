@@ -153,7 +153,7 @@ def _carried(store: Store, window: tuple[int, ...]) -> tuple[dict[str, str], lis
         *(shard.name for shard in output_shards(store, base)),
         *(base.beside.keys() - base.side.keys()),
     ]
-    names = without_clashes(wanted, own)
+    names = without_clashes(sorted(wanted, key=lambda name: name.count("/")), own)  # a file rather than a directory
     gone = [name for name in wanted if name not in names and name != PROVENANCE]
     return {name: wanted[name] for name in names}, gone
 
