@@ -1,4 +1,4 @@
-"""Where the program starts: what Ctrl-C does is settled before anything large is imported."""
+"""The program starts here: Ctrl-C is handled before anything large is imported."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import sys
 import warnings
 from types import FrameType
 
-INTERRUPTED = "interrupted: nothing half-written has a final name; run the same command again to go on"
+INTERRUPTED = "interrupted: no unfinished output has its final name; run the same command again to continue"
 
 
 class _Interrupted(KeyboardInterrupt):
