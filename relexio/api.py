@@ -37,7 +37,7 @@ def open(path: str | Path) -> "Trajectory":
 
 
 class Trajectory:
-    """Base and checkpoints of one training run with their real steps, read where and when they are needed."""
+    """The base and checkpoints of one training run with their real steps; they are read when needed."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -67,7 +67,7 @@ class Trajectory:
         """
         store, tensor = self._store, self._store.tensor(name)
         if not tensor.kind.is_float:
-            raise RequestError(f"tensor {name} is {tensor.dtype}; deltas are those of BF16, F16 and F32 tensors")
+            raise RequestError(f"tensor {name} is {tensor.dtype}; only BF16, F16 and F32 tensors have deltas")
         parts = [
             da.from_delayed(delayed(partial(_delta_block, store, block))(), (len(self.steps), block.size), np.float64)
             for block in store.blocks(tensor)
@@ -100,7 +100,7 @@ class Trajectory:
         device_memory: int | str | None = None,
         scheduler: str | None = None,
     ) -> "TrajectoryFit":
-        """Fit a method to a window (``"1:75"`` or steps; all stored ones by default), within ``memory`` bytes.
+        """Fit a method to a window (``"1:75"`` or steps; all stored steps by default), within ``memory`` bytes.
 
         Raises RequestError for a window, rank or method that does not fit, BudgetError for too little memory.
         """
@@ -129,7 +129,7 @@ class Trajectory:
 
 @dataclass(frozen=True, repr=False)
 class TrajectoryFit(Fit):
-    """A method fitted to a window of a trajectory, and what predictions may use."""
+    """A method fitted to a window of a trajectory, with the resources that predictions may use."""
 
     resources: Resources = field(default_factory=Resources)
 

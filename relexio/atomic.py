@@ -1,4 +1,4 @@
-"""Stage, fsync, rename: nothing stands under its final name before it is whole."""
+"""Stage, fsync, rename: nothing has its final name before it is complete."""
 
 import ctypes
 import errno
@@ -13,20 +13,20 @@ from relexio.errors import BusyError, ExistsError, StorageError
 
 #: What the name of anything unfinished ends with. Nobody else uses it, so the next run may remove it.
 PARTIAL = ".relexio-partial"
-#: What an error says where it is not bytes that a disk lacks.
+#: Part of the error where a disk lacks inodes, not bytes.
 NO_INODES = "no inode"
 _TRIES = 100
 
 
 def staging(path: Path) -> Path:
-    """Where ``path`` is built before it is whole: the same name with PARTIAL behind it."""
+    """Where ``path`` is built: the same name with PARTIAL at its end."""
     return path.with_name(path.name + PARTIAL)
 
 
 def publish(staged: Path, final: Path) -> None:
     """Make a finished staging directory durable and give it its name. Raises ExistsError if that is taken."""
     sync_tree(staged)
-    taken = ExistsError(f"{final} has appeared meanwhile; what was made stands in {staged}")
+    taken = ExistsError(f"{final} was created by something else meanwhile; the finished output is in {staged}")
     if final.exists():
         raise taken
     try:
@@ -39,12 +39,12 @@ def publish(staged: Path, final: Path) -> None:
 
 
 def write_new(path: Path, data: bytes) -> None:
-    """Write one file, durably, that nobody sees before it is whole. Raises ExistsError if its name is taken."""
+    """Write one file, durably; nobody sees it before it is complete. Raises ExistsError if its name is taken."""
     write_file(staging(path), path, data, new=True)
 
 
 def write_file(staged: Path, final: Path, data: bytes, durable: bool = True, new: bool = False) -> None:
-    """Write a file under another name and rename it, first data, then name ``durable``; remove it after an error.
+    """Write a file under another name and rename it; ``durable`` syncs first its data, then its name. After an error it is removed.
 
     Raises ExistsError if it is to be ``new`` and its name is taken.
     """
@@ -53,7 +53,7 @@ def write_file(staged: Path, final: Path, data: bytes, durable: bool = True, new
         if durable:
             sync(staged)
         if new and final.exists():
-            raise ExistsError(f"{final} has appeared meanwhile; remove it, or give another name")
+            raise ExistsError(f"{final} was created by something else meanwhile; remove it, or give another name")
         staged.replace(final)
         if durable:
             sync(final.parent)
@@ -79,7 +79,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(top: Path) -> None:
-    """Make all below a directory, and itself, durable: the whole file system at once where the C library can.
+    """Make a directory and everything below it durable: the whole file system at once where the C library can.
 
     A store has thousands of small files, and an fsync of each took most of the time of a small conversion.
     """
@@ -97,13 +97,13 @@ def sync_tree(top: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory that this program made, if it is there."""
+    """Remove a directory that this program made, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
 
 
 def empty_tree(directory: Path) -> None:
-    """Remove all that is in a directory of this program's, and keep the directory itself (and a lock on it)."""
+    """Remove everything in a directory of this program, but keep the directory itself (and a lock on it)."""
     for path in directory.iterdir():
         remove_tree(path)
         path.unlink(missing_ok=True)  # what is no directory
@@ -114,7 +114,7 @@ def locked(directory: Path, make: bool = False) -> Iterator[None]:
     """Hold the one writer's lock of a directory; the kernel drops it when the process ends, however it ends.
 
     While it is held, no other process that asks for it gives the directory another name, removes it, or makes it anew.
-    ``make`` makes it where it is not there, but none above it. Raises BusyError if another process holds the lock,
+    ``make`` creates it if it does not exist, but none above it. Raises BusyError if another process holds the lock,
     FileNotFoundError if there is no such directory.
     """
     fd = _lock(directory, make)
@@ -136,7 +136,7 @@ def _lock(directory: Path, make: bool) -> int:
             continue
         if fd is not None:
             return fd
-    raise BusyError(f"{directory}: other processes make and remove it all the time; wait for them to end")
+    raise BusyError(f"{directory}: other processes keep creating and removing it; wait for them to end")
 
 
 def _lock_once(directory: Path) -> int | None:
@@ -172,7 +172,7 @@ def _holder(fd: int) -> str:
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about ``path`` into one clear StorageError."""
+    """Turn an error of the operating system about ``path`` into one clear StorageError."""
     try:
         yield
     except OSError as error:
@@ -184,17 +184,17 @@ def storage_errors(path: Path) -> Iterator[None]:
             errno.EROFS: "the file system is read-only: write elsewhere",
             errno.EACCES: "no permission: check owner and mode",
             errno.EPERM: "no permission: check owner and mode",
-        }.get(error.errno, "run the same command again when it is there")
+        }.get(error.errno, "run the same command again when it is available")
         failure = StorageError(f"{error.filename or path}: {error.strerror}; {advice}")
         failure.errno = error.errno
         raise failure from error
 
 
 def _full(path: Path) -> str:
-    """What to do where a disk takes no more: bytes may be at an end, or inodes, of which each file takes one."""
+    """What to do where a disk is full: it may lack bytes, or inodes, of which every file needs one."""
     disk = os.statvfs(existing_parent(path))
     if disk.f_files and not disk.f_favail:
-        return f"{NO_INODES} of its disk is left, of which each file takes one: remove files and run the same command again"
+        return f"{NO_INODES} is left on its disk, and every file needs one: remove files and run the same command again"
     return f"free space on its disk ({free_bytes(path):,} bytes are left) and run the same command again"
 
 
@@ -204,7 +204,7 @@ def free_bytes(path: Path) -> int:
 
 
 def tree_bytes(top: Path) -> int:
-    """Bytes of all files below a directory that may be looked at; 0 if there is none."""
+    """Bytes of all files below a directory that may be read; 0 if it does not exist."""
     total = 0
     for folder, _, names in os.walk(top):
         for name in names:

@@ -1,4 +1,4 @@
-"""JSON from files that may be broken or hostile: refused before it fills the memory, however it is made."""
+"""JSON from files that may be broken or hostile: refused before it can fill the memory."""
 
 import json
 from collections.abc import Callable
@@ -13,10 +13,11 @@ _EACH = {b":": 4, b",": 16, b"[": 2}
 
 
 def loads(data: bytes, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """The value of a JSON text in UTF-8; ``hook`` makes what an object becomes, as ``object_pairs_hook`` does.
+    """The value of a JSON text in UTF-8; ``hook`` is used as ``object_pairs_hook`` is.
 
-    Signs are counted first, at the speed of memory, since it is not bytes but objects that fill it: a key of twelve
-    bytes takes three hundred. Raises ValueError for what is no JSON, nested too deeply, or more than any model has.
+    Signs are counted first, which is fast, because objects take far more memory than their bytes: a key of twelve bytes
+    takes three hundred. Raises ValueError for text that is not JSON, is nested too deeply, or has more entries than any
+    model.
     """
     tables = data.count(b"{")
     if tables > _TABLES or any(data.count(sign) > each * tables + _MORE for sign, each in _EACH.items()):

@@ -10,11 +10,11 @@ class CheckpointError(RelexioError, ValueError):
 
 
 class IncompleteError(CheckpointError):
-    """A checkpoint of which a part is not there: still being written, or cut off."""
+    """A checkpoint of which a part is missing: still being written, or cut off."""
 
 
 class MissingError(RelexioError, FileNotFoundError):
-    """A file or directory that was named and is not there."""
+    """A file or directory that was named but does not exist."""
 
 
 class ExistsError(RelexioError, FileExistsError):
@@ -26,7 +26,7 @@ class StoreError(RelexioError, ValueError):
 
 
 class RequestError(RelexioError, ValueError):
-    """A request that the data cannot answer: a step, window, rank, or tensor that is not there."""
+    """A request that the data cannot answer: a step, window, rank or tensor that does not exist."""
 
 
 class BudgetError(RelexioError, ValueError):
@@ -34,11 +34,11 @@ class BudgetError(RelexioError, ValueError):
 
 
 class DeviceError(RelexioError, ValueError):
-    """A device that was asked for and is not to be had."""
+    """A device that was requested and is not available."""
 
 
 class StorageError(RelexioError, OSError):
-    """The disk or the object storage said no: full, read-only, not permitted, or gone."""
+    """The disk or the object storage refused: full, read-only, not permitted, or gone."""
 
 
 class BusyError(RelexioError, BlockingIOError):
@@ -54,4 +54,4 @@ class EvaluationError(RelexioError, RuntimeError):
 
 
 class RelexioWarning(UserWarning):
-    """Work goes on, and right, but not as planned. Its text says what, and what to do."""
+    """The work continues, and its result is right, but not as planned. The text says why, and what to do."""

@@ -1,4 +1,4 @@
-"""How long work tells how far it is: a stage with a number of bytes, and an ``advance`` that is told of each part."""
+"""How long work reports progress: a stage has a number of bytes, and its ``advance`` is called with those done."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -8,5 +8,5 @@ Stages = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 def silent(name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-    """A stage that tells nobody."""
+    """A stage that reports nothing."""
     return nullcontext(lambda count: None)

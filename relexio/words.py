@@ -1,4 +1,4 @@
-"""Sizes and steps in words: what the user writes, read; what the program says, written."""
+"""Sizes and steps as text: parsing what the user writes, and formatting what the program prints."""
 
 import re
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ def stem(address: str) -> str:
 
 
 def without_secrets(text: str, address: str = "") -> str:
-    """A text without what ``shown`` leaves out of every address in it; and without that of ``address``, wherever it is."""
+    """A text without the secrets that ``shown`` hides, of every address in it and of ``address`` wherever it occurs."""
     login, query = _secrets(address)
     password = login.partition(":")[2]
     for secret in (query, login, password if len(password) >= _SHORT else ""):

@@ -135,8 +135,8 @@ STEPS: dict[str, tuple[Spoil, list[str]]] = {
     "another shape": (tensors(lambda t: t.update({NORM: t[NORM][1:]})), [NORM, "shape [23]", "[24]"]),
     "a turned shape": (tensors(lambda t: t.update({EMBED: t[EMBED].T})), [EMBED, "[8, 16]", "[16, 8]"]),
     "another dtype": (tensors(lambda t: t.update({EMBED: t[EMBED].astype("f2")})), [EMBED, "dtype F16", "BF16"]),
-    "a missing tensor": (tensors(lambda t: t.pop(NORM)), [NORM, "lacks"]),
-    "one tensor more": (tensors(lambda t: t.update(extra=t[NORM])), ["extra", "more tensors"]),
+    "a missing tensor": (tensors(lambda t: t.pop(NORM)), [NORM, "lacks tensors of"]),
+    "one tensor more": (tensors(lambda t: t.update(extra=t[NORM])), ["extra", "tensors that are not in"]),
     "NaN": (element(NORM, np.nan), [NORM, "NaN"]),
     "infinity": (element(EMBED, np.inf), [EMBED, "Inf"]),
     "minus infinity": (element(HEAD, -np.inf), [HEAD, "Inf"]),
@@ -217,7 +217,11 @@ def test_damaged_zarr_metadata_is_refused(relexio: Relexio, command: str, node: 
 @pytest.mark.parametrize("command", [PREDICT, INSPECT, APPEND])
 @pytest.mark.parametrize(
     ("record", "says"),
-    [({"format": 3}, "upgrade"), ({"format": 1}, "convert the run again"), ({"format": "1"}, "no relexio trajectory")],
+    [
+        ({"format": 3}, "upgrade"),
+        ({"format": 1}, "convert the run again"),
+        ({"format": "1"}, "not a relexio trajectory"),
+    ],
 )
 def test_a_store_of_another_format_is_refused(relexio: Relexio, command: str, record: Any, says: str) -> None:
     edit(Path("store/zarr.json"), lambda z: z["attributes"]["relexio"].update(record))
@@ -251,11 +255,11 @@ REQUESTS = {
     f"{PREDICT} --strength 1e44": ["overflows", "BF16"],
     f"{PREDICT} --strength 1e308": ["--strength"],
     f"{PREDICT} --method reconstruct": ["--step 9", "1..3"],
-    f"{PREDICT} --method secant --rank 2": ["--rank means nothing to --method secant"],
+    f"{PREDICT} --method secant --rank 2": ["--method secant does not use --rank"],
     f"{PREDICT} --fit poly3": ["--fit poly3", "at least 4 steps", "has 3"],
     f"{PREDICT} --method mean --last 4": ["--last 4", "1 to 3"],
     "predict store --refit 1 --step 1000000000 -o out": ["1000000000", "--refit"],
-    f"{PREDICT} --include *.nothing": ["--include '*.nothing'", "none of the"],
+    f"{PREDICT} --include *.nothing": ["--include '*.nothing'", "matches none of the"],
     f"{PREDICT} --exclude *": ["leave no tensor"],
     "reconstruct store --step 9 -o out": ["--step 9", "1..3"],
     "reconstruct store --step 2 --rank 4 -o out": ["--rank 4", "1 to 3"],
@@ -275,7 +279,7 @@ REQUESTS = {
     f"inspect base/{FILE}": [FILE, "not a relexio trajectory"],
     "convert steps --base base -o steps": ["steps: exists and is not a trajectory"],
     f"convert steps --base base -o base/{FILE}": [f"{FILE}: exists and is not a trajectory"],
-    "convert steps --base base -o store/base": ["store/base", "no relexio trajectory"],
+    "convert steps --base base -o store/base": ["store/base", "not a relexio trajectory"],
     "convert steps --base absent -o new": ["absent: no such directory"],
     "convert steps -o new": ["new", "--base"],
     "convert absent --base base -o new": ["absent: no such directory"],

@@ -13,7 +13,7 @@ from tests.support.make import BF16, Run, Tensors, base_tensors, make_run, move,
 from tests.support.steps import fit_run, store_run
 
 STEPS = (1, 2, 3, 5, 8, 13, 21, 34)
-ASKED = "is this the model that training began from? If not, convert with that one as --base"
+ASKED = "is this the model that training began from? If not, convert again with that model as --base"
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_what_needs_the_base_is_not_advised(wrong: Run, tmp_path: Path, relexio:
     shown = relexio("backtest", store.address)
     said = shown.out.partition("verdict\n")[2]
     assert said.startswith("Step 1 is about ") and ASKED in said
-    assert "How sure: high" not in said and "How sure: moderate" not in said
+    assert "Confidence (in weights): low" in said or "Train on instead of extrapolating" in said
     found = json.loads(relexio("backtest", store.address, "--json").out)
     assert not METHODS[found["verdict"]["method"]].needs_base
     assert found["verdict"]["sure"] in ("low", "none")

@@ -48,7 +48,7 @@ def test_convert_tells_what_it_will_do_and_did(run: Run, tmp_path: Path, relexio
         (run.steps_path / f"global_step_{s}" / "model.safetensors").stat().st_size for s in (10, 20, 30)
     )
     again = relexio(*command)
-    assert "every step is stored already" in again.out and again.code == 0
+    assert "all steps are stored already" in again.out and again.code == 0
 
 
 def test_predict_tells_what_it_will_do_and_did(run: Run, tmp_path: Path, relexio: Relexio) -> None:
@@ -223,7 +223,7 @@ def test_side_files_where_predictions_have_their_own(tmp_path: Path, relexio: Re
     assert relexio("convert", run.steps_path, "--base", run.base_path, "-o", tmp_path / "run.zarr").code == 0
     done = relexio("predict", tmp_path / "run.zarr", "--step", 20, "-o", out)
     assert done.code == 0, done.err
-    (said,) = (line for line in done.err.splitlines() if "not in the prediction" in line)
+    (said,) = (line for line in done.err.splitlines() if "left out of the prediction" in line)
     assert all(name in said for name in (*strange, "config.json/x.json"))
     assert (out / "README.md").is_file() and (out / "relexio.json").is_file() and (out / "config.json").is_file()
     for step, original in (("base", run.base_path), (8, run.steps_path / "global_step_8")):

@@ -202,7 +202,7 @@ def test_a_block_that_kills_its_workers_is_an_error(run: Run, tmp_path: Path) ->
     ):
         made.scheduler.allowed_failures = 0
         client.run(replace_function, "relexio.engine.blocks", "to_host", die)
-        with pytest.raises(ClusterError, match=r"workers died .* memory"):
+        with pytest.raises(ClusterError, match=r"every worker that took one block died, .* memory"):
             fit_run(trajectory, resources=there)
     assert not list((tmp_path / "run.zarr" / "cache").iterdir())
 

@@ -169,7 +169,7 @@ def test_a_directory_inside_a_step_may_not_lead_out_of_it(tmp_path: Path) -> Non
     made = make_run(tmp_path)
     (tmp_path / "step").mkdir()
     (tmp_path / "step" / "huggingface").symlink_to(made.base_path)
-    with pytest.raises(CheckpointError, match="a link out of its step"):
+    with pytest.raises(CheckpointError, match="a link that leads out of its step"):
         model_directory(tmp_path / "step")
 
 

@@ -195,7 +195,7 @@ def test_an_interrupted_convert_goes_on_though_the_trainer_tidied_up(
         assert relexio("convert", run.steps_path, "--base", run.base_path, "-o", "run.zarr").code == 1
     (run.steps_path / "global_step_1/optimizer.pt").unlink()
     done = relexio("convert", run.steps_path, "--base", run.base_path, "-o", "run.zarr")
-    assert done.code == 0 and "went on with" in done.err
+    assert done.code == 0 and "continued from what an interrupted run" in done.err
     store = open_store(tmp_path / "run.zarr")
     assert "optimizer.pt" not in store.record(1).not_stored.files and "optimizer.pt" in store.record(2).not_stored.files
     assert relexio("verify", "run.zarr").code == 0

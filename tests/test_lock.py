@@ -95,7 +95,7 @@ def test_what_is_locked_has_gone(tmp_path: Path, meanwhile: Meanwhile) -> None:
 def test_it_ends_where_the_directory_never_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = tmp_path / "one"
     monkeypatch.setattr(fcntl, "flock", lambda *_: one.rmdir())
-    with pytest.raises(BusyError, match="all the time"), locked(one, make=True):
+    with pytest.raises(BusyError, match="keep creating and removing it"), locked(one, make=True):
         pass
     open_files = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0  # noqa: PTH208
     assert open_files < 100 or not open_files, "what was opened in vain is closed again"
@@ -106,7 +106,7 @@ def test_another_convert_has_ended(run: Run, tmp_path: Path, relexio: Relexio, m
     store = tmp_path / "run.zarr"
     convert = ["convert", run.steps_path, "--base", run.base_path, "-o", store]
     meanwhile(lambda: in_process(*convert, "--steps", "1:2"))
-    refused(relexio(*convert), "has appeared meanwhile; run again to add to it")
+    refused(relexio(*convert), "was created by something else meanwhile; run again to add to it")
     whole(relexio, store, (1, 2))
     assert relexio(*convert).code == 0
     whole(relexio, store, (1, 2, 3, 4))
@@ -126,7 +126,7 @@ def test_another_convert_has_ended_before_ours_makes_its_directory(
     from relexio.verbs.convert import convert as real
 
     monkeypatch.setattr("relexio.verbs.convert.convert", convert_later)
-    refused(relexio(*convert), "has appeared meanwhile; run again to add to it")
+    refused(relexio(*convert), "was created by something else meanwhile; run again to add to it")
     whole(relexio, store, (1, 2))
 
 
@@ -149,7 +149,7 @@ def test_another_prediction_has_ended(run: Run, tmp_path: Path, relexio: Relexio
     predict = ["predict", store, "--step", 9, "-o", out]
     assert relexio(*predict[:-1], tmp_path / "other").code == 0  # the fit is kept: the next lock is that of the output
     meanwhile(lambda: in_process(*predict))
-    refused(relexio(*predict), "has appeared meanwhile; give another -o")
+    refused(relexio(*predict), "was created by something else meanwhile; give another -o")
     assert snapshot(out) == snapshot(tmp_path / "other") and not staging(out).exists()
     shutil.rmtree(out)
     meanwhile(lambda: (staging(out).rmdir(), staging(out).mkdir()))

@@ -114,15 +114,15 @@ def test_targets_do_not_depend_on_each_other(deltas: np.ndarray) -> None:
     ("recipe", "said"),
     [
         (Recipe("nothing"), "known are relex"),
-        (Recipe("secant", rank=2), "--rank means nothing to --method secant; it is for relex, pinned, reconstruct"),
-        (Recipe("mean", curve="poly2"), "--fit means nothing to --method mean"),
-        (Recipe("relex", last=2), "--last means nothing"),
+        (Recipe("secant", rank=2), "--method secant does not use --rank; only relex, pinned, reconstruct do"),
+        (Recipe("mean", curve="poly2"), "--method mean does not use --fit"),
+        (Recipe("relex", last=2), "does not use --last"),
         (Recipe("relex", 9), "give 1 to 8"),
         (Recipe("mean", last=9), "give 1 to 8"),
         (Recipe("relex", curve="spline"), "known are line"),
         (Recipe("relex", refit=0), "give 1 to 8"),
         (Recipe("relex", refit=9), "give 1 to 8"),
-        (Recipe("relex", strength=float("nan")), "reasonable size"),
+        (Recipe("relex", strength=float("nan")), "out of range"),
     ],
 )
 def test_what_cannot_be_is_refused(recipe: Recipe, said: str) -> None:
@@ -207,7 +207,7 @@ def test_chosen_tensors_alone_are_predicted(run: Run, tmp_path: Path, others: st
     out = tmp_path / "out"
     command = ("predict", tmp_path / "run.zarr", "--step", 100, "--exclude", "*norm*", "--others", others, "-o", out)
     done = relexio(*command)
-    assert done.code == 0 and "2 of 3; the others are those of" in done.out
+    assert done.code == 0 and "2 of 3; the others are as in" in done.out
     found, whole = (
         load_checkpoint(out),
         load_checkpoint(predict_run(fit_run(open_store(tmp_path / "run.zarr")), 100, tmp_path / "all")),
@@ -240,11 +240,14 @@ def test_two_point_keeps_norms_and_secant_does_not(run: Run, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("choice", "said"),
     [
-        (Choice(include=("*.nothing",)), "--include '\\*.nothing' fits none of the 3 tensors"),
-        (Choice(exclude=("q",)), "--exclude 'q' fits none"),
+        (
+            Choice(include=("*.nothing",)),
+            "--include '\\*.nothing' matches none of the 3 tensors; their names look like",
+        ),
+        (Choice(exclude=("q",)), "--exclude 'q' matches none"),
         (Choice(exclude=("*",)), "leave no tensor"),
         (Choice(others="first"), "give base or last"),
-        (Choice(others="base"), "means nothing without --include or --exclude"),
+        (Choice(others="base"), "has no effect without --include or --exclude"),
     ],
 )
 def test_a_choice_of_nothing_is_refused(choice: Choice, said: str) -> None:

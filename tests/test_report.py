@@ -331,7 +331,7 @@ def test_two_steps_and_one_tensor(relexio: Relexio, tmp_path: Path, dtype: np.dt
     page = Page(out.read_text())
     assert [figure["name"] for figure in page.content["figures"]] == list(FIGURES[1:-1])
     said = "".join(t for _, t in page.texts)
-    assert "There is no verdict: a backtest takes at least three observed steps, and the window has 2." in said
+    assert "There is no verdict: a backtest needs at least 3 observed steps, and the window has 2." in said
     assert sorted(p.stem for p in (tmp_path / "png").iterdir()) == sorted(FIGURES[1:-1])
 
 

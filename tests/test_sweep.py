@@ -101,7 +101,7 @@ def test_scores_are_those_of_the_checkpoints(run: Run, store: Store, tmp_path: P
     assert len(lines) == 15 and lines[0] == f"[1/15] base: {truth['base']:.4g}"
     last = f"(last observed {truth['observed-step-40']:.4g})"
     assert lines[-1] == f"[15/15] pinned, step 90, strength 1: {truth['pinned-step-90-strength-1']:.4g} {last}"
-    assert "the best of 12 predictions" in done.out and "flattered" in done.out
+    assert "the best of 12 predictions" in done.out and "looks better than it is" in done.out
     shown = done.out[: done.out.index("\n\n")].splitlines()
     assert len(shown) == 17 and max(map(len, shown)) <= 80 and sum("*" in line for line in shown[1:-1]) == 1
     check_csv(tmp_path / "out")
@@ -152,8 +152,8 @@ def test_the_score_in_a_line(line: str, metric: str | None, score: float) -> Non
         ("1" * 400, None, "not a finite number"),
         ("[" + "1" * 400 + "]", None, "not a finite number"),
         ("true", None, "no number at all"),
-        ('{"a": 1, "b": 2}', None, r"2 numbers \(a, b\) in the last line; choose with --metric"),
-        ('{"a": 1}', "b", r"--metric b: no number of that name in the last line, but 1 number \(a\)"),
+        ('{"a": 1, "b": 2}', None, r"2 numbers \(a, b\) in the last line; choose one with --metric"),
+        ('{"a": 1}', "b", r"--metric b: no number of that name in the last line; it has 1 number \(a\)"),
         ("0.5", "acc", "a number alone"),
         ("[" * 100_000, None, "neither a number"),
     ],
@@ -195,7 +195,7 @@ def test_evaluations_that_fail_or_hang_do_not_end_it(
     done = swept(relexio, store, out, BROKEN, "--steps", "50:90:10", "--timeout", 8)
     assert done.code == 0, done.err
     found = {name: (row["score"], row["failed"]) for name, row in table(out).items()}
-    many = "2 numbers (acc, n) in the last line; choose with --metric"
+    many = "2 numbers (acc, n) in the last line; choose one with --metric"
     assert found == {
         "base": (None, many),
         "observed-step-40": (None, many),
@@ -424,15 +424,15 @@ def test_what_is_refused_before_anything_is_run(store: Store, tmp_path: Path, re
     (tmp_path / "broken" / "results.json").write_text('{"format": 1, "results": []}')
     for command, more, code, said in (
         (eval_, ("--steps", "30,50"), 1, "--step 30 is not beyond the window, which ends at step 40"),
-        ("python my_eval.py", ("--steps", "50"), 1, "has no {checkpoint}"),
-        ("python my_eval.py ${checkpoint}", ("--steps", "50"), 1, "has no {checkpoint}"),
+        ("python my_eval.py", ("--steps", "50"), 1, "must contain {checkpoint}"),
+        ("python my_eval.py ${checkpoint}", ("--steps", "50"), 1, "must contain {checkpoint}"),
         (eval_, ("--steps", "50", "--methods", "relex,magic"), 1, "unknown method 'magic'"),
         (eval_, ("--steps", "50", "--strengths", "nan"), 1, "--strength nan"),
         (eval_, ("--steps", "50", "--strengths", ","), 1, "nothing to predict"),
         (eval_, ("--steps", "50", "--rank", 9), 1, "--rank 9"),
         (eval_, ("--steps", "50", "--memory", "1MB"), 1, "memory"),
-        (eval_, ("--steps", "50", "-o", tmp_path / "taken"), 1, "is no sweep"),
-        (eval_, ("--steps", "50", "-o", tmp_path / "broken"), 1, "not as a sweep writes it"),
+        (eval_, ("--steps", "50", "-o", tmp_path / "taken"), 1, "is not a sweep"),
+        (eval_, ("--steps", "50", "-o", tmp_path / "broken"), 1, "not a table that a sweep wrote"),
         (eval_, ("--steps", "50", "-o", "s3://bucket/x"), 1, "local directory"),
         (eval_, ("--steps", "50:"), 2, "give an end and a stride"),
         (eval_, ("--steps", "50", "--strengths", "0.5,much"), 2, "is not a list of numbers"),

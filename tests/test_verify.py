@@ -171,7 +171,7 @@ def test_the_last_step_may_be_unfinished(run: Run, tmp_path: Path, relexio: Rele
     (run.steps_path / "global_step_8").mkdir()
     done = relexio("convert", run.steps_path, "--base", run.base_path, "-o", "run.zarr")
     assert done.code == 0, done.err
-    assert "step 7 is not whole yet" in done.err and "step 8 is not whole yet" in done.err
+    assert "step 7 is not complete yet" in done.err and "step 8 is not complete yet" in done.err
     assert relexio("convert", run.steps_path, "-o", "run.zarr", "--steps", "7").code == 1, "asked for by its number"
     file.write_bytes(whole)
     assert relexio("convert", run.steps_path, "-o", "run.zarr").code == 0

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: their names, and which besides the weights belong to the model, by the rule of docs/store.md."""
+"""The files of a checkpoint: their names, and which of them belong to the model, by the rule of docs/store.md."""
 
 import os
 from collections import Counter
@@ -47,7 +47,7 @@ class File:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a file. A link to a name that no file can have leads nowhere, like any other dead link."""
+    """Whether the path is a file. A link to a name that no file can have counts as a dead link."""
     try:
         return path.is_file()
     except OSError as error:
@@ -57,7 +57,7 @@ def is_file(path: Path) -> bool:
 
 
 def inside(directory: Path, file: Path) -> Path:
-    """The file. Raises CheckpointError for a link out of its directory: what it leads to would be stored, and published.
+    """The file. Raises CheckpointError for a link out of its directory: its target would be stored, and published.
 
     The Hub's cache is made of links to ``blobs`` beside ``snapshots``; these are followed.
     """
@@ -69,7 +69,7 @@ def inside(directory: Path, file: Path) -> Path:
 
 
 def side_files(directory: Path, taken: Collection[str]) -> dict[str, Path]:
-    """The files of the model besides those ``taken``, which hold its weights, by their path inside the directory.
+    """The files of the model except those ``taken``, which hold its weights, by their path inside the directory.
 
     Raises CheckpointError for a link to a file outside.
     """
@@ -78,9 +78,9 @@ def side_files(directory: Path, taken: Collection[str]) -> dict[str, Path]:
 
 
 def left_out(top: Path, model: Path, stored: Collection[str]) -> dict[str, int]:
-    """Bytes of what is below ``top`` and not among the files ``stored`` of the model's directory in it, by path.
+    """Bytes, by path, of everything below ``top`` but the files ``stored`` of the model's directory in it.
 
-    A directory of which nothing is stored is one entry, with a slash; what is no regular file has no bytes.
+    A directory of which nothing is stored is one entry, with a slash; anything but a regular file counts 0 bytes.
     """
     prefix = "" if model == top else f"{model.relative_to(top).as_posix()}/"
     inner = {prefix + name for name in stored}
@@ -95,14 +95,14 @@ def left_out(top: Path, model: Path, stored: Collection[str]) -> dict[str, int]:
 
 
 def is_state(name: str) -> bool:
-    """Whether a path inside a checkpoint is that of something without which training cannot go on."""
+    """Whether a path inside a checkpoint is training state: training cannot resume without it."""
     *folders, last = PurePosixPath(name).parts
     folders += [last] if name.endswith("/") else []
     return _matches(last, _STATE) or any(_matches(folder, _STATE_FOLDERS) for folder in folders)
 
 
 def is_tensors(name: str) -> bool:
-    """Whether a file holds tensors, or says where they are: a prediction has its own, and no others beside them."""
+    """Whether a file holds tensors, or an index of them: a prediction has its own, and copies none."""
     return PurePosixPath(name).suffix in _TENSORS or name.endswith(".index.json")
 
 

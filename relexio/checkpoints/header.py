@@ -67,7 +67,7 @@ def read_shard(path: Path) -> Shard:
         if length > min(MAX_HEADER, stat.st_size - 8):
             raise IncompleteError(
                 f"{path}: truncated or not a safetensors file: "
-                f"it announces a header of {length:,} bytes and has {stat.st_size:,} in all; copy the file again"
+                f"its header should have {length:,} bytes and has {stat.st_size:,} in all; copy the file again"
             )
         header = _keep_one(file.read(length))
     parse_header(header, stat.st_size, path)
@@ -88,7 +88,7 @@ def parse_header(header: bytes, size: int, path: Path | str) -> tuple[Entry, ...
     table = parse_json(header, path)
     metadata = table.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise CheckpointError(f"{path}: its __metadata__ is not a table of texts")
+        raise CheckpointError(f"{path}: its __metadata__ does not map strings to strings")
     first = 8 + len(header)
     entries = sorted(
         (_entry(name, value, first, path) for name, value in table.items()), key=lambda e: (e.start, e.end)
@@ -122,7 +122,7 @@ def parse_json(data: bytes, path: Path | str) -> dict[str, Any]:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key is repeated")
     return result
 
 

@@ -81,7 +81,7 @@ def choose(
 ) -> tuple[dict[int, Source], list[str]]:
     """All chosen steps, by step: model directories below ``root``, and those (or checkpoints) named one by one.
 
-    Raises CheckpointError if two claim one step, RequestError if nothing is chosen or a wanted step is not there.
+    Raises CheckpointError if two claim one step, RequestError if nothing is chosen or a requested step is missing.
     """
     below, rest = find_steps(root, selection) if root is not None else ({}, [])
     steps: dict[int, Source] = {**below}
@@ -108,7 +108,7 @@ def _step_directory(model: Path, root: Path | None) -> Path:
 
 
 def _advice(root: Path | None) -> str:
-    """What to do where a directory holds no steps."""
+    """Advice where a directory holds no steps."""
     if root is not None and (match := _STEP.fullmatch(root.name)):
         return f"it is itself a step; give its parent directory, or --checkpoint {match[1]}={root}"
     below = sorted(p.parent for p in root.glob("*/*") if p.is_dir() and _STEP.fullmatch(p.name)) if root else []
@@ -134,7 +134,7 @@ def model_directory(path: Path) -> Path:
         candidate = path / inside if inside else path
         if candidate.is_dir() and not candidate.resolve().is_relative_to(path.resolve()):
             raise CheckpointError(
-                f"{candidate}: a link out of its step; put a copy in its place, or name it with --checkpoint"
+                f"{candidate}: a link that leads out of its step; put a copy in its place, or name it with --checkpoint"
             )
         if candidate.is_dir() and _holds_model(candidate):
             return candidate

@@ -1,8 +1,8 @@
-"""What a checkpoint is, to all that stores, compares and writes it again.
+"""What a checkpoint is to the code that stores, compares and writes it.
 
 A new input format is a class that inherits from ``Checkpoint``, in a module of its own in this room, and an entry in
-``layout.FORMATS`` that says by which files it is known. It provides the data below, and ``held`` or ``read``; what else
-it can do better than the defaults it overrides. Nothing outside this room knows what its files look like.
+``layout.FORMATS`` that names the files by which it is recognized. It provides the data below, and ``held`` or ``read``,
+and overrides the defaults that it can improve on. Nothing outside this room knows what its files look like.
 
 What comes back: every tensor bit for bit, and the side files. A checkpoint that was read from safetensors files comes
 back as the same files. Any other is written as one ``model.safetensors``: its tensors in the order of the base's table
@@ -28,10 +28,10 @@ Read = Callable[[int, memoryview], None]
 class Checkpoint(Protocol):
     """One model at one training step, or the base. It can be pickled, as blocks may be read in other processes.
 
-    ``step`` is None for the base; ``label`` is how errors name it, ``source`` what the record says of where it was.
+    ``step`` is None for the base; ``label`` names it in errors, ``source`` says in the record where it was.
     ``tensors`` are in the order in which they are to be written. Their bytes are little-endian, as in safetensors files.
     ``files`` hold the weights: every worker must see them, and they must not change while they are read. Without files
-    only its bytes say whether a checkpoint is still the same: they are compared, and no interrupted conversion goes on.
+    only its bytes show whether a checkpoint is still the same: they are compared, and an interrupted conversion starts anew.
     ``side`` has the model's other files by their path inside the checkpoint, or their bytes. ``directory`` holds all that
     the trainer wrote, if there is one.
     """
@@ -45,19 +45,19 @@ class Checkpoint(Protocol):
     directory: Path | None
 
     def read(self, name: str, first_byte: int, out: memoryview) -> None:
-        """Fill ``out`` (bytes) with a tensor's bytes from ``first_byte`` on. Raises CheckpointError if they end before."""
+        """Fill ``out`` (bytes) with a tensor's bytes from ``first_byte`` on. Raises CheckpointError if they end early."""
         with self.held(name, first_byte, len(out)) as read:
             read(first_byte, out)
 
     def held(self, name: str, first_byte: int, nbytes: int) -> AbstractContextManager[Read]:
-        """Keep open, and read ahead, what holds these bytes of a tensor: they will be read piece by piece.
+        """Keep the files of these bytes of a tensor open, and read ahead: they will be read piece by piece.
 
-        A block is read at many steps in turn, so that many are held at once: no more than one or two files each.
+        A block is read at many steps in turn, so many are held at once: open no more than one or two files each.
         """
         return _as_it_is(partial(self.read, name))
 
     def assert_unchanged(self) -> None:
-        """Raise CheckpointError if a file is not the one any more that was opened."""
+        """Raise CheckpointError if a file has changed since it was opened."""
         for file in self.files:
             stat = file.path.stat()
             if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
@@ -66,7 +66,7 @@ class Checkpoint(Protocol):
                 )
 
     def not_stored(self) -> dict[str, int]:
-        """Bytes of what is there and does not belong to the model, by path; a directory of such is one entry."""
+        """Bytes, by path, of everything that does not belong to the model; a directory of such files is one entry."""
         return {}
 
     def record(self, name_of: Callable[[Path | bytes], str]) -> CheckpointRecord:
@@ -78,7 +78,7 @@ class Checkpoint(Protocol):
         parse_header(header, 8 + len(header) + sum(tensor_bytes(*t) for t in self.tensors.values()), self.label)
         for name in (SINGLE, INDEX):
             if name in self.side:
-                raise CheckpointError(f"{self.label}: a side file has the name {name}, which its weights will get")
+                raise CheckpointError(f"{self.label}: a side file is named {name}, as its weights will be")
         side = {name: name_of(data) for name, data in self.side.items()}
         return CheckpointRecord(self.step, self.source, (), None, side, NotStored.of(self.not_stored()))
 

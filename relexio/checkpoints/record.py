@@ -1,4 +1,4 @@
-"""What a store keeps of a checkpoint besides its tensors: where it came from, its files, and what was not stored of it."""
+"""What a store keeps of a checkpoint besides its tensors: its source, its files, and a list of what was not stored."""
 
 import os
 import re
@@ -28,7 +28,7 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class NotStored:
-    """What a checkpoint's directory held besides: bytes by path, of the largest only, how many more, and all bytes."""
+    """What a checkpoint's directory held besides: bytes by path of the largest, the number of the others, and all bytes."""
 
     files: dict[str, int] = field(default_factory=dict)
     more: int = 0
@@ -43,7 +43,7 @@ class NotStored:
 
     @classmethod
     def from_json(cls, value: Json) -> "NotStored":
-        """From Zarr attributes. Raises ValueError for what no writer writes."""
+        """From Zarr attributes. Raises ValueError for anything that a writer would not write."""
         rest = cls(dict(value["files"]), value["more"], value["bytes"])
         require(all(map(is_text, rest.files)), "files have names")
         require(all(map(is_count, (*rest.files.values(), rest.more, rest.bytes))), "sizes are numbers")
@@ -76,7 +76,7 @@ class CheckpointRecord:
 
     @property
     def beside(self) -> dict[str, str]:
-        """The arrays of the files that stand beside the weights, by name: the side files, and the index of the shards."""
+        """The arrays of the files that lie beside the weights, by name: the side files, and the index of the shards."""
         return self.side if self.index is None else {**self.side, INDEX: self.index}
 
     @property
@@ -100,7 +100,7 @@ class CheckpointRecord:
         return bool(stamps) and stamps == [(shard.size, shard.mtime_ns) for shard in self.shards]
 
     def unlike(self, other: "CheckpointRecord") -> Iterator[tuple[str, bool]]:
-        """The names of files that are not the same in both, by the hashes that name their arrays; and whether it has them.
+        """The names of files that differ between the two, by the hashes that name their arrays, and whether this one has them.
 
         Headers and index are compared where both were read from safetensors files.
         """
@@ -113,20 +113,20 @@ class CheckpointRecord:
                 yield name, name in ours
 
     def to_json(self) -> Json:
-        """As it stands in Zarr attributes; nothing is said of what was not stored where that is nothing."""
+        """The record for Zarr attributes; an empty list of what was not stored is left out."""
         value = {**asdict(self), "shards": [asdict(shard) for shard in self.shards]}
         return value if self.not_stored.files else {k: v for k, v in value.items() if k != "not_stored"}
 
     @classmethod
     def from_json(cls, value: Json) -> "CheckpointRecord":
-        """From Zarr attributes. Raises ValueError for what no writer writes."""
+        """From Zarr attributes. Raises ValueError for anything that a writer would not write."""
         shards = tuple(ShardRecord(s["name"], s["size"], s["mtime_ns"], s["header"]) for s in value["shards"])
         rest = NotStored.from_json(value["not_stored"]) if "not_stored" in value else NotStored()
         record = cls(value["step"], value["source"], shards, value["index"], dict(value["side"]), rest)
         names = [shard.name for shard in shards] or [SINGLE]
-        require(is_text(record.source), "a source is a text")
+        require(is_text(record.source), "a source is text")
         for name in (*names, *record.side):
-            require(is_text(name) and _is_inside(name), f"a file stands inside its directory, and {name!r} does not")
+            require(is_text(name) and _is_inside(name), f"a file is inside its directory, and {name!r} is not")
         require(all(name == PurePosixPath(name).name for name in names), "a shard is in no directory below")
         require(record.side.keys().isdisjoint(names), "a side file has a name of its own")
         arrays = [*record.side.values(), *(s.header for s in shards), *([] if record.index is None else [record.index])]
@@ -143,7 +143,7 @@ def require(right: object, rule: str) -> None:
 
 
 def is_text(value: Any) -> bool:
-    """Whether it is text that a file system can have: JSON may hold halves of characters."""
+    """Whether it is text that a file system can hold: JSON may contain half characters."""
     try:
         return isinstance(value, str) and os.fsencode(value) is not None
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Checkpoints as Hugging Face directories: which safetensors files hold which tensors, and what else is there."""
+"""Checkpoints as Hugging Face directories: which safetensors files hold which tensors, and which other files exist."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from relexio.errors import CheckpointError, IncompleteError, MissingError
 class HuggingFace(Checkpoint):
     """One model directory at one training step (None: the base); ``top`` is all that the trainer wrote, with the model in it.
 
-    ``index`` has the bytes of the index of the shards, if there is one.
+    ``index`` has the bytes of the index of the shards, if it has one.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class HuggingFace(Checkpoint):
         self.tensors, self._places = _tables(tuple((shard.header, shard.size) for shard in shards))
 
     def locate(self, name: str) -> tuple[Path, Entry]:
-        """Where a tensor stands: the shard, and its entry there."""
+        """Where a tensor is: the shard, and its entry there."""
         number, entry = self._places[name]
         return self.shards[number].path, entry
 
@@ -55,7 +55,7 @@ class HuggingFace(Checkpoint):
             os.close(fd)
 
     def not_stored(self) -> dict[str, int]:
-        """Bytes of what is there and does not belong to the model, by path; a directory of such is one entry."""
+        """Bytes, by path, of everything that does not belong to the model; a directory of such files is one entry."""
         stored = {*self.side, *(shard.path.name for shard in self.shards), *([] if self.index is None else [INDEX])}
         return left_out(self.directory, self.path, stored)
 
@@ -97,7 +97,7 @@ def _open(path: Path, step: int | None, top: Path | None) -> HuggingFace:
         raise CheckpointError(f"{path}: holds both {SINGLE} and {INDEX}; remove the one that is not the model")
     if is_file(index):
         if index.stat().st_size > MAX_HEADER:
-            raise CheckpointError(f"{index}: {index.stat().st_size:,} bytes, which no index has; copy it again")
+            raise CheckpointError(f"{index}: {index.stat().st_size:,} bytes, more than any index has; copy it again")
         data = inside(path, index).read_bytes()
         shards = _sharded(path, data)
     else:
@@ -114,7 +114,7 @@ def _not_a_directory(path: Path) -> str:
     if path.exists():
         return "is a file; give the directory that holds it"
     if len(path.parts) == 2 and not path.parent.exists():
-        return f"no such directory; a model on the Hub is downloaded first: hf download {path} --local-dir {path.name}"
+        return f"no such directory; download a model on the Hub first: hf download {path} --local-dir {path.name}"
     return "no such directory"
 
 
@@ -165,11 +165,11 @@ def _sharded(path: Path, data: bytes) -> tuple[Shard, ...]:
         if name != Path(name).name or name in ("", ".", "..") or "\\" in name or "\0" in name:
             raise CheckpointError(f"{index}: names a shard outside its directory: {name!r}")
         if name not in present:
-            raise IncompleteError(f"{path / name}: the index names this shard and it is not there; copy it again")
+            raise IncompleteError(f"{path / name}: the index names this shard, but it is missing; copy it again")
         shards.append(read_shard(inside(path, path / name)))
     shard_of = {entry.name: shard.path.name for shard in shards for entry in shard.entries}
     if sum(len(shard.entries) for shard in shards) != len(shard_of):
-        raise CheckpointError(f"{path}: a tensor stands in two of its shards")
+        raise CheckpointError(f"{path}: two of its shards hold the same tensor")
     for tensor in sorted(weight_map.keys() | shard_of.keys()):
         if weight_map.get(tensor) != shard_of.get(tensor):
             raise CheckpointError(
@@ -184,5 +184,5 @@ def read_exactly(fd: int, start: int, out: memoryview, path: Path) -> None:
     while done < len(out):
         count = os.preadv(fd, [out[done:]], start + done)
         if count == 0:
-            raise CheckpointError(f"{path}: ended while it was read: its header promises more bytes; copy it again")
+            raise CheckpointError(f"{path}: ended while it was read: its header says more bytes; copy it again")
         done += count

@@ -34,7 +34,7 @@ def written_from(name: str, table: Table) -> str:
 def match(checkpoint: Checkpoint, base: Table, label: str) -> Checkpoint:
     """The checkpoint with exactly the tensors of the base's table; ``label`` is how errors name the base.
 
-    A head that it lacks is read from its embedding. One that it has besides must equal it, bit for bit: that is seen
+    A head that it lacks is read from its embedding. An extra head must equal the embedding bit for bit; this is checked
     whenever the embedding is read. Raises CheckpointError naming step, tensor, and what differs.
     """
     tensors = checkpoint.tensors
@@ -45,10 +45,10 @@ def match(checkpoint: Checkpoint, base: Table, label: str) -> Checkpoint:
     absent = embedding is not None and missing == [HEAD] and base[HEAD] == base[embedding]
     extra, missing = [] if second else extra, [] if absent else missing
     if missing or extra:
-        what, names = ("lacks", missing) if missing else ("has more tensors:", extra)
+        what, names = ("lacks tensors of", missing) if missing else ("has tensors that are not in", extra)
         raise CheckpointError(
-            f"{checkpoint.label}: {what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} "
-            f"than {label}; all checkpoints of a trajectory hold the same tensors"
+            f"{checkpoint.label}: {what} {label}: {', '.join(names[:3])}"
+            f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}; all checkpoints of a trajectory hold the same tensors"
         )
     for name, (dtype, shape) in base.items():
         own_dtype, own_shape = tensors[embedding if absent and embedding and name == HEAD else name]
@@ -76,7 +76,7 @@ class _Tied(Checkpoint):
 
     @contextmanager
     def held(self, name: str, first_byte: int, nbytes: int) -> Iterator[Read]:
-        """As the checkpoint does; of an embedding that is there twice, both copies."""
+        """As the checkpoint does; both copies of an embedding that it holds twice."""
         with ExitStack() as stack:
             own = self._embedding if name == HEAD else name
             read = stack.enter_context(self._checkpoint.held(own, first_byte, nbytes))

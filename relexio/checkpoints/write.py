@@ -19,7 +19,7 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class OutputShard:
-    """One safetensors file to be written: its name, its header (JSON bytes, padded), and the bytes of all of it.
+    """One safetensors file to be written: its name, its header (JSON bytes, padded), and its size in bytes.
 
     ``places`` has the first byte of each tensor in it, and the name of the stored one that it is written from.
     """
@@ -54,7 +54,7 @@ def _output_shard(
     for entry in entries:
         # a tensor longer in the table than in its file would be written over the next one
         if (entry.dtype, entry.shape) != table.get(written_from(entry.name, table)):
-            raise StoreError(f"{shown}: tensor {entry.name} is not as in the table; damaged")
+            raise StoreError(f"{shown}: tensor {entry.name} is not as in the table; the store is damaged")
     changed = change(header)
     longer = len(changed) - len(header)
     places = tuple((written_from(entry.name, table), entry.start + longer) for entry in entries)
@@ -69,7 +69,7 @@ class Output:
     places: dict[str, list[tuple[str, int]]]
 
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
-        """Write bytes of a tensor, from byte ``offset`` of it on, wherever it stands; nowhere if the files lack it."""
+        """Write bytes of a tensor, from byte ``offset`` of it on, wherever it is stored; nowhere if the files lack it."""
         for name, start in self.places.get(tensor, ()):
             fd = os.open(Path(self.directory, name), os.O_WRONLY)
             try:
@@ -100,9 +100,9 @@ def begin(directory: Path, shards: Iterable[OutputShard]) -> Output:
 
 
 def without_clashes(names: Iterable[str], taken: Iterable[str]) -> list[str]:
-    """Of side files, in order, those that can stand beside files that are ``taken`` and the ones before them.
+    """The side files, in order, that clash neither with files that are ``taken`` nor with those before them.
 
-    Where a file stands there can be no directory of its name (``README.md/x``), nor the other way round.
+    A file and a directory cannot have one name (``README.md`` and ``README.md/x``).
     """
     files = set(taken)
     folders = {parent for name in files for parent in _parents(name)}

@@ -19,10 +19,10 @@ _all = click.option("--all", "everything", is_flag=True, help="Show every recipe
 
 @on_trajectory(_all)
 def backtest(store: Store, window: tuple[int, ...], resources: Resources, everything: bool) -> Result:
-    """Say which method to use on this run, how far, and how sure.
+    """Say which method to use on this run, how far ahead, and how sure that is.
 
-    Every method, window, rank and strength is fitted up to several cut-offs inside the trajectory and held against the
-    steps that were really trained after them. Skill above 0 beats keeping the last checkpoint; 1 is perfect.
+    Every method, window, rank and strength is fitted up to several cut-offs inside the trajectory and compared with
+    the steps that were really trained after them. Skill above 0 beats keeping the last checkpoint; 1 is perfect.
     """
     judged = judge(store, window, resources, stages)
     return Result(judged.to_json, partial(_show, judged, everything))
@@ -66,7 +66,9 @@ def _show_run(judged: Judgement) -> None:
 def _show_recipes(judged: Judgement, picks: list[Pick]) -> None:
     test = judged.test
     width = max(len(text) for text in ("method", *(str(pick.recipe) for pick in picks)))
-    click.echo("\nskill up to so many times the last known step, beyond the column before (pooled over all tensors)")
+    click.echo(
+        "\nskill up to this many times the last known step, beyond the previous column (pooled over all tensors)"
+    )
     click.echo(f"  {'method':<{width}}  window  strength{horizon_heads(test)}    mean  median  cosine")
     for pick in picks:
         skills = skill_columns(test, test.by_horizon(pick.trial, pick.strength))
@@ -78,7 +80,7 @@ def _show_recipes(judged: Judgement, picks: list[Pick]) -> None:
         )
     click.echo("*: recommended")
     click.echo(
-        "mean: over the horizons, by which recipes are ranked. median: over tensors, mean over predictions. cosine: of "
+        "mean: over the horizons; recipes are ranked by it. median: over tensors, mean over predictions. cosine: of "
         "the predicted and the real update."
     )
 

@@ -1,4 +1,4 @@
-"""What the commands share: what the work may use, the trajectory, and how a result is printed."""
+"""What the commands share: their resources, the trajectory, and how a result is printed."""
 
 import json
 from collections.abc import Callable
@@ -18,9 +18,9 @@ from relexio.store.store import open_store
 
 @dataclass(frozen=True)
 class Result:
-    """What a command has to print: facts for ``--json``, made when they are asked for, or what it shows to people.
+    """What a command prints: facts for ``--json``, computed only when needed, or text for people.
 
-    ``errors``: lines for stderr, where the work was done and something is wrong all the same.
+    ``errors``: lines for stderr where the work was done but something is wrong.
     """
 
     facts: Callable[[], Any]
@@ -28,7 +28,7 @@ class Result:
     errors: tuple[str, ...] = ()
 
     def print(self, as_json: bool) -> int:
-        """One line of JSON, or what people read; then the errors. Returns the exit code."""
+        """Print one line of JSON, or the text for people; then the errors. Returns the exit code."""
         if as_json:
             click.echo(json.dumps(self.facts()))
         else:
@@ -46,7 +46,7 @@ def at_work(
 ) -> Callable[[Callable[..., Result]], click.Command]:
     """Make a command of a function (resources, its own options) -> Result.
 
-    It gets what the work may use as ``resources``; a command without ``--device`` works on the CPU. ``read`` may change
+    It gets the ``resources`` that it may use; a command without ``--device`` works on the CPU. ``read`` may change
     the options before that.
     """
 

@@ -41,15 +41,15 @@ def _named(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
         "--out",
         required=True,
         type=click.Path(),
-        help="The trajectory to make or add to: a path, or a URL as s3://bucket/run.zarr.",
+        help="The trajectory to create or add to: a path, or a URL such as s3://bucket/run.zarr.",
     ),
     click.option(
-        "--steps", type=options.STEPS, help="Steps to take, e.g. 1:75, 80:, 10:300:10 or 1,2,5.  [default: all]"
+        "--steps", type=options.STEPS, help="Steps to convert, e.g. 1:75, 80:, 10:300:10 or 1,2,5.  [default: all]"
     ),
     click.option(
         "--checkpoint", "named", multiple=True, metavar=_NAMED, callback=_named, help="One more checkpoint. Repeatable."
     ),
-    click.option("--verify", is_flag=True, help="Afterwards read all of it again and compare it with the checkpoints."),
+    click.option("--verify", is_flag=True, help="Then read the trajectory back and compare it with the checkpoints."),
     dry_run=True,
 )
 def convert(
@@ -65,9 +65,9 @@ def convert(
     """Store a run's checkpoints losslessly, as a small trajectory.
 
     CHECKPOINTS is a directory of step directories (global_step_N, global_stepN_hf, checkpoint-N, step_N or step-N)
-    with safetensors weights in Hugging Face layout. The model's files are stored; what is not (a trainer's state, say) is
-    named at the end. Run again, it adds the steps that are new and rewrites nothing, and says which stored ones have been
-    written again since; after an interruption it goes on where it was.
+    with safetensors weights in Hugging Face layout. The model's files are stored; what is not stored (such as a trainer's
+    state) is listed at the end. When run again, it adds new steps and rewrites nothing. It reports stored steps that have
+    been written again since. After an interruption it continues where it stopped.
     """
     if checkpoints is None and not named:
         raise click.UsageError("Give CHECKPOINTS, or --checkpoint STEP=PATH.")
@@ -80,7 +80,7 @@ def convert(
         return _plan(conversion)
     done = verb.convert(conversion, stages)
     if done.resumed:
-        note("went on with what an interrupted run had finished")
+        note("continued from what an interrupted run had finished")
     for text in done.notes:
         note(text)
     if not verify:
@@ -92,14 +92,14 @@ def convert(
     checked = report(done.store, check(done.store, originals, resources, stages))
 
     def show_both() -> None:
-        _show(conversion, done, [])  # what is not stored is said with what was verified
+        _show(conversion, done, [])  # ``checked`` lists what is not stored
         checked.show()
 
     return replace(checked, show=show_both)
 
 
 def _added(conversion: verb.Conversion) -> str:
-    return describe_steps(conversion.steps) if conversion.steps else "nothing: every step is stored already"
+    return describe_steps(conversion.steps) if conversion.steps else "nothing: all steps are stored already"
 
 
 def _plan(conversion: verb.Conversion) -> Result:
@@ -117,7 +117,7 @@ def _plan(conversion: verb.Conversion) -> Result:
     rows = [
         ("to add", _added(conversion)),
         ("to read", show(conversion.bytes_read)),
-        ("disk", f"{show(conversion.bytes_written_at_most)} at the very most{room}"),
+        ("disk", f"{show(conversion.bytes_written_at_most)} at most{room}"),
         ("memory", str(plan)),
     ]
     return Result(lambda: facts, lambda: table(rows))

@@ -15,8 +15,8 @@ from relexio.verbs.demo.run import TARGET, WINDOW_END, Outcome, free_directory, 
 def demo(out: Path | None) -> None:
     """Try it all on a real, tiny RLVR run that comes with relexio.
 
-    Writes its checkpoints, converts the first 50 steps, predicts step 200, and holds that against the checkpoint that
-    training really reached there.
+    Writes its checkpoints, converts the first 50 steps, predicts step 200, and compares it with the checkpoint that
+    training really reached.
     """
     directory = out or free_directory(Path("relexio-demo"))
     outcome = run(directory, stages, lambda line: click.echo(f"$ {line}"))
@@ -34,12 +34,12 @@ def demo(out: Path | None) -> None:
             ("in task", _accuracies(outcome)),
         ]
     )
-    click.echo(f"\nAll of it is in {directory}; look around, and remove it when you are done. What next:")
+    click.echo(f"\nEverything is in {directory}; look around, and remove it when you are done. Next:")
     click.echo(f"$ relexio backtest {directory / 'run.zarr'} --window 5:{WINDOW_END}")
 
 
 def _accuracies(outcome: Outcome) -> str:
     if outcome.accuracy is None:
-        return "not measured: that takes torch and transformers (pip install torch transformers)"
+        return "not measured: this needs torch and transformers (pip install torch transformers)"
     names = ("base", "step 50", "predicted 200", "trained 200")
     return "accuracy " + ", ".join(f"{name} {value:.1%}" for name, value in zip(names, outcome.accuracy, strict=True))

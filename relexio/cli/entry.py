@@ -1,4 +1,4 @@
-"""Where the program starts: what Ctrl-C does is settled before anything large is imported."""
+"""The program starts here: Ctrl-C is handled before anything large is imported."""
 
 import os
 import signal

@@ -23,7 +23,7 @@ def findings(store: Store, window: tuple[int, ...], resources: Resources, rank: 
     """See whether the findings of the RELEX paper hold on this run.
 
     Finding 1: the energy by direction. Finding 2: the coefficients over steps, and their lines (--json has them all). The
-    ablations of rank and curve, by skill. And what --rank directions throw away, step by step: is it noise?
+    ablations of rank and curve, by skill. What --rank directions throw away at each step, and whether that is noise.
     """
     run = verb(store, window, rank, resources, stages)
     return Result(run.to_json, partial(_show, run))
@@ -70,7 +70,7 @@ def _show_lines(run: Findings) -> None:
 def _show_ablation(run: Findings) -> None:
     click.echo("\nAblations of rank and curve: skill by horizon, as in relexio backtest")
     if run.judged is None:
-        click.echo("- (a backtest takes three steps)")
+        click.echo("- (a backtest needs three steps)")
     else:
         skill_table(run.judged.test, run.ablation())
 

@@ -19,7 +19,8 @@ def inspect(store: Store, window: tuple[int, ...], resources: Resources, rank: i
     """Show what a trajectory holds, and how each tensor moved.
 
     energy is the share of the movement that --rank directions keep, r2 how straight the first one runs. High values
-    of both certify nothing: skill does, where a prediction inside the window beats keeping its last checkpoint (> 0).
+    of both prove nothing. Skill above 0 is better evidence: a prediction inside the window was nearer than the last
+    checkpoint.
     """
     inspection = verb(store, window, rank, resources, stages)
     return Result(inspection.to_json, partial(_show, inspection))
@@ -27,14 +28,14 @@ def inspect(store: Store, window: tuple[int, ...], resources: Resources, rank: i
 
 def _figure(value: float | None, form: str, more: str) -> str:
     if value is None:
-        return "- (nothing to fit: it takes two steps, and tensors that change)"
+        return "- (nothing to fit: this needs two steps and tensors that change)"
     return f"{value:{form}}{more}"
 
 
 def _split_half(inspection: Inspection) -> str:
     straight = inspection.straight
     if straight is None or straight.split_half is None:
-        return "- (it takes four steps)"
+        return "- (needs four steps)"
     return f"{straight.split_half:.2f}, cosine of the directions of odd and even increments (a random walk: about 0)"
 
 
@@ -42,7 +43,7 @@ def _skill(inspection: Inspection) -> str:
     if inspection.backtest is None:
         return "- (a backtest needs three steps)"
     cut_offs = len(inspection.backtest.folds)
-    return f"{number(inspection.skill, '+.2f')} inside the window, at {cut_offs} cut-offs (relexio backtest tells more)"
+    return f"{number(inspection.skill, '+.2f')} inside the window, at {cut_offs} cut-offs (more with relexio backtest)"
 
 
 def _show(inspection: Inspection) -> None:

@@ -1,4 +1,4 @@
-"""The ``relexio`` command and how its errors end."""
+"""The ``relexio`` command, and how errors end it."""
 
 import importlib
 import logging
@@ -21,13 +21,13 @@ from relexio.words import without_secrets
 _COMMANDS = {
     "convert": "Store a run's checkpoints losslessly, as a small trajectory.",
     "inspect": "Show what a trajectory holds, and how each tensor moved.",
-    "backtest": "Say which method to use on this run, how far, and how sure.",
+    "backtest": "Say which method to use on this run, how far ahead, and how sure that is.",
     "predict": "Write the checkpoint that training would reach later.",
     "sweep": "Evaluate predictions with your own command; keep the best.",
     "methods": "List the methods that predict knows, with their sources.",
     "reconstruct": "Write what a few directions keep of an observed step.",
     "findings": "See whether the findings of the RELEX paper hold on this run.",
-    "report": "Write a page that shows how the run moved, and what to believe of its future.",
+    "report": "Write a page that shows how the run moved, and what to believe about its future.",
     "verify": "Check that a trajectory is whole, to the last bit.",
     "restore": "Write a stored checkpoint again: the model's files, exactly as they were.",
     "demo": "Try it all on a real, tiny RLVR run that comes with relexio.",
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> Any:
 
 @contextmanager
 def _warnings_as_notes() -> Iterator[None]:
-    """Say relexio's own warnings as notes, and others as Python does."""
+    """Print relexio's own warnings as notes, and others as Python does."""
     with warnings.catch_warnings():
         as_python_does = warnings.showwarning
 

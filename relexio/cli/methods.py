@@ -12,7 +12,7 @@ from relexio.methods import METHODS, OPTIONS, Method
 def methods(as_json: bool) -> None:
     """List the methods that predict knows, with their sources.
 
-    With each: what it does, where it is from, and which of the options --rank, --fit, --refit and --last it heeds."""
+    For each: what it does, its source, and which of the options --rank, --fit, --refit and --last it uses."""
     Result(lambda: [_facts(method) for method in METHODS.values()], _show).print(as_json)
 
 
@@ -25,4 +25,4 @@ def _show() -> None:
     for method in METHODS.values():
         heeds = ", ".join(f"--{option.flag}" for option in OPTIONS if option.flag in method.uses)
         click.echo(f"{method.name:<{width}}  {method.what}")
-        click.echo(f"{'':<{width}}  {method.source}{f'; heeds {heeds}' if heeds else ''}")
+        click.echo(f"{'':<{width}}  {method.source}{f'; uses {heeds}' if heeds else ''}")

@@ -18,13 +18,13 @@ Decorator = Callable[[Command], Command]
 
 
 class _Parsed(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
-    """A text that a function reads; one that it cannot read is wrong usage."""
+    """A text that a function parses; one that it cannot parse is a usage error."""
 
     def __init__(self, name: str, parsed: type, parse: Callable[[str], Any]) -> None:
         self.name, self.parsed, self.parse = name, parsed, parse
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The value of a text; what is a value already, as a default is, stays."""
+        """The value of a text; a value, such as a default, stays as it is."""
         try:
             return value if isinstance(value, self.parsed) else self.parse(value)
         except RequestError as error:
@@ -51,17 +51,18 @@ memory = click.option(
     type=SIZE,
     default=show(DEFAULT_MEMORY).replace(" ", ""),
     show_default=True,
-    help="Resident memory to stay under, e.g. 512MB or 4GiB.",
+    help="Limit on resident memory, e.g. 512MB or 4GiB.",
 )
 workers = click.option(
-    "--workers", type=click.IntRange(min=1), help="Blocks worked on at once.  [default: one for each core]"
+    "--workers", type=click.IntRange(min=1), help="Blocks processed at once.  [default: one per core]"
 )
 scheduler = click.option(
     "--scheduler",
     metavar="WHERE",
-    help="processes: --workers of them, on this machine. tcp://HOST:PORT: a Dask cluster.  [default: threads]",
+    help="Where to run: processes (--workers of them, on this machine), or tcp://HOST:PORT for a Dask cluster.  "
+    "[default: threads]",
 )
-dry_run = click.option("--dry-run", is_flag=True, help="Print the plan and stop: nothing is written.")
+dry_run = click.option("--dry-run", is_flag=True, help="Print the plan and stop; write nothing.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 window = click.option(
     "--window", type=STEPS, help="Stored steps to fit, e.g. 1:75, 80:, 10:300:10 or 1,2,5.  [default: all]"
@@ -70,9 +71,7 @@ device = together(
     click.option(
         "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Where blocks are computed."
     ),
-    click.option(
-        "--device-memory", type=SIZE, help="Device memory to stay under.  [default: four fifths of what is free]"
-    ),
+    click.option("--device-memory", type=SIZE, help="Limit on device memory.  [default: four fifths of what is free]"),
 )
 
 
@@ -94,8 +93,8 @@ rank = _option("rank")
 
 
 def recipe(command: Command) -> Command:
-    """``--method`` and the options that some methods heed; the command gets them as ``recipe``."""
-    flags = sorted((option.flag for option in OPTIONS), key=lambda flag: flag == "strength")  # which all of them heed
+    """``--method`` and the options that some methods use; the command gets them as ``recipe``."""
+    flags = sorted((option.flag for option in OPTIONS), key=lambda flag: flag == "strength")  # which all of them use
     names = ["method", *(option.field for option in OPTIONS)]
 
     @wraps(command)
@@ -107,7 +106,7 @@ def recipe(command: Command) -> Command:
         type=click.Choice(list(METHODS)),
         default="relex",
         show_default=True,
-        help="How to predict; relexio methods tells what each does.",
+        help="How to predict; relexio methods explains each.",
     )
     return together(method, *map(_option, flags))(run)
 
@@ -124,7 +123,7 @@ def tensors(command: Command) -> Command:
             "--include",
             multiple=True,
             metavar="GLOB",
-            help="Predict these tensors alone, e.g. '*.mlp.*'. Repeatable.",
+            help="Predict only these tensors, e.g. '*.mlp.*'. Repeatable.",
         ),
         click.option("--exclude", multiple=True, metavar="GLOB", help="Do not predict these tensors. Repeatable."),
         click.option(
@@ -132,12 +131,12 @@ def tensors(command: Command) -> Command:
             type=click.Choice(OTHERS),
             default="last",
             show_default=True,
-            help="What the tensors that are not predicted keep: the window's last step, or the base.",
+            help="Values of the other tensors: from the window's last step, or from the base.",
         ),
     )(run)
 
 
 def check_out(steps: tuple[int, ...], out: str) -> None:
-    """Wrong usage where several steps would get one name."""
+    """Raise a usage error where several steps would be written to one directory."""
     if len(steps) > 1 and "{step}" not in out:
         raise click.UsageError("Several steps need {step} in -o, as in -o 'pred/step-{step}'.")

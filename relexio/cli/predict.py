@@ -18,14 +18,14 @@ from relexio.verbs import predict as verb
 from relexio.verbs.output import Target
 from relexio.words import describe_steps, show
 
-_NO_VERDICT = "none: a backtest takes three steps, tensors that move, a rank below the steps, and the gram solver"
+_NO_VERDICT = "none: a backtest needs 3 steps, tensors that move, a rank below the number of steps, and the gram solver"
 
 
 @on_trajectory(
     click.option(
         "--step", "steps", type=click.IntRange(min=0), multiple=True, required=True, help="Step to predict. Repeatable."
     ),
-    click.option("-o", "--out", required=True, help="Directory to write; with several steps one that holds {step}."),
+    click.option("-o", "--out", required=True, help="Directory to write. With several steps it must contain {step}."),
     options.recipe,
     options.tensors,
     click.option(
@@ -33,7 +33,7 @@ _NO_VERDICT = "none: a backtest takes three steps, tensors that move, a rank bel
         type=click.Choice(SOLVERS),
         default="auto",
         show_default=True,
-        help="gram: one pass, kept for all later fits. blocks: a pass for each iteration, for very many steps.",
+        help="gram: one pass; its result is kept for later fits. blocks: one pass per iteration, for very many steps.",
     ),
     options.device,
     dry_run=True,
@@ -51,7 +51,7 @@ def predict(
 ) -> Result:
     """Write the checkpoint that training would reach later.
 
-    Fits the stored steps of TRAJECTORY (once: the fit is kept there) and writes a Hugging Face directory with the
+    Fits the stored steps of TRAJECTORY (once; the fit is kept there) and writes a Hugging Face directory with the
     base's tensors, dtypes and shards, and the configuration and tokenizer of the window's last step.
     """
     options.check_out(steps, out)
@@ -78,7 +78,7 @@ def _plan(job: verb.PredictJob) -> Result:
     rows = [
         ("window", describe_steps(job.fit.steps)),
         ("to write", ", ".join(str(target.out) for target in job.targets)),
-        ("fit", "kept in the store" if job.kept else "to be made, and kept in the store if that can be written"),
+        ("fit", "kept in the store" if job.kept else "to be computed, and kept in the store if it can be written"),
         ("to read", show(job.bytes_read)),
         ("disk", f"{show(job.bytes_written)} needed, {show(job.bytes_free)} free"),
         ("memory", str(job.plan)),
@@ -97,7 +97,7 @@ def _show(fit: Fit, targets: list[Target]) -> None:
     rows = [("window", describe_steps(fit.steps)), ("method", f"{recipe}, strength {recipe.strength:g}")]
     if len(fit.chosen) < count:
         source = f"step {fit.steps[-1]}" if fit.choice.others == "last" else "the base"
-        rows.append(("tensors", f"{len(fit.chosen)} of {count}; the others are those of {source}"))
+        rows.append(("tensors", f"{len(fit.chosen)} of {count}; the others are as in {source}"))
     for target in targets:
         rows.append(("wrote", f"{target.out}: step {target.step}"))
         if recipe.way.extrapolates:
@@ -106,7 +106,7 @@ def _show(fit: Fit, targets: list[Target]) -> None:
 
 
 def _warn(fit: Fit, steps: tuple[int, ...]) -> None:
-    """Notes on what speaks against believing these predictions."""
+    """Print notes on reasons not to trust these predictions."""
     if not fit.recipe.way.extrapolates:
         return
     for text in fit.signs():
@@ -115,12 +115,12 @@ def _warn(fit: Fit, steps: tuple[int, ...]) -> None:
     beaten = [str(outlook.target) for outlook in outlooks if outlook.skill is not None and outlook.skill <= 0]
     if beaten:
         note(
-            f"no skill so far ahead inside the window, for step {', '.join(beaten)}: relexio backtest says which method "
-            f"has; evaluate before you trust it"
+            f"step {', '.join(beaten)}: inside the window, predictions this far ahead had no skill; relexio backtest says "
+            f"which method has; evaluate before you trust {'this one' if len(beaten) == 1 else 'them'}"
         )
     beyond = [str(outlook.target) for outlook in outlooks if outlook.target > outlook.farthest]
     if beyond:
         note(
-            f"step {', '.join(beyond)} is beyond what was backtested, which is up to step {outlooks[0].farthest}: evaluate "
+            f"step {', '.join(beyond)} is beyond step {outlooks[0].farthest}, the last that the backtest covers: evaluate "
             f"nearer steps as well (relexio sweep)"
         )

@@ -20,7 +20,7 @@ from relexio.words import describe_steps
 _step = click.option(
     "--step", "steps", type=click.IntRange(min=0), multiple=True, required=True, help="Observed step. Repeatable."
 )
-_out = click.option("-o", "--out", required=True, help="Directory to write; with several steps one that holds {step}.")
+_out = click.option("-o", "--out", required=True, help="Directory to write. With several steps it must contain {step}.")
 
 
 @on_trajectory(_step, _out, options.rank, options.device)
@@ -29,8 +29,8 @@ def reconstruct(
 ) -> Result:
     """Write what a few directions keep of an observed step.
 
-    That is the paper's Finding 1. Evaluate it beside the step itself: where both do equally well, those directions hold
-    what training gained.
+    This is the paper's Finding 1. Evaluate it and the step itself. If both do equally well, those directions hold what
+    training gained.
     """
     options.check_out(steps, out)
     recipe = Recipe("reconstruct", rank)

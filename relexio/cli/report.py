@@ -18,7 +18,7 @@ from relexio.words import show
 
 @on_trajectory(
     click.option("-o", "--out", help="HTML file to write.  [default: RUN.html for a trajectory RUN.zarr]"),
-    click.option("--png", metavar="DIR", help="Write each figure as a picture into this directory too."),
+    click.option("--png", metavar="DIR", help="Also write each figure as a picture into this directory."),
     options.rank,
     click.option(
         "--step",
@@ -35,7 +35,7 @@ def report(
     png: str | None,
     step: int | None,
 ) -> Result:
-    """Write a page that shows how the run moved, and what to believe of its future.
+    """Write a page that shows how the run moved, and what to believe about its future.
 
     One HTML file that needs no network: the verdict in words, skill of the methods, energy by layer, coefficients with
     their lines, changed elements, and the spectrum. Needs pip install 'relexio[report]'.

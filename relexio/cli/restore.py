@@ -33,8 +33,8 @@ def restore(store: Store, resources: Resources, step: int | str, out: str) -> Re
     """Write a stored checkpoint again: the model's files, exactly as they were.
 
     The same shards with the same bytes, the same index, config, tokenizer and whatever else belongs to the model,
-    whether or not the original directory is still there. Each bit is compared with what was committed before -o gets its
-    name. What training needs to go on (optimizer, scheduler, random numbers) is not stored.
+    whether or not the original directory still exists. Every bit is compared with what was committed before -o gets its
+    name. What training needs to resume (optimizer, scheduler, random numbers) is not stored.
     """
     number = step if isinstance(step, int) else None
     verb(store, number, local(out), resources, stages)

@@ -19,7 +19,7 @@ def note(text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """Text as a terminal may have it: what could move the cursor spelled out (names come from files), no secrets."""
+    """Text that is safe on a terminal: control characters spelled out (names come from files), no secrets."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in without_secrets(text))
 
 
@@ -92,5 +92,5 @@ def table(rows: list[tuple[str, str]]) -> None:
 
 
 def number(value: float | None, form: str) -> str:
-    """A figure in a form; a dash for one that is not there."""
+    """A formatted number; a dash for None."""
     return "-" if value is None else format(value, form)

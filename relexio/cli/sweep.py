@@ -35,7 +35,7 @@ class _Listed(click.ParamType):  # type: ignore[type-arg]  # generic only since 
         self.one = one
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
-        """Parse; wrong text is wrong usage."""
+        """Parse; wrong text is a usage error."""
         if isinstance(value, tuple):
             return value
         try:
@@ -50,7 +50,7 @@ class _Listed(click.ParamType):  # type: ignore[type-arg]  # generic only since 
         "command",
         required=True,
         metavar="COMMAND",
-        help="Shell command with {checkpoint}; it prints the score.",
+        help="Shell command that contains {checkpoint} and prints the score.",
     ),
     click.option(
         "--steps", type=options.STEPS, required=True, help="Steps to predict, e.g. 100,200,400 or 100:400:50."
@@ -62,19 +62,19 @@ class _Listed(click.ParamType):  # type: ignore[type-arg]  # generic only since 
         "--methods", type=_Listed(str), default="relex", show_default=True, help="Methods, e.g. relex,pinned."
     ),
     click.option(
-        "-o", "--out", help="Directory for table, logs and the best checkpoint.  [default: run.sweep of run.zarr]"
+        "-o", "--out", help="Directory for table, logs and the best checkpoint.  [default: run.sweep for run.zarr]"
     ),
     options.rank,
-    click.option("--metric", metavar="NAME", help="Number to take of a JSON object, e.g. gsm8k.exact_match."),
+    click.option("--metric", metavar="NAME", help="Number to take from a JSON object, e.g. gsm8k.exact_match."),
     click.option("--lower-is-better", is_flag=True, help="The score is a loss."),
     click.option(
         "--timeout",
         type=click.FloatRange(min=0, min_open=True),
         metavar="SECONDS",
-        help="End an evaluation after that long.",
+        help="Stop an evaluation after this time.",
     ),
     click.option(
-        "--disk", type=options.SIZE, help="Disk that checkpoints may take: room for two.  [default: what is free]"
+        "--disk", type=options.SIZE, help="Limit on disk space for checkpoints; two must fit.  [default: what is free]"
     ),
     options.device,
     options.dry_run,
@@ -84,12 +84,15 @@ def sweep(store: Store, resources: Resources, steps: Selection, out: str | None,
     """Evaluate predictions with your own command; keep the best.
 
     Writes one candidate at a time, runs COMMAND on it, and takes the last line that it prints as the score: a number,
-    or JSON. The base and the observed checkpoints are evaluated first. Run again, it goes on with what has no score.
+    or JSON. The base and the observed checkpoints are evaluated first. When run again, it continues with what has no
+    score.
     """
     if asked["timeout"] is not None and not isfinite(asked["timeout"]):
         raise click.UsageError(f"--timeout {asked['timeout']} is not a number of seconds.")
     if sum(map(len, steps.parts)) > _MOST_STEPS:
-        raise click.UsageError(f"--steps {steps.text}: more steps than anyone evaluates; give an end and a stride")
+        raise click.UsageError(
+            f"--steps {steps.text}: too many steps (at most {_MOST_STEPS:,}); give an end and a stride"
+        )
     targets = tuple(sorted({step for part in steps.parts for step in part}))
     request = Request(steps=targets, out=local(out or _beside(store.address)), **asked)
     with _stopped_like_ctrl_c():
@@ -107,7 +110,7 @@ def sweep(store: Store, resources: Resources, steps: Selection, out: str | None,
 
 
 def _beside(trajectory: str) -> str:
-    """Where results go: beside a trajectory, or here if it is on object storage."""
+    """The default directory of results: beside a trajectory, or here if it is on object storage."""
     if "://" in trajectory:
         return f"{stem(trajectory)}.sweep"
     path = Path(trajectory)
@@ -116,7 +119,7 @@ def _beside(trajectory: str) -> str:
 
 @contextmanager
 def _stopped_like_ctrl_c() -> Iterator[None]:
-    """Let the other ways to ask a program to end do what Ctrl-C does: an evaluation must not go on by itself."""
+    """Treat other requests to end the program like Ctrl-C: an evaluation must not run on alone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -133,7 +136,7 @@ def _stopped_like_ctrl_c() -> Iterator[None]:
 
 
 class _Progress:
-    """Says what is evaluated, and how it went, on stderr."""
+    """Reports on stderr what is evaluated, and how it went."""
 
     def __init__(self, request: Request) -> None:
         self.request, self.inside_line = request, False
@@ -163,7 +166,7 @@ class _Progress:
         if evaluation.score is None:
             line = next((line.strip() for line in reversed(evaluation.tail.splitlines()) if line.strip()), "")
             reason = f": {line[:120]}" if line and evaluation.line is None else ""
-            return f"failed: {evaluation.failed}{reason} (all of it: {self.request.out / evaluation.log})"
+            return f"failed: {evaluation.failed}{reason} (full output: {self.request.out / evaluation.log})"
         last = table.last_observed
         if last is None or last.score is None or not evaluation.candidate.predicted:
             return number(evaluation.score)
@@ -189,7 +192,7 @@ def _show_plan(plan: SweepPlan) -> None:
     references = sum(not candidate.predicted for candidate in plan.candidates)
     predictions, done = len(plan.candidates) - references, len(plan.candidates) - len(plan.waiting)
     timeout = plan.request.timeout
-    limit = "no limit of time" if timeout is None else f"at most {seconds(timeout)} each"
+    limit = "no time limit" if timeout is None else f"at most {seconds(timeout)} each"
     names = ", ".join(candidate.name for candidate in plan.candidates[:4]) + (", ..." if predictions > 2 else "")
     table(
         [
@@ -206,7 +209,7 @@ def _show_plan(plan: SweepPlan) -> None:
 
 
 def _errors(request: Request, found: Sweep) -> tuple[str, ...]:
-    """What is wrong where no prediction has a score."""
+    """The error where no prediction has a score."""
     if found.predicted:
         return ()
     failed = [evaluation for evaluation in found.results if evaluation.candidate.predicted]
@@ -235,8 +238,6 @@ def _show(request: Request, found: Sweep) -> None:
         ("chosen", f"the best of {len(found.predicted)} predictions{without}"),
     ]
     if len(found.predicted) > 1:
-        rows.append(
-            ("", "the best of several on the same problems is flattered: evaluate it once more on other problems")
-        )
+        rows.append(("", "the best of several looks better than it is; evaluate it again on other problems"))
     click.echo("\n".join([*curve(found), ""]))
     table([*rows, ("wrote", f"{request.out / 'best'}, {request.out / 'results.csv'} and results.json")])

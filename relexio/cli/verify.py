@@ -24,8 +24,8 @@ def verify(store: Store, resources: Resources, checkpoints: Path | None, base: P
     """Check that a trajectory is whole, to the last bit.
 
     Reads all of TRAJECTORY: checksums, hashes of every tensor at every step, and structure. With CHECKPOINTS, the
-    directory that it was converted from, compares every stored step with its files bit for bit, and lists what is there
-    and not in the trajectory. Do that before you delete them.
+    directory that it was converted from, it also compares every stored step with its files bit for bit, and lists what
+    the trajectory does not hold. Do that before you delete the checkpoints.
     """
     return report(store, verb(store, find_originals(store, checkpoints, base), resources, stages))
 

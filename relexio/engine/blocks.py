@@ -18,16 +18,17 @@ from relexio.store.store import Store
 T = TypeVar("T")
 _SMALLEST_TILE = 1 << 12
 _WAIT, _WAITS = 0.1, 20  # seconds, times
-#: One text for all, so that Python says it once for however many blocks and threads.
+#: One text for all, so that Python shows it once for any number of blocks and threads.
 _SHRUNK = (
-    "the device ran out of memory: going on with smaller tiles, slower; give more --device-memory or fewer --workers"
+    "the device ran out of memory; continuing with smaller tiles, which is slower; give more --device-memory or fewer "
+    "--workers"
 )
 
 
 def _shrinking(kernel: Callable[..., T]) -> Callable[..., T]:
-    """A kernel (..., tile bytes, device, block) that goes on with half a tile where the device has no room for all of it.
+    """A kernel (..., tile bytes, device, block) that continues with half a tile where the device has no room for a whole one.
 
-    It raises BudgetError where there is no room for the smallest either, though others were given time to end theirs.
+    It raises BudgetError if the smallest does not fit either, after it gave others time to finish theirs.
     """
 
     @wraps(kernel)

@@ -16,9 +16,9 @@ _thread = threading.local()
 
 
 def resolve(device: str) -> str:
-    """``cpu`` or ``cuda``, for ``auto`` whichever is there.
+    """``cpu`` or ``cuda``; for ``auto``, ``cuda`` if it is available.
 
-    Raises DeviceError if ``cuda`` is asked for and CuPy or a GPU is missing.
+    Raises DeviceError if ``cuda`` is requested and CuPy or a GPU is missing.
     """
     if device == "cpu":
         return "cpu"

@@ -68,9 +68,9 @@ class Executor:
         return Pass()
 
     def run(self, nodes: Pass, tasks: Iterable[Delayed], progress: Progress, keep: Keep | None = None) -> list[Any]:
-        """Compute all tasks and return their results in order, some thousand blocks at a time: a graph has its size too.
+        """Compute all tasks and return their results in order, a few thousand blocks at a time: a graph takes memory too.
 
-        With ``keep`` a result is handed over as soon as it is there, and not held.
+        With ``keep`` a result is handed over as soon as it is ready, and not held.
         """
         results: list[Any] = []
         with self.limits(), _Reporter(nodes.sizes, progress), _pool(self.plan.workers, self.device) as pool:
@@ -95,11 +95,11 @@ class Executor:
         """Raise ClusterError unless whoever does the work sees these files as this process does."""
 
     def settle(self, directories: Iterable[Path]) -> None:
-        """Make durable what was written below directories by machines other than this one."""
+        """Make durable what other machines wrote below directories."""
 
 
 def batches(nodes: Pass, tasks: Iterable[Delayed]) -> Iterator[list[Delayed]]:
-    """The tasks, some thousand blocks at a time; they are made when they are asked for."""
+    """The tasks, a few thousand blocks at a time, made when needed."""
     batch: list[Delayed] = []
     for task in tasks:
         batch.append(task)

@@ -2,7 +2,7 @@
 
 A task opens the store by its address, reads one block a tile at a time, and gives back something small, or hands whole
 blocks to a sink. So tasks can run in any order, in any process, and again. A kernel takes the block last: all else is
-bound once, and travels to workers by itself.
+bound once, and travels to workers on its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -54,7 +54,7 @@ def sums(
     tensors: Iterable[Tensor] | None = None,
     keep: Keep | None = None,
 ) -> dict[str, np.ndarray]:
-    """Run a kernel over every block of some tensors, else of the store; the sum of its results for every tensor with blocks.
+    """Run a kernel over every block of the given tensors, or of the store; for every tensor with blocks the sum of its results.
 
     With ``keep`` a sum is handed over, with the place of its tensor, as soon as its last block is in, and not held.
     """

@@ -153,7 +153,7 @@ def make(
             f"--device-memory {show(device_memory)} is too small: one worker needs {show(on_device)}; give more"
         )
     raise BudgetError(
-        f"--memory {show(memory)} is too small: {show(held + worker)} are needed with one worker "
+        f"--memory {show(memory)} is too small: one worker needs {show(held + worker)} "
         f"({show(held)} for the program, {show(worker)} for the worker); give --memory {-(-(held + worker) // 10**6)}MB or more"
     )
 

@@ -11,7 +11,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of malloc.h
 
 
 def resident_bytes() -> int:
-    """The resident size of this process now; where the system does not tell, its peak so far."""
+    """The resident size of this process now; where the system does not say, its peak so far."""
     status = Path("/proc/self/status")
     size = re.search(r"VmRSS:\s+(\d+) kB", status.read_text()) if status.exists() else None
     if size:

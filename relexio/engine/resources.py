@@ -37,7 +37,7 @@ class Resources:
 
     def __post_init__(self) -> None:
         if self.workers is not None and (type(self.workers) is not int or self.workers < 1):
-            raise RequestError(f"workers: {self.workers!r} is not a number of at least 1")
+            raise RequestError(f"workers: {self.workers!r} is not a whole number of at least 1")
         if self.device not in backend.DEVICES:
             raise RequestError(f"unknown device {self.device!r}; known are {', '.join(backend.DEVICES)}")
         if self.scheduler is not None and self._link is None:

@@ -72,14 +72,14 @@ class Rows:
         return cls(first, len(steps), tuple(groups))
 
     def sum_up(self, products: np.ndarray) -> np.ndarray:
-        """S x: something about increments [R, ...] made one about the window's deltas [T, ...]."""
+        """S x: turns values of increments [R, ...] into values of the window's deltas [T, ...]."""
         sums = np.empty((self.window, *products.shape[1:]))
         for first, last, columns, places in self.groups:
             sums[places] = np.cumsum(products[first:last], axis=0)[columns]
         return sums
 
     def spread(self, weights: np.ndarray) -> np.ndarray:
-        """S^T w: weights of the window's deltas [T, ...] made weights of increments [R, ...], so that M^T w = F S^T w."""
+        """S^T w: turns weights of the window's deltas [T, ...] into weights of increments [R, ...], so that M^T w = F S^T w."""
         spread = np.zeros((self.count, *weights.shape[1:]))
         for first, last, columns, places in self.groups:
             spread[first + columns] = weights[places]
@@ -187,7 +187,7 @@ class Tile:
         return gram_of_pairs(values, owner, row, self.rows)
 
     def weigh(self, weights: np.ndarray, device: str = "cpu") -> Array:
-        """F w for weights [R, S]: float64 [n, S]. On the CPU each move is worked on once, and F is never made."""
+        """F w for weights [R, S]: float64 [n, S]. On the CPU each move is processed once, and F is never built."""
         if device != "cpu":
             return self.increments(device) @ to_device(weights, device)
         product = np.zeros((len(self.elements), weights.shape[1]))

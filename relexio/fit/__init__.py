@@ -1,1 +1,1 @@
-"""Gram matrices, made or kept, and the weights that follow from them."""
+"""Gram matrices, computed or kept, and the weights that follow from them."""

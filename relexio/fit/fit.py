@@ -1,4 +1,4 @@
-"""From Gram matrices to T weights for each tensor: the fit, its backtest, and what it says of every tensor."""
+"""From Gram matrices to T weights for each tensor: the fit, its backtest, and its figures for every tensor."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -48,7 +48,7 @@ class TensorFit:
 
 @dataclass(frozen=True)
 class FitPlan:
-    """A fit that has been checked and planned; ``notes`` are things that its user should know."""
+    """A fit that has been checked and planned; ``notes`` are for the user."""
 
     store: Store
     steps: tuple[int, ...]
@@ -60,7 +60,7 @@ class FitPlan:
 
 @dataclass(frozen=True)
 class Fit:
-    """A recipe fitted to a window, for the chosen tensors. ``notes`` are things that its user should know."""
+    """A recipe fitted to a window, for the chosen tensors. ``notes`` are for the user."""
 
     store: Store
     steps: tuple[int, ...]
@@ -82,7 +82,7 @@ class Fit:
         return {name: weights[:, 0] for name, weights in self.weights_for([step]).items()}
 
     def weights_for(self, targets: list[int]) -> dict[str, np.ndarray]:
-        """Weights [T, S] over the window for S targets, by tensor; a tensor that stays as it was last has none.
+        """Weights [T, S] over the window for S targets, by tensor; a tensor that keeps its last values has none.
 
         Raises RequestError for a target that the recipe cannot reach.
         """
@@ -103,9 +103,9 @@ class Fit:
 
     @cached_property
     def backtest(self) -> Backtest | None:
-        """The recipe, judged inside its window: fitted up to several cut-offs, held against the steps after each.
+        """The recipe, judged inside its window: fitted up to several cut-offs, compared with the steps after each.
 
-        If the window ends a longer run of stored steps, all of those up to its end are used, and it keeps its share of
+        If more steps are stored before the window, all up to its end are used, and the window keeps its share of
         them. None where that cannot be done: fewer than 3 steps, no tensor that moved, a method that does not extrapolate,
         or a solver that keeps no whole Gram matrix.
         """
@@ -127,11 +127,11 @@ class Fit:
         return result if result.baseline.any() else None
 
     def outlook(self, target: int) -> Outlook | None:
-        """What the backtest says of a target; None without a backtest."""
+        """What the backtest says about a target; None without a backtest."""
         return None if self.backtest is None else outlook(self.backtest, target, self.steps[-1])
 
     def signs(self) -> list[str]:
-        """What speaks against the window being one line (repeats, a jump, a break in the slope), in words."""
+        """Evidence that the window is not one line (repeats, a jump, a break in the slope), in words."""
         if not self.grams.whole:
             return []
         total = sum(self.grams.of(tensor, self.steps) for tensor in self.store.fitted() if tensor.name in self.chosen)
@@ -166,7 +166,7 @@ class Fit:
         """
         self.store.find(step)
         if step in self.steps:
-            raise RequestError(f"step {step} is in the window: the fit has seen it, and errors there tell nothing")
+            raise RequestError(f"step {step} is in the window, so the fit has seen it; give a step outside the window")
         if step not in self.grams.steps or not self.grams.whole:
             raise RequestError(f"errors at step {step} need the gram solver")
         self.recipe.check(np.array(self.steps), [step])
@@ -244,7 +244,7 @@ def fit(
     stages: Stages,
     choice: Choice | None = None,
 ) -> Fit:
-    """Plan a fit and make it at once. Raises as ``plan_fit`` does."""
+    """Plan a fit and compute it at once. Raises as ``plan_fit`` does."""
     return make_fit(plan_fit(store, window, recipe, solver, resources, choice), stages)
 
 
@@ -270,7 +270,7 @@ def _carried(store: Store, window: tuple[int, ...], shares: dict[str, float]) ->
     if refused:
         raise RequestError(
             f"{store.shown}: {', '.join(refused)}: changed within {describe_steps(window)}; only BF16, F16 and F32 "
-            f"tensors can be predicted, others only where they never change (or leave them as they are with --exclude)"
+            f"tensors can be predicted; leave the others as they are with --exclude"
         )
     return [f"{t.name} ({t.dtype}) changed; it is carried over from step {window[-1]}" for t in moved]
 

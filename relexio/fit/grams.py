@@ -1,8 +1,8 @@
-"""Gram matrices of a trajectory: planned, made once by one of two solvers, and kept.
+"""Gram matrices of a trajectory: planned, computed once by one of two solvers, and kept.
 
 The ``gram`` solver keeps M M^T of every tensor, over all stored steps, beside the data (``cache/`` in the store), so
 that every later window, rank, target and backtest reads nothing. The ``blocks`` solver never forms M M^T of the data;
-it keeps the top eigenpairs of one window, and M M^T is what they make up.
+it keeps the top eigenpairs of one window, and builds M M^T from them.
 """
 
 from collections.abc import Callable
@@ -38,14 +38,14 @@ class Grams:
     lasting: bool
 
     def of(self, tensor: Tensor, steps: tuple[int, ...]) -> np.ndarray:
-        """M M^T [T, T] over some of the steps."""
+        """M M^T [T, T] over a choice of the steps."""
         rows = [self.steps.index(step) for step in steps]
         return self.read(tensor)[np.ix_(rows, rows)]
 
 
 @dataclass(frozen=True)
 class GramPlan:
-    """How Gram matrices over ``steps`` will be had: whole by the ``gram`` solver, or the eigenpairs of a rank by ``blocks``.
+    """How Gram matrices over ``steps`` will be obtained: whole by the ``gram`` solver, or the eigenpairs of a rank by ``blocks``.
 
     ``name``: under which the store keeps the result. ``executor``: of the passes that make it, None where it is kept.
     """
@@ -100,7 +100,7 @@ def _plan(store: Store, whole: bool, steps: tuple[int, ...], rank: int, resource
 
 
 def make_grams(plan: GramPlan, stages: Stages) -> Grams:
-    """The Gram matrices as planned, made unless they are kept. Raises StoreError for moves that are no numbers."""
+    """The Gram matrices as planned, computed unless they are kept. Raises StoreError for moves that are not numbers."""
     make, read = (_make_whole, _read_whole) if plan.whole else (_make_pairs, _read_pairs)
     result = keep(plan.store, plan.name, partial(make, plan, stages))
     return Grams(plan.steps, plan.whole, partial(read, plan, result), result.owner is None)
@@ -109,7 +109,7 @@ def make_grams(plan: GramPlan, stages: Stages) -> Grams:
 def find_grams(
     store: Store, window: tuple[int, ...], rank: int, solver: str, resources: Resources, stages: Stages
 ) -> Grams:
-    """Plan Gram matrices, and have them at once. Raises BudgetError."""
+    """Plan Gram matrices, and compute them at once. Raises BudgetError."""
     return make_grams(plan_grams(store, window, rank, solver, resources), stages)
 
 
@@ -161,7 +161,7 @@ def _iterate_all(
         wanted = {}
         for name, image in images.items():
             if not np.isfinite(image).all():
-                raise StoreError(f"{store.shown}: tensor {name}: its moves are no numbers; damaged")
+                raise StoreError(f"{store.shown}: tensor {name}: its moves are not numbers; the store is damaged")
             try:
                 wanted[name] = running[name].send(image)
             except StopIteration as end:

@@ -1,4 +1,4 @@
-"""T-space: methods that see Gram matrices and step numbers, never a tensor; and what a backtest of them says.
+"""T-space: methods that see Gram matrices and step numbers, never a tensor; and their backtest.
 
 Importing this package fills the table of methods.
 """

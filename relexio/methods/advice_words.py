@@ -18,19 +18,19 @@ def window_words(trial: Trial, steps: np.ndarray) -> tuple[str, str]:
 def words(test: Backtest, verdict: Verdict) -> list[str]:
     """The verdict in sentences: what to use, how far, how sure. The caveat is not among them."""
     pick, tries = verdict.pick, len(verdict.history)
-    history = f"Such advice, taken at {tries} earlier cut-offs, was right at {verdict.right}."
+    history = f"Advice chosen the same way at {tries} earlier cut-offs was right at {verdict.right}."
     if not tries:
-        history = "There are too few steps to try such advice on earlier ones."
+        history = "There are too few steps to test advice at earlier cut-offs."
     if verdict.sure == "none":
-        return [_why_not(verdict, history), "Train on: do not extrapolate this run from here."]
+        return [_why_not(verdict, history), "Train on instead of extrapolating from here."]
     sentences = [
         f"Use {pick.recipe}, strength {pick.strength:g}, fitted to {window_words(pick.trial, test.steps)[0]}.",
         _how_far(verdict, int(test.steps[-1])),
-        f"How sure: {verdict.sure}, of weights. {history}",
+        f"Confidence (in weights): {verdict.sure}. {history}",
     ]
     median = np.nanmean(test.medians(pick.trial, pick.strength))
     if median < 0:
-        sentences.insert(2, f"But most tensors end farther off: their median skill is {median:+.2f}.")
+        sentences.insert(2, f"But most tensors end farther away: their median skill is {median:+.2f}.")
     return sentences
 
 
@@ -38,7 +38,7 @@ def _why_not(verdict: Verdict, history: str) -> str:
     pick, still = verdict.pick, verdict.still
     if still is not None:
         return (
-            f"Nothing is to be extrapolated here: averaging what was seen ({still.recipe}, strength {still.strength:g}: mean "
+            f"Do not extrapolate this run: averaging the observed steps ({still.recipe}, strength {still.strength:g}: mean "
             f"skill {still.score:+.2f}) does as well as any direction ({pick.score:+.2f}). What moves is noise."
         )
     if pick.score > 0 and verdict.reach is not None:

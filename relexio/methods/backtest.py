@@ -84,7 +84,7 @@ def bytes_of(tensors: int, trials: int, folds: list[Fold], strengths: int) -> in
 
 @dataclass(frozen=True)
 class Backtest:
-    """What came of every trial at every held-out step (a column), for a whole model.
+    """The results of every trial at every held-out step (a column), for a whole model.
 
     ``totals`` [parts, trials, columns, 6] are the terms of the errors, summed over the tensors of a part; ``predicted``
     [tensors, trials, columns, strengths] and ``baseline`` [tensors, columns] the squared errors of each tensor.

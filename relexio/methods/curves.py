@@ -84,7 +84,7 @@ def _distance(steps: np.ndarray) -> float:
 def read_off_refitting(curve: str, steps: np.ndarray, values: np.ndarray, at: np.ndarray, every: int) -> np.ndarray:
     """As ``read_off``, but with a fit that moves on: read off the next ``every`` steps, add them, drop the first, fit again.
 
-    The window keeps its T points, and goes on at the median distance of its steps. A target is read off the fit that is
+    The window keeps its T points, and continues at the median distance of its steps. A target is read off the fit that is
     nearest before it.
     """
     if curve == "sinusoid":

@@ -69,7 +69,7 @@ def reconstruct(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
 )
 @method(
     "secant",
-    "On from the last checkpoint along the chord from the window's first to its last.",
+    "From the last checkpoint on, along the chord from the window's first to its last.",
     "the secant line of numerical analysis; no direction, no rank",
     least_steps=2,
     from_last=True,
@@ -106,7 +106,7 @@ def scaled_first(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
 
 @method(
     "mean",
-    "The mean of the window's last k checkpoints; goes nowhere new.",
+    "The mean of the window's last k checkpoints, whatever the target.",
     "LAWA (Kaddour 2022, arXiv 2209.14981)",
     uses=("last",),
     stays=True,

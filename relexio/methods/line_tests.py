@@ -1,4 +1,4 @@
-"""Is this trajectory one line, and from this base? Signs that it is not, and what a walk without direction looks like."""
+"""Is this trajectory one line, and from this base? Evidence that it is not, and what a walk without direction looks like."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ def random_walk(steps: np.ndarray) -> tuple[float, float]:
 def split_half(gram: np.ndarray) -> float | None:
     """Cosine of the directions of two halves: trajectories of the odd and of the even increments. None below 4 steps.
 
-    A walk without direction gives about 0, a straight line 1, and noise about one place -1: its increments undo each other.
+    A walk without direction gives about 0, a straight line 1, and noise around one point -1: its increments undo each other.
     Momentum in the optimizer makes neighbours alike, so that a value a little above 0 is not yet a direction.
     """
     count = len(gram)
@@ -52,7 +52,7 @@ class Straightness:
     """How straight a model moved at rank 1, beside what a random walk over the same steps gives.
 
     ``energy`` is summed over all tensors; ``r_squared`` and ``split_half`` are medians over those that moved; ``signs``
-    are what speaks against one line, in words.
+    are the evidence against one line, in words.
     """
 
     energy: float
@@ -84,10 +84,10 @@ def straightness(grams: Iterable[np.ndarray], steps: np.ndarray) -> Straightness
 
 
 def base_doubt(gram: np.ndarray, steps: np.ndarray) -> str | None:
-    """Why the base does not look like the model that training began from, in words; None where nothing speaks against it.
+    """Why the base does not look like the model that training began from, in words; None without evidence against it.
 
     ``gram`` [K, K] is that of a run's first deltas, summed over tensors, or over a sample of their elements. The first
-    step is held against the first after it that differs. Its distance may grow with its number: a run stored from step
+    step is compared with the first after it that differs. Its distance may grow with its number: a run stored from step
     1000 on, every 10 steps, may well have a hundred times the distance.
     """
     squares = np.diag(gram)
@@ -102,12 +102,12 @@ def base_doubt(gram: np.ndarray, steps: np.ndarray) -> str | None:
         return None
     return (
         f"step {first} is about {float(f'{times:.2g}'):,.0f} times farther from the base than from step {steps[other]}: is this "
-        f"the model that training began from? If not, convert with that one as --base"
+        f"the model that training began from? If not, convert again with that model as --base"
     )
 
 
 def signs(gram: np.ndarray, steps: np.ndarray) -> list[str]:
-    """What speaks against one line, in words, from the Gram matrix [T, T] summed over all tensors."""
+    """The evidence against one line, in words, from the Gram matrix [T, T] summed over all tensors."""
     if not gram.any():
         return []
     squares = np.diag(gram)
@@ -132,7 +132,7 @@ def _noise(gram: np.ndarray) -> list[str]:
     half = split_half(gram)
     if half is None or half > _UNDONE:
         return []
-    return [f"its increments undo each other (split-half cosine {half:.2f}): what moves is noise about one place"]
+    return [f"its increments undo each other (split-half cosine {half:.2f}): what moves is noise around one point"]
 
 
 def _jumps(gram: np.ndarray, steps: np.ndarray) -> list[str]:
@@ -148,7 +148,7 @@ def _jumps(gram: np.ndarray, steps: np.ndarray) -> list[str]:
         return []
     return [
         f"a jump from step {steps[worst]} to step {steps[worst + 1]}, {speeds[worst] / usual:.0f} times the usual "
-        f"distance: predict from one side of it with --window"
+        f"distance: give a --window on one side of it"
     ]
 
 
@@ -170,8 +170,8 @@ def _break(gram: np.ndarray, steps: np.ndarray) -> list[str]:
     if one_line <= 0 or residuals[split] > min(_TWO_LINES * one_line, _CUBIC * cubic) or not turned:
         return []
     return [
-        f"the slope breaks at step {steps[split]}: {before:.2g} a step before, {after:.2g} after; predict "
-        f"from the steps after it with --window {steps[split]}:"
+        f"the slope breaks at step {steps[split]}: {before:.2g} a step before, {after:.2g} after; fit only "
+        f"the steps after it with --window {steps[split]}:"
     ]
 
 

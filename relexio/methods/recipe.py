@@ -1,4 +1,4 @@
-"""A recipe: a method, and the options that it heeds.
+"""A recipe: a method, and the options that it uses.
 
 One table of options: the command line, refusals, names, JSON and suggested commands all follow from it.
 """
@@ -19,7 +19,7 @@ _MOST_STRENGTH = 1e100  # its square is still a float64
 class Option:
     """One option of a recipe: its name on the command line and in JSON, the field of Recipe, its type, and its help.
 
-    ``choices``: the words that it may be. ``title``: how a recipe's name says it; what has none is left out there.
+    ``choices``: the words that it may be. ``title``: its text in a recipe's name; an option without one is left out there.
     """
 
     flag: str
@@ -40,15 +40,15 @@ class Option:
 
     @property
     def users(self) -> list[str]:
-        """The methods that heed it."""
+        """The methods that use it."""
         return [method.name for method in METHODS.values() if self.flag in method.uses]
 
 
 OPTIONS = (
-    Option("rank", "rank", int, "Directions over time for each tensor.", title="rank {}"),
+    Option("rank", "rank", int, "Directions to keep for each tensor.", title="rank {}"),
     Option("strength", "strength", float, "Factor on the update."),
     Option("fit", "curve", str, "Curve through the coefficients.", tuple(CURVES), "{}"),
-    Option("refit", "refit", int, "Steps to read off before the window moves on, fitted again.", title="refit {}"),
+    Option("refit", "refit", int, "Steps to predict before the window moves on and is fitted again.", title="refit {}"),
     Option("last", "last", int, "Checkpoints in a mean or ema.  [default: the window]", title="last {}"),
 )
 
@@ -128,12 +128,14 @@ class Recipe:
             if option.choices and value not in option.choices:
                 raise RequestError(f"unknown --{option.flag} {value!r}; known are {', '.join(option.choices)}")
             heeded = option.type is float or option.flag in self.way.uses
-            if not heeded and value != option.default:  # nothing that was asked for is left out without a word
+            if not heeded and value != option.default:  # nothing that was asked for is ignored silently
                 raise RequestError(
-                    f"--{option.flag} means nothing to --method {self.method}; it is for {', '.join(option.users)}"
+                    f"--method {self.method} does not use --{option.flag}; only {', '.join(option.users)} do"
                 )
         if not abs(self.strength) <= _MOST_STRENGTH:
-            raise RequestError(f"--strength {self.strength} is not a number of reasonable size")
+            raise RequestError(
+                f"--strength {self.strength} is out of range; give -{_MOST_STRENGTH:g} to {_MOST_STRENGTH:g}"
+            )
         if self.curve != "line" and count < CURVES[self.curve]:
             raise RequestError(f"--fit {self.curve} needs at least {CURVES[self.curve]} steps; the window has {count}")
 

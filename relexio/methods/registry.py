@@ -41,8 +41,8 @@ Weights = Callable[[Window, Vector, Any], Matrix]
 class Method:
     """One method: its name, what it does in a line, its source, its weights, and what it needs.
 
-    ``uses``: the options of a recipe that it heeds. ``from_last``: it starts from the last checkpoint, not from the base.
-    ``from_zero``: it counts steps from 0, where the base was. ``stays``: it averages what was seen and goes nowhere new.
+    ``uses``: the options of a recipe that it uses. ``from_last``: it starts from the last checkpoint, not from the base.
+    ``from_zero``: it counts steps from 0, where the base was. ``stays``: it averages what was observed, whatever the target.
     ``keeps_norms``: norms stay as they are in the last checkpoint. ``needs_base``: it predicts something else where the base
     is another model.
     """

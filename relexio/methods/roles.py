@@ -25,7 +25,7 @@ _PARTS = {
     }.items()
 }
 PARTS = (*_PARTS, "other")
-#: What the tensors that are not predicted may keep.
+#: Where the values of tensors that are not predicted may come from.
 OTHERS = ("last", "base")
 
 
@@ -44,7 +44,7 @@ def layer_of(name: str) -> int | None:
 class Choice:
     """Which tensors are predicted, by glob patterns, and what the ``others`` keep: ``base`` or ``last``.
 
-    Without ``include`` all are; ``exclude`` counts after it.
+    Without ``include`` all are; ``exclude`` is applied after it.
     """
 
     include: tuple[str, ...] = ()
@@ -52,17 +52,17 @@ class Choice:
     others: str = "last"
 
     def of(self, names: Iterable[str]) -> frozenset[str]:
-        """The chosen ones of the tensor names. Raises RequestError for a pattern that none fits, or if none is left."""
+        """The chosen tensor names. Raises RequestError for a pattern that matches none, or if none is left."""
         names = tuple(names)
         if self.others not in OTHERS:
             raise RequestError(f"--others {self.others}: give base or last")
         if self.others != "last" and not (self.include or self.exclude):
-            raise RequestError(f"--others {self.others} means nothing without --include or --exclude")
+            raise RequestError(f"--others {self.others} has no effect without --include or --exclude")
         for option, patterns in (("include", self.include), ("exclude", self.exclude)):
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in names):
                     raise RequestError(
-                        f"--{option} {pattern!r} fits none of the {len(names)} tensors; they are named like "
+                        f"--{option} {pattern!r} matches none of the {len(names)} tensors; their names look like "
                         f"{names[0]!r} and {names[-1]!r}"
                     )
         chosen = frozenset(name for name in names if self._takes(name))

@@ -29,7 +29,7 @@ class Fold:
 
 
 def within(times: float) -> int:
-    """The first of HORIZONS that is not below so many times the last known step; the last one for all beyond."""
+    """The first of HORIZONS that is not below this many times the last known step; the last one for all beyond."""
     return min(int(np.searchsorted(HORIZONS, times - 1e-9)), len(HORIZONS) - 1)
 
 
@@ -42,9 +42,7 @@ def make_folds(steps: np.ndarray) -> list[Fold]:
     """The cut-offs inside a trajectory of ascending steps [T]. Raises RequestError for fewer than three steps."""
     count = len(steps)
     if count < 3:
-        raise RequestError(
-            f"a backtest takes at least 3 observed steps, two to fit and one held out; there are {count}"
-        )
+        raise RequestError(f"a backtest needs at least 3 observed steps (two to fit, one held out); there are {count}")
     least = min(5, count - 1)
     folds = []
     for known in sorted({max(round(count * share), least) for share in _CUT_OFFS}):
@@ -78,7 +76,7 @@ def make_trials(steps: int) -> list[Trial]:
     """Every method, rank, curve and window that a backtest of a trajectory of ``steps`` steps tries.
 
     Of recipes that do equally well the first one is advised: plain ones come first. Methods that count from step 0 or
-    average what was seen have no window of their own.
+    average observed steps have no window of their own.
     """
     tried = [method for method in METHODS.values() if method.extrapolates]
     wide = [method for method in tried if not (method.from_zero or method.stays)]

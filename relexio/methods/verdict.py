@@ -1,7 +1,7 @@
 """From a backtest to what to believe: which recipe, how far, and how sure that is.
 
 Advice is judged as it would have been used: at each cut-off, take what was best on the steps known by then, and see how
-it did on those after it. Weight skill alone is judged; whether a checkpoint is any good only an evaluation tells.
+it did on those after it. Only skill in weights is judged; only an evaluation tells whether a checkpoint is any good.
 """
 
 from dataclasses import dataclass, replace
@@ -12,10 +12,10 @@ from relexio.methods.backtest import Backtest
 from relexio.methods.recipe import Recipe
 from relexio.methods.trials import Trial, within
 
-#: What skill in weights says nothing of; it goes with every piece of advice.
+#: What skill in weights does not say; it goes with every piece of advice.
 CAVEAT = (
-    "skill is a distance between weights, not task accuracy: it chooses between methods; how far to go, only your own "
-    "evaluation can choose (relexio sweep)"
+    "skill is a distance between weights, not task accuracy: it can choose between methods; only your own evaluation "
+    "can choose how far to go (relexio sweep)"
 )
 _NEARLY = 1.05  # a target that much farther than any step held out still counts as tested
 _TIE = 0.01  # skills that near are equal: the simpler recipe, which comes first, is taken
@@ -42,7 +42,7 @@ class Pick:
 
 @dataclass(frozen=True)
 class PastAdvice:
-    """The advice of its time: what was picked at ``step``, and its ``skill`` on the steps after it."""
+    """Past advice: what was picked at ``step``, and its ``skill`` on the steps after it."""
 
     step: int
     pick: Pick
@@ -56,7 +56,7 @@ class Verdict:
     ``reach``: from and to how many times the last known step skill is above 0 (None: nowhere); ``tested``: as far as
     anything was held out, in the same measure. ``farthest``: the last step that has skill both by its number of times and
     by how many steps it is ahead (an early cut-off sees many times its own step, but few steps). ``still``: the best of
-    the methods that go nowhere, where extrapolating does not beat it. ``sure`` is high, moderate, low or none.
+    the averaging methods, where extrapolating does not beat it. ``sure`` is high, moderate, low or none.
     """
 
     pick: Pick
@@ -114,7 +114,7 @@ def follow(test: Backtest, doubted: bool = False) -> list[PastAdvice]:
 
 
 def advise(test: Backtest, doubted: bool = False) -> Verdict | None:
-    """The verdict on the best of all trials; None where not one could be made at every cut-off.
+    """The verdict on the best of all trials; None if no trial could be made at every cut-off.
 
     Where the base is doubted, it is on the best that does not need one, and no better than low.
     """
@@ -157,10 +157,10 @@ def _sure(pick: Pick, history: list[PastAdvice]) -> str:
 
 @dataclass(frozen=True)
 class Outlook:
-    """What the backtest of one recipe says of one target, ``times`` the last known step and so many steps ``ahead``.
+    """What the backtest of one recipe says about one target: ``times`` the last known step, and ``ahead`` of it in steps.
 
-    ``skill`` is that within the target's horizon, above 0 at ``won`` of ``cut_offs``; None where nothing so many times the
-    last known step was held out. ``farthest`` is the last step that was tested both by its times and by its steps ahead.
+    ``skill`` is that within the target's horizon, above 0 at ``won`` of ``cut_offs``; None where nothing that far was held
+    out. ``farthest`` is the last step that was tested both by its times and by its steps ahead.
     """
 
     target: int
@@ -173,13 +173,13 @@ class Outlook:
 
     def __str__(self) -> str:
         """One line for people."""
-        target = f"step {self.target}, {self.times:.1f} times the last one known"
+        target = f"step {self.target}, {self.times:.1f} times the last known step"
         if self.skill is None:
-            return f"{target}, is farther than any step held out: nothing vouches for it"
+            return f"{target}, is farther ahead than any held-out step: no test covers it"
         outcome = "beat" if self.skill > 0 else "did not beat"
-        untested = "; but none was so many steps ahead" if self.target > self.farthest else ""
+        untested = "; but none of them was this many steps ahead" if self.target > self.farthest else ""
         return (
-            f"{target}: predictions that far {outcome} keeping the last checkpoint (skill {self.skill:+.2f}, above 0 at "
+            f"{target}: predictions that far ahead {outcome} keeping the last checkpoint (skill {self.skill:+.2f}, above 0 at "
             f"{self.won} of {self.cut_offs} cut-offs{untested})"
         )
 
@@ -195,7 +195,7 @@ def horizon_for(times: float, tested: float, tried: np.ndarray) -> int | None:
 
 
 def outlook(test: Backtest, target: int, last: int) -> Outlook:
-    """What a backtest of a single trial says of a target beyond the last observed step."""
+    """What a backtest of a single trial says about a target beyond the last observed step."""
     trial, strength, times = test.trials[0], test.strengths[0], target / max(last, 1)
     tested = float(test.times.max())
     farthest = min(last + int((test.held_out - test.known).max()), int(last * tested))

@@ -1,4 +1,4 @@
-"""``report``: one page that shows what a run did and what to believe of it, and its figures as pictures.
+"""``report``: one page that shows how a run moved and what to believe about it, and its figures as pictures.
 
 Importing this package needs nothing beyond relexio; making a report needs the extra ``report``.
 """

@@ -127,13 +127,13 @@ def _how(facts: Facts, drawn: int) -> str:
     findings, last, target = facts.findings, facts.findings.window[-1], facts.target
     what = "all tensors that moved" if drawn >= len(findings.tensors) else f"the {drawn} most energetic tensors"
     how = (
-        f"How far {what} came along their direction, each divided by its value at step {last}, so that 1 is the last "
-        f"checkpoint; at least one of each part. Lines are fitted to the whole window; diamonds are what they give for "
-        f"the target. Hover over a point for tensor and step."
+        f"How far {what} moved along their direction, each divided by its value at step {last}, so that 1 is the last "
+        f"checkpoint; at least one of each part. Lines are fitted to the whole window; diamonds are their values at the "
+        f"target. Hover over a point for tensor and step."
     )
     if findings.judged is None:
         return how
     skill = skill_at(findings, target)
     if skill is None:
-        return f"{how} Step {target} is farther ahead than anything that was held out: nothing vouches for it."
+        return f"{how} Step {target} is farther ahead than any held-out step: no test covers it."
     return f"{how} Predictions as far ahead as step {target} had skill {signed(skill)} with the best recipe."

@@ -32,7 +32,7 @@ _SAME = 0.002  # skills that near are one line in a figure
 
 @dataclass(frozen=True)
 class Facts:
-    """All that a report is made of. ``changed`` [tensors of the store, T] counts elements that differ from the base."""
+    """Everything that a report shows. ``changed`` [tensors of the store, T] counts elements that differ from the base."""
 
     findings: Findings
     sizes: Sizes

@@ -15,7 +15,7 @@ _SKILL = tip("skill:Q", "skill", "+.3f")
 
 def _untested(facts: Facts) -> str:
     if facts.findings.judged is None:
-        return f"A backtest takes at least three observed steps; this window has {len(facts.findings.window)}."
+        return f"A backtest needs at least 3 observed steps; this window has {len(facts.findings.window)}."
     return "No method could be tried at every cut-off: the window has too few steps."
 
 
@@ -29,7 +29,7 @@ def skill(facts: Facts) -> Figure:
     domain, first = list(names.values()), alt.datum.method == names.get(lines.first or "", "")
     y_axis = alt.Axis(format="+.2~f", labelExpr="datum.value == 0 ? '0' : datum.label")
     base = plot(rows).encode(
-        x=horizon_axis("up to so many times the last known step"),
+        x=horizon_axis("up to this many times the last known step"),
         y=alt.Y("skill:Q", title=None, scale=alt.Scale(domain=[lines.floor, lines.top], nice=False), axis=y_axis),
         color=by(alt.Color, "method", domain),
     )
@@ -42,7 +42,7 @@ def skill(facts: Facts) -> Figure:
     )
     zero = plot([{"zero": 0}]).mark_rule(style="zero").encode(y="zero:Q")
     how = (
-        "The best recipe of each method, fitted up to several earlier steps and held against steps that were really trained "
+        "The best recipe of each method, fitted up to several earlier steps and compared with steps that were really trained "
         "after them. Above the zero line it came nearer to them than keeping the last checkpoint; 1 would be perfect."
     )
     if lines.floor > -1 or lines.below:
@@ -99,7 +99,7 @@ def changed(facts: Facts) -> Figure:
     points = hover(base, tip("part:N"), tip("step:Q"), tip("share:Q", "changed", ".2%"))
     how = "The share of elements whose bits differ from the base."
     if any(tensor.kind.name == "bf16" for tensor in facts.findings.store.tensors):
-        how += " In bf16 an update smaller than the last bit changes none."
+        how += " In bf16 an update smaller than the last bit changes no element."
     title = "How much of the model changed at all?"
     return Figure(title, how, lines + points, "changed elements", palette="parts", column=110)
 

@@ -20,9 +20,9 @@ from relexio.report.theme import COLOURS, config, palettes
 from relexio.version import __version__
 
 _BADGES = {
-    "high": "In weights, predictions beat standing still: sure",
-    "moderate": "In weights, predictions beat standing still: fairly sure",
-    "low": "In weights, predictions may beat standing still: hardly sure",
+    "high": "In weights, predictions beat the last checkpoint: high confidence",
+    "moderate": "In weights, predictions beat the last checkpoint: moderate confidence",
+    "low": "In weights, predictions may beat the last checkpoint: low confidence",
     "none": "Do not extrapolate this run",
     "untested": "Not tested",
 }

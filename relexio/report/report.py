@@ -34,7 +34,7 @@ class ReportRequest:
     target: int | None = None
 
     def check(self, store: Store) -> None:
-        """Raise ExistsError for an output that is there, RequestError for a rank or target that the window cannot have."""
+        """Raise ExistsError for an output that exists, RequestError for a rank or target that the window cannot have."""
         for path in (self.page, *self.pictures()):
             if path.exists():
                 raise ExistsError(f"{path}: exists; remove it, or give another name")
@@ -74,7 +74,7 @@ def default_page(address: str) -> Path:
 def report(store: Store, request: ReportRequest, resources: Resources, stages: Stages) -> ReportFiles:
     """Measure a run and write the page and the pictures.
 
-    Raises ExistsError for an output that is there, RequestError without the extra ``report`` or for what the run cannot
+    Raises ExistsError for an output that exists, RequestError without the extra ``report`` or for what the run cannot
     give, BudgetError for too little memory.
     """
     _need_extra()
@@ -82,8 +82,8 @@ def report(store: Store, request: ReportRequest, resources: Resources, stages: S
     needed = resources.held + OVERHEAD + _DRAWING
     if needed > resources.memory:
         raise BudgetError(
-            f"--memory {show(resources.memory)} is too small: what draws the figures takes most of the {show(needed)} that a "
-            f"report needs; give more"
+            f"--memory {show(resources.memory)} is too small: a report needs {show(needed)}, most of it to draw "
+            f"the figures; give --memory {-(-needed // 10**6)}MB or more"
         )
     measured = findings(store, request.window, request.rank, resources, stages)
     target = default_target(measured) if request.target is None else request.target

@@ -10,7 +10,7 @@ from relexio.words import describe_steps, show
 
 @dataclass(frozen=True)
 class VerdictText:
-    """The verdict: ``sure`` (high, moderate, low, none or untested), sentences, what speaks against one line, a command."""
+    """The verdict: ``sure`` (high, moderate, low, none or untested), sentences, evidence that it is not one line, a command."""
 
     sure: str
     sentences: list[str]
@@ -22,7 +22,7 @@ def verdict(facts: Facts) -> VerdictText:
     """The verdict on a run in words."""
     judged, count = facts.findings.judged, len(facts.findings.window)
     if judged is None:
-        reason = f"There is no verdict: a backtest takes at least three observed steps, and the window has {count}."
+        reason = f"There is no verdict: a backtest needs at least 3 observed steps, and the window has {count}."
         return VerdictText("untested", [reason], [], None)
     signs = judged.straight.signs if judged.straight else []
     sure = judged.verdict.sure if judged.verdict else "untested"
@@ -49,7 +49,7 @@ def key_figures(facts: Facts) -> list[KeyFigure]:
     r2 = straight.r_squared if straight else float(np.median([t.line.r_squared for t in findings.tensors]))
     energy, walk_energy, walk_r2 = float(findings.spectrum[0]), float(facts.walk.spectrum[0]), facts.walk.line.r_squared
     direction = f"of the movement lies along one direction; a random walk has {walk_energy:.2f}"
-    on_disk = f"with the base, for {show(size.checkpoints)} of checkpoints ({size.compression:.0f} times smaller, the base apart)"
+    on_disk = f"with the base, for {show(size.checkpoints)} of checkpoints ({size.compression:.0f} times smaller, without the base)"
     return [
         KeyFigure("steps", f"{len(findings.window)}", f"observed: {describe_steps(findings.window)}"),
         KeyFigure(
@@ -69,7 +69,7 @@ def key_figures(facts: Facts) -> list[KeyFigure]:
 
 def _split_half(cosine: float | None) -> KeyFigure:
     if cosine is None:
-        return KeyFigure("split-half", "–", "takes four steps")
+        return KeyFigure("split-half", "–", "needs four steps")
     why = "cosine of the directions of two halves of the run; a random walk has about 0"
     return KeyFigure("split-half", f"{cosine:.2f}", why, cosine, 0.0)
 

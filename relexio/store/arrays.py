@@ -1,4 +1,4 @@
-"""Which arrays a store has, and how each is laid out (docs/store.md): for who makes them, and for who checks them."""
+"""Which arrays a store has, and how each is laid out (docs/store.md): for code that creates them, and for code that checks them."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ _BYTE = np.dtype("u1")
 
 
 def block_arrays(tensors: tuple[Tensor, ...], block: int, steps: int) -> dict[str, dict[str, Layout]]:
-    """By kind and name, the arrays that have a part for every block: of a group of so many steps, of the base for 0."""
+    """By kind and name, the arrays that have a part for every block: of a group of this many steps, or of the base (0 steps)."""
     arrays = _group_arrays if steps else _base_arrays
     return {kind: arrays(KINDS[kind], blocks, block, steps) for kind, blocks in count_blocks(tensors, block).items()}
 

@@ -1,6 +1,6 @@
 """Results kept beside the data, in ``cache/`` of the store, so that they are computed once.
 
-What is there is whole (it got its name or its mark last) and is about the committed groups that its name counts. A
+A result that exists is complete (it got its name or its mark last), and covers the committed groups that its name counts. A
 store that cannot be written keeps them in a temporary directory for the length of the run.
 """
 
@@ -34,7 +34,7 @@ SMALL = 16 << 20
 _NUMBER = np.dtype("<f8")
 #: More than the squares of 2^63 of the largest float32 add up to.
 _LARGE = 1e100
-_REMOVE = "remove this directory, and it is made again"
+_REMOVE = "remove this directory; it will be computed again"
 #: A store that cannot be written, or a disk that is full, is no reason to fail: the result is kept for this run only.
 #: (ENOENT: somebody has removed ``cache/`` meanwhile, which may be done at any time.)
 _NOT_WRITABLE = {
@@ -115,7 +115,7 @@ class CachedResult:
             write_chunk(entries.location, name, layout, filled, 0)
 
     def check(self, tensors: int, steps: int) -> None:
-        """Read all of it, kept for so many tensors and steps. Raises StoreError where it is damaged."""
+        """Read and check all of it, for this many tensors and steps. Raises StoreError where it is damaged."""
         with damage(self.shown, _REMOVE):
             names = sorted(self._hashes())
         for name in names:
@@ -184,7 +184,7 @@ def _is_there(final: Location) -> bool:
 
 
 def check(store: Store) -> tuple[list[str], list[str]]:
-    """What is damaged of all that is kept, and what of it may not be read: a line each."""
+    """What is damaged among all kept results, and what may not be read: a line each."""
     cache = locate(store.address).below("cache")
     damaged: list[str] = []
     closed: list[str] = []
@@ -200,7 +200,7 @@ def check(store: Store) -> tuple[list[str], list[str]]:
 
 
 def left(store: Store) -> list[str]:
-    """The names of what is unfinished in ``cache/``, as far as that may be read."""
+    """The names of unfinished results in ``cache/``, as far as it may be read."""
     with _without_permission([], "cache"):
         return [name for name in locate(store.address).below("cache").names() if name.endswith("partial")]
     return []
@@ -218,7 +218,7 @@ def _without_permission(closed: list[str], name: str) -> Iterator[None]:
 
 
 def keep(store: Store, name: CacheName, build: Callable[[CachedResult], None]) -> CachedResult:
-    """What is kept under a name, built if it is not there yet. What may not be read is not there."""
+    """The result kept under a name, built if it does not exist yet. One that may not be read counts as missing."""
     cache = locate(store.address).below("cache")
     final = cache.below(str(name))
     try:

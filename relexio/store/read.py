@@ -29,7 +29,7 @@ class Cursor:
         total = int(count.sum(dtype=np.int64))
         step, xor = (stream.take(total) for stream in self._streams)
         if step.max(initial=0) >= self._steps:  # it is what rows of F are counted by
-            raise StoreError(f"{self._what}: a move at a step that the group does not have; damaged")
+            raise StoreError(f"{self._what}: a move at a step that the group does not have; the store is damaged")
         return Moves(count, step, xor)
 
 

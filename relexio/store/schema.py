@@ -58,7 +58,7 @@ class Tensor:
 
     @classmethod
     def from_json(cls, value: Json) -> "Tensor":
-        """From Zarr attributes. Raises ValueError for what no writer writes."""
+        """From Zarr attributes. Raises ValueError for anything that a writer would not write."""
         tensor = cls(value["name"], value["dtype"], tuple(value["shape"]), value["first_block"])
         require(is_text(tensor.name) and tensor.dtype in BITS, "a tensor has a name and a known dtype")
         require(len(tensor.shape) <= _MOST_DIMENSIONS, f"a shape has at most {_MOST_DIMENSIONS} dimensions")
@@ -148,7 +148,7 @@ class Group:
 
     @classmethod
     def from_json(cls, value: Json) -> "Group":
-        """From Zarr attributes. Raises ValueError for what no writer writes."""
+        """From Zarr attributes. Raises ValueError for anything that a writer would not write."""
         name, steps, content = value["name"], tuple(value["steps"]), tuple(value["content"])
         require(isinstance(name, str) and re.fullmatch(r"\d{4,8}", name), "a group's name is a number")
         require(steps and all(map(is_count, steps)), "a group has steps, and they are numbers")
@@ -158,7 +158,7 @@ class Group:
 
 
 def groups_from_json(values: list[Json]) -> tuple[Group, ...]:
-    """The groups of a store. Raises ValueError for what no writer writes."""
+    """The groups of a store. Raises ValueError for anything that a writer would not write."""
     groups = tuple(map(Group.from_json, values))
     steps = [step for group in groups for step in group.steps]
     require(
@@ -169,7 +169,7 @@ def groups_from_json(values: list[Json]) -> tuple[Group, ...]:
 
 
 def tensors_from_json(values: list[Json], block: int) -> tuple[Tensor, ...]:
-    """The tensor table of a store. Raises ValueError for what no writer writes."""
+    """The tensor table of a store. Raises ValueError for anything that a writer would not write."""
     tensors = tuple(map(Tensor.from_json, values))
     table = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
     require(len(table) == len(tensors), "no two tensors have one name")
@@ -179,7 +179,7 @@ def tensors_from_json(values: list[Json], block: int) -> tuple[Tensor, ...]:
 
 
 def block_from_json(value: Any) -> int:
-    """The elements of a block. Raises ValueError for what no writer writes."""
+    """The elements of a block. Raises ValueError for anything that a writer would not write."""
     require(
         is_count(value) and 0 < value <= BLOCK and not value & (value - 1), f"a power of two up to {BLOCK} is a block"
     )
@@ -187,7 +187,7 @@ def block_from_json(value: Any) -> int:
 
 
 def hashes_from_json(value: Any) -> dict[str, str]:
-    """A table of hashes. Raises ValueError for what no writer writes."""
+    """A table of hashes. Raises ValueError for anything that a writer would not write."""
     require(isinstance(value, dict) and all(isinstance(text, str) for text in value.values()), "hashes are texts")
     require(all(map(_NODE.fullmatch, value)), "hashes are of groups and arrays of the store")
     return dict(value)
@@ -204,7 +204,7 @@ class Layout:
 
     @classmethod
     def from_json(cls, value: Json) -> "Layout":
-        """From an array's ``zarr.json``. Raises ValueError for what no writer writes."""
+        """From an array's ``zarr.json``. Raises ValueError for anything that a writer would not write."""
         shape, chunks = tuple(value["shape"]), tuple(value["chunk_grid"]["configuration"]["chunk_shape"])
         require(value["node_type"] == "array", "it is an array")
         require(value["data_type"] in _TYPES, f"the data type is one of {', '.join(_TYPES)}")
@@ -219,11 +219,13 @@ def check_format(attributes: Json, address: str) -> Json:
     """The store's own record. Raises StoreError if this is no trajectory, or one of a newer format."""
     record = attributes.get("relexio")
     if not isinstance(record, dict) or not isinstance(record.get("format"), int):
-        raise StoreError(f"{address}: a Zarr group, but no relexio trajectory")
+        raise StoreError(f"{address}: a Zarr group, but not a relexio trajectory")
     if record["format"] < FORMAT:
-        raise StoreError(f"{address}: has store format {record['format']} of an early relexio; convert the run again")
+        raise StoreError(
+            f"{address}: has store format {record['format']} written by an early relexio; convert the run again"
+        )
     if record["format"] > FORMAT:
         raise StoreError(
-            f"{address}: has store format {record['format']}, this relexio reads {FORMAT}; upgrade relexio"
+            f"{address}: has store format {record['format']}, but this relexio reads {FORMAT}; upgrade relexio"
         )
     return record

@@ -35,7 +35,7 @@ def seal(record: Json, **more: Any) -> bytes:
 def unseal(data: bytes) -> Json:
     """The attributes in such a ``zarr.json``. Raises ValueError where it is not as it was written.
 
-    A store of another format, or something that is none, is not looked at.
+    A store of another format, or anything else, is not checked.
     """
     attributes: Json = _parse(data).get("attributes", {})
     record = attributes.get("relexio")
@@ -47,7 +47,7 @@ def unseal(data: bytes) -> Json:
 
 
 def read_node(location: Location, path: str, known: str | None) -> Json:
-    """The ``zarr.json`` of a group or array. Raises ValueError where it is missing, or its hash not the known one."""
+    """The ``zarr.json`` of a group or array. Raises ValueError where it is missing, or its hash is wrong."""
     data = location.get(f"{path}/{METADATA}")
     if data is None:
         raise ValueError("it is missing")
@@ -59,7 +59,7 @@ def read_node(location: Location, path: str, known: str | None) -> Json:
 def _parse(data: bytes) -> Json:
     node = loads(data)
     if not isinstance(node, dict) or not isinstance(node.get("attributes", {}), dict):
-        raise ValueError("it is no metadata of Zarr's")
+        raise ValueError("it is not Zarr metadata")
     return node
 
 

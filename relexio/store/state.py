@@ -36,7 +36,9 @@ def check_content(store: Store, step: int | None, digests: Iterable[tuple[Block,
         return
     path = "base" if group is None else group.path
     what = f"{store.shown}: {'the base' if step is None else f'step {step}'}"
-    advice = f"damaged; relexio verify {quote(store.shown)} lists all that is, take the trajectory from a copy"
+    advice = (
+        f"the store is damaged; relexio verify {quote(store.shown)} lists all damage; take the trajectory from a copy"
+    )
     for block, digest in ordered:
         if store.digests(path, block).reshape(-1, DIGEST)[column].tobytes() != digest:
             raise StoreError(f"{what}: tensor {block.tensor.name}: not the bits that were hashed; {advice}")
@@ -79,7 +81,8 @@ def _tiles(store: Store, group: Group, block: Block, nbytes: int) -> Iterator[tu
         later[moves.first] = True
         if not later.all() or (moves.step >= steps).any():
             raise StoreError(
-                f"{store.shown}: {group.path}: moves of tensor {block.tensor.name} are not in the order of time; damaged"
+                f"{store.shown}: {group.path}: moves of tensor {block.tensor.name} are not in the order of time; "
+                f"the store is damaged"
             )
         bits = np.repeat(base[None, first : first + tile], steps, axis=0)
         bits[:, elements] ^= expand(moves, steps)

@@ -60,7 +60,7 @@ class Store:
 
     @property
     def absolute(self) -> str:
-        """The address in whatever working directory it is used."""
+        """The address, independent of the working directory."""
         root = self.files("")
         return str(root[0]) if root else self.address
 
@@ -162,7 +162,9 @@ class Store:
         path = f"{group.path}/{block.kind.name}/count"
         counts = self.chunk(path, block.index)[: block.size]
         if counts.max(initial=0) > len(group.steps):
-            raise StoreError(f"{self.shown}: {path}: an element moves more often than there are steps; damaged")
+            raise StoreError(
+                f"{self.shown}: {path}: an element moves more often than there are steps; the store is damaged"
+            )
         return counts
 
     def digests(self, path: str, block: Block) -> np.ndarray:
@@ -185,11 +187,11 @@ class Store:
         return self._sources(self.groups[0], lambda value: CheckpointRecord.from_json(value["base"]))
 
     def file(self, path: str) -> bytes:
-        """The bytes of a stored file (a header, an index, or a side file). Raises StoreError if they are another file's."""
+        """The bytes of a stored file (a header, an index, or a side file). Raises StoreError if their hash is wrong."""
         return b"".join(self.pieces(path))
 
     def pieces(self, path: str) -> Iterator[bytes]:
-        """The bytes of a stored file, a chunk at a time. Raises StoreError, at their end, if they are another file's."""
+        """The bytes of a stored file, a chunk at a time. Raises StoreError, at their end, if their hash is wrong."""
         layout, hashed = self.array(path), hashlib.sha256()
         size, chunk = layout.shape[0], layout.chunks[0]
         for number, first in enumerate(range(0, size, chunk)):
@@ -197,7 +199,7 @@ class Store:
             hashed.update(piece)
             yield piece
         if hashed.hexdigest()[:FILE_DIGITS] != path.rsplit("/", 1)[-1]:
-            raise StoreError(f"{self.shown}: {path}: not the bytes that were hashed; damaged")
+            raise StoreError(f"{self.shown}: {path}: not the bytes that were hashed; the store is damaged")
 
     def record(self, step: int | None) -> CheckpointRecord:
         """The source checkpoint of a step, or of the base (None). Raises RequestError for a step that is not stored."""
@@ -209,7 +211,7 @@ class Store:
 
 
 def file_digest(data: bytes | Path) -> str:
-    """What the array of a stored file is named by: the first 32 hexadecimal digits of the SHA-256 of its bytes."""
+    """The name of the array of a stored file: the first 32 hexadecimal digits of the SHA-256 of its bytes."""
     if isinstance(data, bytes):
         return hashlib.sha256(data).hexdigest()[:FILE_DIGITS]
     with open(data, "rb") as file:
@@ -219,7 +221,7 @@ def file_digest(data: bytes | Path) -> str:
 def open_store(path: str | Path) -> Store:
     """Open a trajectory store at its last commit.
 
-    Raises MissingError if nothing is there, StoreError if it is no finished trajectory or of a newer format.
+    Raises MissingError if nothing exists, StoreError if it is not a finished trajectory, or of a newer format.
     """
     location = locate(path)
     address = location.shown
@@ -246,7 +248,7 @@ def has_begun(location: Location) -> bool:
 
 
 def unfinished_store(location: Location) -> Store | None:
-    """The store that an interrupted ``convert`` left where it was staged; None if there is none to go on with."""
+    """The store that an interrupted ``convert`` left where it was staged; None if there is none to continue."""
     try:
         store = _open(location) if location.get(METADATA) is not None else None
     except StoreError:

@@ -94,7 +94,7 @@ class Files:
                 chunk[: len(piece)] = np.frombuffer(piece, np.uint8)
                 self._store.write_chunk(f"{self._path}/files/{digest}", chunk, number)
             if hashed.hexdigest()[:FILE_DIGITS] != digest:
-                raise CheckpointError(f"{data!s}: changed while it was read; run again when nothing writes it any more")
+                raise CheckpointError(f"{data!s}: changed while it was read; run again once nothing writes to it")
 
 
 def _pieces(data: bytes | Path, size: int) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ from relexio.store.storage import locate
 
 
 def open_group(address: str, mode: str) -> zarr.Group:
-    """The root group at ``address``, to be written to: ``r+`` for one that is there, ``a`` to make it if it is not."""
+    """The root group at ``address``, to be written to: ``r+`` for an existing one, ``a`` to create it if needed."""
     store = locate(address).zarr_store()
     return zarr.open_group(store, mode=mode, zarr_format=3, use_consolidated=False)  # type: ignore[arg-type]
 

@@ -75,7 +75,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if not any(match[1] == "checkpoint" for match in _FIELD.finditer(self.command)):
-            raise RequestError("--eval: has no {checkpoint}, which stands for the directory to evaluate")
+            raise RequestError("--eval: must contain {checkpoint}, which stands for the directory to evaluate")
 
     def candidates(self, stored: Iterable[int]) -> list[Candidate]:
         """All of it: references first (base, last of the window, stored steps among those asked for), then predictions."""

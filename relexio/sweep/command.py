@@ -1,4 +1,4 @@
-"""Running an evaluation: a shell command in a session of its own, its output in a log, ended when its time is up."""
+"""Running an evaluation: a shell command in a session of its own, its output in a log, stopped when its time is up."""
 
 import os
 import select
@@ -32,7 +32,7 @@ class CommandResult:
 def run(command: str, environment: dict[str, str], log: Path, timeout: float | None) -> CommandResult:
     """Run a command with the shell, in this directory, with nothing to read; stdout and stderr go to ``log`` as they come.
 
-    However this ends, what the command has started ends with it, unless it made a session of its own. Raises OSError
+    However this ends, all that the command has started ends with it, unless that has a session of its own. Raises OSError
     where the log cannot be written.
     """
     log.unlink(missing_ok=True)  # what still writes to an earlier one does so unseen

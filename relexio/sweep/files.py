@@ -21,7 +21,7 @@ class Files:
 
     @property
     def table(self) -> Path:
-        """The state of the sweep: all else can be made again from it."""
+        """The state of the sweep: everything else can be computed again from it."""
         return self.top / "results.json"
 
     @property
@@ -48,15 +48,15 @@ class Files:
                 yield
 
     def check(self) -> None:
-        """Raise ExistsError where the directory is something else than a sweep's."""
+        """Raise ExistsError where the directory is not a sweep's."""
         if self.table.is_file() or not self.top.exists():
             return
         others = [] if not self.top.is_dir() else [path.name for path in self.top.iterdir()]
         if not self.top.is_dir() or any(name != "logs" and not name.endswith(atomic.PARTIAL) for name in others):
-            raise ExistsError(f"{self.top}: exists, and is no sweep (it has no results.json); give another -o")
+            raise ExistsError(f"{self.top}: exists and is not a sweep (it has no results.json); give another -o")
 
     def load(self) -> Sweep | None:
-        """The table that is there, if there is one. Raises RequestError where it is none."""
+        """The saved table, if there is one. Raises RequestError for a file that is not a table."""
         return parse(self.table.read_bytes(), str(self.table)) if self.table.is_file() else None
 
     def save(self, sweep: Sweep) -> None:
@@ -77,7 +77,7 @@ class Files:
             atomic.remove_tree(atomic.staging(self.best))
 
     def best_is(self, facts: dict[str, Any]) -> bool:
-        """Whether the best checkpoint is a prediction of which these things are true."""
+        """Whether the best checkpoint is a prediction with these properties."""
         return _is(self.best, facts)
 
     def take(self, checkpoint: Path) -> None:

@@ -34,7 +34,7 @@ _CARD = 1 << 16  # bytes of model card and provenance, and some
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What a sweep will do: the table so far, all candidates, those still to be evaluated, and what that takes.
+    """What a sweep will do: the table so far, all candidates, those still to be evaluated, and what they need.
 
     ``bytes_needed`` and ``bytes_free`` are of disk; ``plan`` is that of one prediction, on ``device``.
     """
@@ -68,14 +68,14 @@ class SweepPlan:
 
 
 def prepare(store: Store, request: Request, resources: Resources) -> SweepPlan:
-    """Check a sweep and say what it takes; no tensor is read, nothing is written.
+    """Check a sweep and plan it; no tensor is read, nothing is written.
 
     Raises RequestError for a step, method, strength or rank that the window does not allow and for a directory that
     holds another sweep, ExistsError for one that holds something else, BudgetError and StorageError for too little
     memory or disk.
     """
     if not (request.steps and request.strengths and request.methods):
-        raise RequestError("nothing to predict: a sweep takes a step, a strength and a method at least")
+        raise RequestError("nothing to predict: a sweep needs at least one step, one strength and one method")
     recipes = [Recipe(method, request.rank, strength) for method in request.methods for strength in request.strengths]
     for recipe in recipes:
         recipe.check(np.array(request.window), list(request.steps))
@@ -90,10 +90,10 @@ def prepare(store: Store, request: Request, resources: Resources) -> SweepPlan:
 
 
 def sweep(plan: SweepPlan, stages: Stages, watch: Watch, note: Callable[[str], None]) -> Sweep:
-    """Evaluate all that has no score yet, and return the table. An evaluation that fails is recorded, and no error.
+    """Evaluate all that has no score yet, and return the table. A failed evaluation is recorded and is no error.
 
-    Raises as ``prepare`` does, and BusyError while another sweep uses the directory. Interrupted at any moment, even
-    killed, the same call goes on.
+    Raises as ``prepare`` does, and BusyError while another sweep uses the directory. After an
+    interruption, even a kill, the same call continues.
     """
     files = Files(plan.request.out)
     with files.opened(), atomic.storage_errors(plan.request.out):
@@ -131,7 +131,9 @@ def _known(store: Store, request: Request, files: Files) -> Sweep:
         same = tuple(r for r in judged.results if r.content == _content_of(store, r.candidate))
         return replace(judged, trajectory=store.shown, results=same)
     if found.find(lambda result: True):
-        raise RequestError(f"{files.top}: holds scores of a sweep with {other}; give another -o, or ask for that again")
+        raise RequestError(
+            f"{files.top}: holds scores of a sweep with {other}; give another -o, or sweep with that again"
+        )
     return fresh
 
 
@@ -157,14 +159,14 @@ def _disk(store: Store, request: Request, files: Files) -> tuple[int, int]:
     needed = 2 * (max(record.nbytes(store.table) for record in records) + around)
     if request.disk is not None and request.disk < needed:
         raise BudgetError(
-            f"--disk {show(request.disk)}: the candidate and the best so far take {show(needed)} at once; "
-            f"give --disk {needed} at least"
+            f"--disk {show(request.disk)} is too small: the candidate and the best so far need {show(needed)} "
+            f"together; give --disk {needed} or more"
         )
     ours = sum(map(atomic.tree_bytes, (files.best, files.candidate("none").parent)))
     free = atomic.free_bytes(request.out) + ours
     if free < needed:
         raise StorageError(
-            f"{request.out}: {show(needed)} are needed for the candidate and the best so far, and "
+            f"{request.out}: the candidate and the best so far need {show(needed)} together, but only "
             f"{show(free)} are free; free space, or give another -o"
         )
     return needed, free

@@ -20,7 +20,7 @@ def read_score(line: str, metric: str | None) -> float:
     """
     line = line.strip()
     if not line:
-        raise EvaluationError("it printed nothing; the last line of its output is to be the score")
+        raise EvaluationError("it printed nothing; the last line of its output must be the score")
     if _NUMBER.fullmatch(line) or _NOT_FINITE.fullmatch(line):
         if metric is not None:
             raise EvaluationError(f"--metric {metric}: the last line is a number alone: {_short(line)}")
@@ -32,10 +32,12 @@ def read_score(line: str, metric: str | None) -> float:
     numbers = _numbers(found)
     if metric is not None:
         if metric not in numbers:
-            raise EvaluationError(f"--metric {metric}: no number of that name in the last line, but {_names(numbers)}")
+            raise EvaluationError(
+                f"--metric {metric}: no number of that name in the last line; it has {_names(numbers)}"
+            )
         return _finite(numbers[metric], metric)
     if len(numbers) != 1:
-        raise EvaluationError(f"{_names(numbers)} in the last line; choose with --metric")
+        raise EvaluationError(f"{_names(numbers)} in the last line; choose one with --metric")
     ((name, value),) = numbers.items()
     return _finite(value, name or line)
 

@@ -1,4 +1,4 @@
-"""The table of a sweep: what was measured, what of it is best, and how it stands in JSON and CSV."""
+"""The table of a sweep: what was measured, which result is best, and both as JSON and CSV."""
 
 import csv
 import io
@@ -58,7 +58,7 @@ class Setting:
     command: str
 
     def unlike(self, other: "Setting") -> str | None:
-        """In what two settings differ, in words; None where their results can stand in one table."""
+        """How two settings differ, in words; None where their results can stand in one table."""
         if self.command != other.command:
             return f"--eval {other.command!r}"
         if [step for step, _ in self.window] != [step for step, _ in other.window]:
@@ -71,7 +71,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All results so far, and by what they are judged."""
+    """All results so far, and how they are judged."""
 
     trajectory: str
     setting: Setting
@@ -156,7 +156,7 @@ class Sweep:
         }
 
     def to_csv(self) -> str:
-        """The table; what is not there is empty."""
+        """The table; a missing value is empty."""
         text = io.StringIO()
         writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -172,11 +172,13 @@ def _place(result: Evaluation) -> tuple[bool, bool, str, float, int]:
 
 
 def parse(data: bytes, where: str) -> Sweep:
-    """What ``to_json`` gave. Raises RequestError where it is anything else."""
+    """Read what ``to_json`` wrote. Raises RequestError for anything else."""
     try:
         found = json.loads(data)
         if found["format"] != FORMAT:
-            raise RequestError(f"{where}: of another relexio (format {found['format']}); give another -o")
+            raise RequestError(
+                f"{where}: written by another version of relexio (format {found['format']}); give another -o"
+            )
         window = tuple((int(step["step"]), str(step["content"])) for step in found["window"])
         setting = Setting(str(found["base"]), window, int(found["rank"]), str(found["eval"]))
         results = tuple(map(_result, found["results"]))
@@ -186,7 +188,7 @@ def parse(data: bytes, where: str) -> Sweep:
     except RequestError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise RequestError(f"{where}: not as a sweep writes it; give another -o, or remove it") from error
+        raise RequestError(f"{where}: not a table that a sweep wrote; give another -o, or remove it") from error
 
 
 def _result(row: dict[str, Any]) -> Evaluation:

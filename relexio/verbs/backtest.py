@@ -1,4 +1,4 @@
-"""``backtest``: every method, window, rank and strength, held against steps that were really trained; and a verdict."""
+"""``backtest``: every method, window, rank and strength, compared with steps that were really trained; and a verdict."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -51,7 +51,8 @@ class Judgement:
             free = [m.name for m in METHODS.values() if not m.needs_base and not m.stays]
             doubt = [
                 f"{self.doubt[0].upper()}{self.doubt[1:]}.",
-                f"Until that is answered, only methods that do not use the base are weighed: {', '.join(free)}; low at best.",
+                f"Until that is answered, only methods that do not use the base are considered ({', '.join(free)}), "
+                f"with low confidence at best.",
             ]
         if self.verdict is None:
             return [*doubt, "No recipe could be tried at every cut-off: there are too few steps."]
@@ -138,7 +139,7 @@ def by_horizon(values: np.ndarray) -> dict[str, float]:
 
 
 def judge(store: Store, window: tuple[int, ...], resources: Resources, stages: Stages) -> Judgement:
-    """Backtest a trajectory over a window of stored steps; Gram matrices are made and kept if they are not there yet.
+    """Backtest a trajectory over a window of stored steps; Gram matrices are computed and kept if they are not yet.
 
     Raises RequestError for fewer than 3 steps, BudgetError where memory is too small.
     """

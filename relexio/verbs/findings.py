@@ -75,7 +75,7 @@ def _number(value: float) -> float | None:
 
 
 def findings(store: Store, window: tuple[int, ...], rank: int, resources: Resources, stages: Stages) -> Findings:
-    """Measure a run; the Gram matrices are made and kept if they are not there yet.
+    """Measure a run; the Gram matrices are computed and kept if they are not yet.
 
     Raises RequestError for a rank above the window, fewer than two steps, or a run in which nothing moved; BudgetError.
     """
@@ -95,7 +95,9 @@ def findings(store: Store, window: tuple[int, ...], rank: int, resources: Resour
             lengths += np.diag(one.gram)
             spectrum += tensors[-1].spectrum * tensors[-1].sigma2
     if not tensors:
-        raise RequestError(f"{store.shown}: no tensor moved within the window; there is nothing to find")
+        raise RequestError(
+            f"{store.shown}: no tensor moved within the window: there is nothing to measure; give another --window"
+        )
     judged = judge(store, window, resources, stages) if count > 2 else None
     spectrum /= lengths.sum()
     return Findings(store, window, rank, tensors, spectrum, thrown_away(left, lengths), alike(left), judged)

@@ -105,7 +105,7 @@ class Inspection:
 
 
 def inspect(store: Store, window: tuple[int, ...], rank: int, resources: Resources, stages: Stages) -> Inspection:
-    """Measure a store; the Gram matrices are made and kept if this is the first time they are needed.
+    """Measure a store; the Gram matrices are computed and kept if they are not yet.
 
     Raises RequestError for a rank above the window, BudgetError for too little memory.
     """

@@ -44,7 +44,7 @@ def check_targets(store: Store, targets: list[Target]) -> None:
     if len({target.step for target in targets}) != len(targets):
         raise RequestError("a step is given twice")
     if len({target.out.resolve() for target in targets}) != len(targets):
-        raise RequestError("two predictions with one name; put {step} into -o, as in -o 'pred/step-{step}'")
+        raise RequestError("two predictions would have one name; put {step} into -o, as in -o 'pred/step-{step}'")
     for target in targets:
         if target.out.exists():
             raise ExistsError(f"{target.out}: exists; give another -o")
@@ -55,7 +55,7 @@ def check_targets(store: Store, targets: list[Target]) -> None:
     free = atomic.free_bytes(targets[0].out)
     if needed > free:
         raise StorageError(
-            f"{targets[0].out.parent}: {show(needed)} are needed and {show(free)} free; free space, or give another -o"
+            f"{targets[0].out.parent}: {show(needed)} needed, but only {show(free)} free; free space, or give another -o"
         )
 
 
@@ -87,7 +87,7 @@ def staged(targets: list[Target], shards: list[OutputShard]) -> Iterator[list[Ou
             stack.enter_context(atomic.locked(directory, make=True))
             stack.enter_context(_removed_after_error(directory))
             if target.out.exists():  # another process has ended since ours looked
-                raise ExistsError(f"{target.out} has appeared meanwhile; give another -o")
+                raise ExistsError(f"{target.out} was created by something else meanwhile; give another -o")
             atomic.empty_tree(directory)
             outputs.append(write.begin(directory, shards))
             staged.append(directory)

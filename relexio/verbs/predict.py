@@ -1,4 +1,4 @@
-"""``predict``: whole checkpoints streamed out of a trajectory; none has its name before it is whole."""
+"""``predict``: checkpoints streamed out of a trajectory; none has its name before it is complete."""
 
 import json
 import re
@@ -71,7 +71,7 @@ def prepare(
     """Check and plan a prediction; no tensor is read, nothing is written.
 
     Raises RequestError for a window or a target that the recipe does not fit and for a tensor that cannot be predicted,
-    ExistsError for an output that is there already, BudgetError and StorageError for too little memory or disk.
+    ExistsError for an output that exists, BudgetError and StorageError for too little memory or disk.
     """
     recipe.check(np.array(window), [target.step for target in targets])
     check_targets(store, targets)
@@ -88,7 +88,7 @@ def run(job: PredictJob, stages: Stages, note: Callable[[str], None]) -> Fit:
     for text in fit.notes:
         note(text)
     if names := left_out(fit.store, fit.steps):
-        note(f"not in the prediction, which has files of its own where these would be: {', '.join(names[:6])}")
+        note(f"left out of the prediction, which has its own files in their place: {', '.join(names[:6])}")
     _write(fit, job.targets, job.executor, job.batch, stages)
     return fit
 
@@ -102,7 +102,7 @@ def stored_bytes(store: Store) -> int:
 def predict(fit: Fit, targets: list[Target], resources: Resources, stages: Stages) -> None:
     """Write the predicted checkpoint of every target; as many in one pass over the store as the memory allows.
 
-    Raises RequestError for a target that the recipe cannot reach, ExistsError for an output that is there already.
+    Raises RequestError for a target that the recipe cannot reach, ExistsError for an output that exists.
     """
     check_targets(fit.store, targets)
     _write(fit, targets, *_most_at_once(fit.store, len(fit.steps), len(targets), resources), stages)
@@ -135,7 +135,7 @@ def _most_at_once(store: Store, steps: int, count: int, resources: Resources) ->
 
 
 def left_out(store: Store, window: tuple[int, ...]) -> list[str]:
-    """Side files that a prediction cannot have: where it writes a file of its own, there can be no directory."""
+    """Side files that a prediction cannot have: their directory would have the name of a file that it writes."""
     return _carried(store, window)[1]
 
 
@@ -189,7 +189,7 @@ def lacking(store: Store, record: CheckpointRecord) -> dict[str, str]:
 
 
 def provenance(fit: Fit, step: int) -> dict[str, Any]:
-    """All that one needs to make the same prediction again, and what the backtest said of it.
+    """Everything needed to make the same prediction again, and what the backtest said about it.
 
     It is published with the checkpoint: no path of this machine is in it.
     """

@@ -18,7 +18,7 @@ def restore(store: Store, step: int | None, out: Path, resources: Resources, sta
     """Write an observed step (None: the base) exactly as it was: same shard names, headers, bytes, and side files.
 
     One that was not read from safetensors files is written as one such file (``checkpoints.protocol``).
-    Raises StoreError where what was put together is not what was committed; then nothing gets the name ``out``.
+    Raises StoreError where the result is not what was committed; then ``out`` is not created.
     """
     targets = [Target(step or 0, out)]
     check_targets(store, targets)

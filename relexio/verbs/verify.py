@@ -1,4 +1,4 @@
-"""``verify``: whether a trajectory is what was written, and what the checkpoints hold that it was made from."""
+"""``verify``: whether a trajectory is what was written, and whether the checkpoints that it came from hold the same."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -46,15 +46,15 @@ class Originals:
     notes: tuple[str, ...] = ()
 
     def left(self) -> list[NotStoredSummary]:
-        """What is there and not in the trajectory."""
+        """What the checkpoints hold besides, and the trajectory does not."""
         return present(self.steps.values(), self.base, self.root)
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was looked at, and what is wrong: one line each, nothing if all is as it should be.
+    """What was checked, and the problems: one line each, none if all is well.
 
-    ``left`` is what stands beside what was compared, and is not in the trajectory.
+    ``left`` is what the compared directories hold besides, and the trajectory does not.
     """
 
     steps: tuple[int, ...]
@@ -79,7 +79,7 @@ def find_originals(
 ) -> Originals:
     """The checkpoints that the store holds, below a directory or named one by one, and its base.
 
-    Raises CheckpointError for a base that is none.
+    Raises CheckpointError for a base that is not a model.
     """
     label, problems, notes = f"the base of {store.shown}", [], []
     sources = choose(root, named or {}, None)[0] if root is not None or named else {}
@@ -143,7 +143,7 @@ def _check_block(store: Store, originals: Originals, nbytes: int, block: Block) 
 def _check_base(store: Store, original: Checkpoint | None, block: Block) -> Iterator[str]:
     bits = store.base_bits(block)
     if digest_of(bits) != store.digests("base", block).tobytes():
-        yield f"{store.shown}: base: tensor {block.tensor.name}: not the bits that were hashed; damaged"
+        yield f"{store.shown}: base: tensor {block.tensor.name}: not the bits that were hashed; the store is damaged"
     if original is not None and (read_block(original, block) != bits).any():
         yield f"{original.label}: tensor {block.tensor.name}: differs from what {store.shown} holds"
 
@@ -171,7 +171,8 @@ def _check_group(
         digests, changed[group.name] = block_state(store, group, block, nbytes, see)
     for column in np.flatnonzero((digests != store.digests(group.path, block)).any(axis=1)):
         yield (
-            f"{store.shown}: step {group.steps[column]}: tensor {block.tensor.name}: not the bits that were hashed; damaged"
+            f"{store.shown}: step {group.steps[column]}: tensor {block.tensor.name}: "
+            f"not the bits that were hashed; the store is damaged"
         )
     for label in (compared[column].label for column in sorted(unlike)):
         yield f"{label}: tensor {block.tensor.name}: differs from what {store.shown} holds"
@@ -195,7 +196,7 @@ def _checks(store: Store, originals: Originals, changed: Changed) -> Iterator[Ca
 
 def _check_content(store: Store, path: str, content: tuple[str, ...], steps: int) -> list[str]:
     same = tuple(content_hashes(store, path, steps)) == content
-    return [] if same else [f"{store.shown}: {path}: content hashes are not those of its blocks; damaged"]
+    return [] if same else [f"{store.shown}: {path}: content hashes are not those of its blocks; the store is damaged"]
 
 
 def _check_node(store: Store, node: str) -> list[str]:
@@ -208,7 +209,7 @@ def _check_changed(store: Store, group: Group, changed: Changed) -> list[str]:
     for row, tensor in zip(table, store.tensors, strict=True):
         known = (_UNKNOWN, tensor.name) not in changed
         if known and (row != changed.get((group.name, tensor.name), 0)).any():
-            return [f"{store.shown}: {group.path}/changed: wrong for tensor {tensor.name}; damaged"]
+            return [f"{store.shown}: {group.path}/changed: wrong for tensor {tensor.name}; the store is damaged"]
     return []
 
 
@@ -235,7 +236,7 @@ def _check_side(store: Store, record: CheckpointRecord, original: Checkpoint) ->
 def _closed(names: list[str]) -> Iterator[str]:
     """Kept fits that may not be read are no part of the data: nothing of yours depends on them."""
     if names:
-        yield f"no permission to read kept fits, not checked: {', '.join(names)}; they are made again where needed"
+        yield f"no permission to read kept fits, not checked: {', '.join(names)}; they are computed again where needed"
 
 
 def _leftovers(store: Store) -> Iterator[str]:

@@ -60,7 +60,7 @@ class Link:
                 raise DeviceError(f"worker {name}: {worker.problem}")
         devices = {worker.device for worker in answers.values()}
         if len(devices) > 1:
-            raise DeviceError("some workers have a GPU and others none; choose with --device cpu or --device cuda")
+            raise DeviceError("some workers have a GPU and others have none; choose with --device cpu or --device cuda")
         return devices.pop()
 
     def device_limit(self, wanted: int | None) -> int:
@@ -161,6 +161,6 @@ def _require_same_versions(client: Client) -> None:
         if theirs != ours:
             has = f"relexio {theirs[1]}" if theirs[1] else "no relexio"
             raise ClusterError(
-                f"worker {address}: has Python {theirs[0]} and {has}, here are Python {ours[0]} and relexio {ours[1]}; "
-                f"they must be the same"
+                f"worker {address}: has Python {theirs[0]} and {has}, this machine has Python {ours[0]} and relexio "
+                f"{ours[1]}; install the same versions"
             )

@@ -20,10 +20,8 @@ from relexio.engine.executor import Executor, Keep, Pass, Progress, batches
 from relexio.errors import ClusterError, RelexioError
 
 _GONE = "the Dask scheduler is gone; start it and its workers, and run the same command again"
-_CUT = (
-    "the connection to the Dask cluster was cut; see that its scheduler and workers run, and run the same command again"
-)
-_DROPPED = "the Dask cluster dropped this work; see the scheduler's log, and run the same command again"
+_CUT = "the connection to the Dask cluster was cut; check that its scheduler and workers run, and run the same command again"
+_DROPPED = "the Dask cluster dropped this work; look at the scheduler's log, and run the same command again"
 _NO_WORKERS = "all workers of the cluster are gone; start some, and run the same command again"
 PATIENCE = 8.0  # seconds for a scheduler to answer, and for workers to be there
 _ALONE = 60.0  # seconds without any worker, in the middle of a pass, after which none is expected any more
@@ -72,7 +70,7 @@ class ClusterExecutor(Executor):
                 name, path = unseen[0]
                 raise ClusterError(
                     f"worker {name}: does not see {path} as it is on {socket.gethostname()}; "
-                    f"checkpoints, trajectory and outputs must be on storage that all workers share, under one path"
+                    f"checkpoints, trajectory and outputs must be on storage that all workers share, under the same path"
                 )
             time.sleep(0.5)
 
@@ -144,8 +142,8 @@ def _submitted(client: Client, tasks: list[Delayed]) -> "Iterator[dict[Future[An
             raise ClusterError(_DROPPED if client.scheduler_info()["workers"] else _NO_WORKERS) from error
         if isinstance(error, KilledWorker):
             raise ClusterError(
-                f"a block's workers died one after the other, the last was {error.last_worker.address}; mostly memory is "
-                f"at an end: give workers more of it, or a smaller --memory"
+                f"every worker that took one block died, the last at {error.last_worker.address}; usually they ran out of "
+                f"memory: give workers more, or give a smaller --memory"
             ) from None
         raise
     finally:

@@ -1,4 +1,4 @@
-"""What runs in a worker process: what it says of itself, and blocks, within the limits of a pass."""
+"""What runs in a worker process: what it reports about itself, and blocks, within the limits of a pass."""
 
 import hashlib
 import threading
@@ -33,7 +33,7 @@ class Worker:
 
 
 def look(device: str, dask_worker: Any) -> Worker:
-    """Runs in a worker, which Dask hands over under that name: what it has."""
+    """Runs in a worker, which Dask passes as an argument of this name: what the worker has."""
     problem, free = "", 0
     try:
         device = backend.resolve(device)
@@ -53,7 +53,7 @@ def fingerprint(path: Path) -> tuple[int, str] | None:
 
 
 def unlike(expected: dict[Path, tuple[int, str] | None]) -> Path | None:
-    """Runs in a worker: the first of some files that it does not see as the client does."""
+    """Runs in a worker: the first of these files that it does not see as the client does."""
     return next((path for path, known in expected.items() if fingerprint(path) != known), None)
 
 
@@ -106,7 +106,7 @@ def work(limits: Executor, token: str, key: str, function: Callable[..., Any], *
 
 
 def end_pass(token: str) -> int:
-    """Runs in a worker: start nothing of a pass any more; how many of its blocks are still being worked on there."""
+    """Runs in a worker: start no more blocks of a pass; the number of those still in progress."""
     with _lock:
         _ended.add(token)
         running = _passes[token].running if token in _passes else 0

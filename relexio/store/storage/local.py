@@ -157,7 +157,7 @@ class LocalStorage:
             with suppress(BusyError):  # who clears away took it for one that was left: it was not locked yet
                 lock.enter_context(atomic.locked(staged, make=True))
                 return staged
-        raise BusyError(f"{self.path.parent}: other processes clear it away all the time; wait for them to end")
+        raise BusyError(f"{self.path.parent}: other processes keep removing it; wait for them to end")
 
 
 def _raise(error: OSError) -> None:

@@ -177,7 +177,7 @@ class ObjectStorage:
                         raise
         if held is not None and held != mine:  # our own comes back where a request was sent twice
             raise BusyError(
-                f"{self.shown}: {_describe(held)} is writing it; wait for it to end, or if it has ended already remove the "
+                f"{self.shown}: {_describe(held)} is writing it; wait for it to end, or if it has already ended, remove the "
                 f"object {self.shown}/{LOCK}"
             )
 
@@ -199,7 +199,7 @@ class ObjectStorage:
 
 
 class Objects(FsspecStore):
-    """Zarr's store over fsspec, with errors of the network told as StorageErrors."""
+    """Zarr's store over fsspec, which turns network errors into StorageErrors."""
 
     @property
     def root(self) -> str:
@@ -251,7 +251,7 @@ def _storage_errors(address: str) -> Iterator[None]:
     except _network() as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         code = _code(error)
-        advice = "check the address, the credentials and the network, and run it again"
+        advice = "check the address, the credentials and the network, and run the same command again"
         if code == EROFS:
             reason, advice = "can be read, not written", "give another place"
         reason = without_secrets(f"{address}: {reason}", address)

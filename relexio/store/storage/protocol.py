@@ -1,4 +1,4 @@
-"""What a store needs of where it is, whichever way it is there."""
+"""What a store needs of its location, local or not."""
 
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -41,40 +41,40 @@ class Location(Protocol):
         """Bytes of all files or objects below; 0 if there are none."""
 
     def free_bytes(self) -> int | None:
-        """Bytes that there is room for; None where nobody knows."""
+        """Free bytes; None where that is not known."""
 
     def get(self, key: str, most: int = METADATA_BYTES) -> bytes | None:
-        """The bytes of one file or object below; None if it is not there.
+        """The bytes of one file or object below; None if it does not exist.
 
-        Raises StoreError for a file that has more than ``most``; of an object that would be one more request.
+        Raises StoreError for a file that has more than ``most``; for an object the check would cost one more request.
         """
 
     def put(self, key: str, data: bytes) -> None:
         """Write one file or object below, of at least a byte: whole, or not at all. A directory must have been made."""
 
     def make(self) -> None:
-        """Make the directory, and those above it, where there are any."""
+        """Create the directory, and those above it, where directories exist at all."""
 
     def empty(self) -> None:
         """Remove all that is below, and keep what holds the lock."""
 
     def remove(self) -> None:
-        """Remove all that is here, if anything is."""
+        """Remove everything here, if it exists."""
 
     def zarr_store(self) -> ZarrStore:
-        """A Zarr store over what is below, to be written to. Raises OSError for a directory that is not there."""
+        """A Zarr store over what is below, to be written to. Raises OSError for a missing directory."""
 
     def locked(self, make: bool = False) -> AbstractContextManager[None]:
-        """Hold the one writer's lock; ``make`` makes the directory, not those above it, where it is not there.
+        """Hold the one writer's lock; ``make`` creates the directory if it is missing, but not those above it.
 
-        Raises BusyError if another process holds it, FileNotFoundError for a directory that is not there.
+        Raises BusyError if another process holds it, FileNotFoundError for a missing directory.
         """
 
     def storage_errors(self) -> AbstractContextManager[None]:
-        """Turn what the operating system says into StorageErrors, where the location's own methods do not."""
+        """Turn errors of the operating system into StorageErrors, where the location's own methods do not do so."""
 
     def settle(self) -> None:
-        """Make all below durable, without what a killed writer left half-written."""
+        """Make everything below durable, and remove what a killed writer left unfinished."""
 
     def commit(self, marker: bytes) -> None:
         """Replace the commit marker: durable when this returns, and the old one or the new one at any moment."""
@@ -99,7 +99,7 @@ def attributes(location: Location) -> dict[str, Any]:
 
 
 def parse_record(data: bytes | None) -> dict[str, Any]:
-    """A JSON object; empty for what is none."""
+    """A JSON object; empty for anything else."""
     try:
         record = loads(data or b"{}")
     except ValueError:

@@ -1,5 +1,5 @@
-"""What is worth knowing before a conversion begins, and is seen in a small part of the data: a step that is the base, a base
-that looks like another model, and stored steps that have been written again."""
+"""Checks before a conversion begins, on a small part of the data: a step that is the base, a base that looks like another
+model, and stored steps that have been written again."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -87,10 +87,10 @@ def _spread(base: Checkpoint) -> list[tuple[str, Kind, int, int]]:
 
 
 def written_again(store: Store, sources: Mapping[int, Source]) -> str | None:
-    """A note on the stored steps whose files are others now than when they were stored; None if there are none.
+    """A note on stored steps whose files have changed since they were stored; None if there are none.
 
     Names, sizes and times of files are compared. Where only times differ, as in a copy of a run, so are hashes of some
-    blocks. A checkpoint that is not whole any more, or cannot be read, says nothing.
+    blocks. A checkpoint that is no longer complete, or cannot be read, is not compared.
     """
     again = []
     for group in store.groups:

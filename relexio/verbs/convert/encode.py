@@ -176,7 +176,7 @@ def _stored_base(store: Store, block: Block) -> np.ndarray:
     bits = store.base_bits(block)
     if digest_of(bits) != store.digests("base", block).tobytes():
         raise StoreError(
-            f"{store.shown}: base: tensor {block.tensor.name}: not the bits that were hashed; damaged; "
+            f"{store.shown}: base: tensor {block.tensor.name}: not the bits that were hashed; the store is damaged; "
             f"take the trajectory from a copy"
         )
     return bits

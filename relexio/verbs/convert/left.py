@@ -1,4 +1,4 @@
-"""What the directories of checkpoints hold and a trajectory does not: said wherever someone may go on to delete them."""
+"""What the directories of checkpoints hold and a trajectory does not: shown wherever someone may then delete them."""
 
 import re
 from collections import Counter
@@ -50,18 +50,18 @@ def _alike(names: Iterable[str]) -> list[str]:
 
 
 def recorded(store: Store) -> list[NotStoredSummary]:
-    """As ``convert`` found it, of steps and base."""
+    """What was not stored of steps and base, as ``convert`` recorded it."""
     records = [record for group in store.groups for record in store.checkpoints(group).values()]
     return [*_merged("steps", [r.not_stored for r in records]), *_merged("base", [store.base().not_stored])]
 
 
 def not_stored_summary_of(record: CheckpointRecord) -> list[NotStoredSummary]:
-    """As ``convert`` found it, of one checkpoint."""
+    """What was not stored of one checkpoint, as ``convert`` recorded it."""
     return _merged("base" if record.step is None else f"step {record.step}", [record.not_stored])
 
 
 def present(steps: Iterable[Checkpoint], base: Checkpoint | None, root: Path | None) -> list[NotStoredSummary]:
-    """As it is there now: of steps, of a base, and of the directory that the steps are in, besides them."""
+    """What is not stored, as it is on disk now: of steps, of a base, and what lies beside the steps."""
     steps = list(steps)
     left = _merged("steps", [NotStored.of(checkpoint.not_stored(), most=1 << 20) for checkpoint in steps])
     if base is not None:

@@ -73,7 +73,7 @@ class Conversion:
 
     @property
     def bytes_written_at_most(self) -> int:
-        """Bytes to be written if nothing could be left out or compressed; RLVR steps take a small part of theirs."""
+        """Bytes to be written if nothing could be left out or compressed; RLVR steps take a small part of that."""
         side = sum(sum(checkpoint.side_sizes) for checkpoint in self.read)
         return self.bytes_read + self.bytes_read // 100 + side + (1 << 20)
 
@@ -88,7 +88,9 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
     if exists and target.get(METADATA) is None:
         raise ExistsError(f"{out}: exists and is not a trajectory; give another -o")
     if out.endswith(PARTIAL):
-        raise RequestError(f"{out}: the name of unfinished work; give -o {out.removesuffix(PARTIAL)}")
+        raise RequestError(
+            f"{out}: names ending in {PARTIAL} are for unfinished work; give -o {out.removesuffix(PARTIAL)}"
+        )
     store = open_store(target.address) if exists and not has_begun(target) else None
     sources, others = choose(request.root, request.named or {}, request.selection)
     if store is None and request.base is None:
@@ -140,7 +142,7 @@ def _open_all(
     for step, problem in unfinished.items():
         if not whole or step < max(whole):
             raise problem
-    return opened, [f"step {step} is not whole yet, left out: {problem}" for step, problem in unfinished.items()]
+    return opened, [f"step {step} is not complete yet, and left out: {problem}" for step, problem in unfinished.items()]
 
 
 def _executor(table: Table, block: int, count: int, side: int, resources: Resources) -> Executor:

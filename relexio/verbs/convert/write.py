@@ -45,10 +45,10 @@ class ConversionResult:
 
 
 def convert(conversion: Conversion, stages: Stages) -> ConversionResult:
-    """Write the new steps and commit them. The store is as it was, or not there, until the very end.
+    """Write the new steps and commit them. Until the very end the store is as it was, or does not exist.
 
-    After an interruption the same call takes up what is whole. After an error nothing is left behind, save where the
-    disk or the cluster failed: what was written so far then waits for the same call.
+    After an interruption the same call continues with what is complete. After an error nothing is left behind, except
+    where the disk or the cluster failed: then too the same call continues.
     Raises a RelexioError naming file, tensor, step.
     """
     if not conversion.checkpoints:
@@ -99,14 +99,14 @@ def _convert(conversion: Conversion, stages: Stages) -> ConversionResult:
 
 @contextmanager
 def _needed_said(conversion: Conversion) -> Iterator[None]:
-    """Where the disk is full, say how much it takes at the very most."""
+    """Where the disk is full, say how much is needed at most."""
     try:
         yield
     except StorageError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) or atomic.NO_INODES in str(error):
             raise
         most = show(conversion.bytes_written_at_most)
-        failure = StorageError(f"{error} (at the very most {most} in all; mostly a small part of that)")
+        failure = StorageError(f"{error} (at most {most} in all; usually a small part of that)")
         failure.errno = error.errno
         raise failure from error
 
@@ -134,7 +134,7 @@ def _workspace(conversion: Conversion) -> Iterator[Store]:
         if out.exists() and not has_begun(out):  # another process has ended since ours looked
             if staged != out:
                 staged.remove()
-            raise ExistsError(f"{out.shown} has appeared meanwhile; run again to add to it")
+            raise ExistsError(f"{out.shown} was created by something else meanwhile; run again to add to it")
         with _clean_up(staged.remove):
             yield _staged_store(conversion, staged)
         staged.publish(out)
@@ -211,7 +211,8 @@ def _commit(conversion: Conversion, store: Store, group: Group) -> tuple[Store, 
     base = content_hashes(store, "base", 0)[0]
     if conversion.store and base != store.base_content:
         raise StoreError(
-            f"{store.shown}: base: its blocks are not those that were committed; damaged; take the trajectory from a copy"
+            f"{store.shown}: base: its blocks are not those that were committed; the store is damaged; "
+            f"take the trajectory from a copy"
         )
     if base in content:
         step = group.steps[content.index(base)]
@@ -235,8 +236,8 @@ def _notes(store: Store) -> Iterator[str]:
     differing = differences(base, last)
     if differing:
         yield (
-            f"step {group.steps[-1]} differs from the base in {', '.join(differing)}: predictions have what the last step "
-            f"of their window has"
+            f"step {group.steps[-1]} differs from the base in {', '.join(differing)}: predictions take these from "
+            f"the last step of their window"
         )
     seen: dict[str, int] = {h: s for old in store.groups[:-1] for s, h in zip(old.steps, old.content, strict=True)}
     for step, content in zip(group.steps, group.content, strict=True):
@@ -246,7 +247,7 @@ def _notes(store: Store) -> Iterator[str]:
     for tensor, counts in zip(store.tensors, store.changed(group), strict=True):
         if counts.any() and not tensor.kind.is_float:
             fate = "predictions carry over its last state" if is_buffer(tensor.dtype) else "it cannot be predicted"
-            yield f"{tensor.name} ({tensor.dtype}) changes; it is stored, and {fate}"
+            yield f"{tensor.name} ({tensor.dtype}) changes; it is stored; {fate}"
 
 
 def _allow_files(count: int) -> None:

@@ -1,1 +1,1 @@
-"""A real, tiny RLVR trajectory that ships with the package, and what it takes to try the method on it."""
+"""A real, tiny RLVR trajectory that ships with the package, and the code to try the method on it."""

@@ -42,7 +42,7 @@ def free_directory(wanted: Path) -> Path:
 
 
 def run(directory: Path, stages: Stages, say: Callable[[str], None]) -> Outcome:
-    """Do it all in a new directory, telling the commands that would do the same. Raises ExistsError if it exists."""
+    """Do it all in a new directory, and pass on the commands that would do the same. Raises ExistsError if it exists."""
     if directory.exists():
         raise ExistsError(f"{directory}: exists; give another -o or remove it")
     resources = Resources()
