@@ -98,5 +98,5 @@ def test_shapes_without_a_dimension_are_refused() -> None:
 
 
 def test_tensors_lie_one_after_the_other() -> None:
-    tensors = lay_out([("a", "BF16", (5000,)), ("b", "F32", (3,)), ("c", "BF16", (1,))], 1024)
+    tensors = lay_out({"a": ("BF16", (5000,)), "b": ("F32", (3,)), "c": ("BF16", (1,))}, 1024)
     assert [tensor.first_block for tensor in tensors] == [0, 0, 5]
