@@ -145,12 +145,11 @@ def test_noise_about_one_place_is_told_from_a_direction() -> None:
     test = backtested(moved)
     verdict = advise(test)
     assert verdict is not None and verdict.pick.score > 0.4 and verdict.sure == "none"
-    assert (
-        words(test, verdict)[0].startswith("Do not extrapolate this run: averaging")
-        and "noise" in words(test, verdict)[0]
-    )
-    gram = sum(m @ m.T for m in moved.values())
-    assert split_half(gram) < -0.9 and "undo each other" in signs(gram, LINE)[0]
+    advice = words(test, verdict)[0]
+    assert advice.startswith("Do not extrapolate this run: averaging") and "noise" in advice
+    gram = np.sum([m @ m.T for m in moved.values()], axis=0)
+    half = split_half(gram)
+    assert half is not None and half < -0.9 and "undo each other" in signs(gram, LINE)[0]
 
 
 def test_a_run_that_stopped_is_not_to_be_extrapolated() -> None:
@@ -213,6 +212,7 @@ def test_split_half_by_brute_force() -> None:
     increments = np.diff(np.vstack([np.zeros_like(m[:1]), m]), axis=0)
     halves = [np.linalg.svd(np.cumsum(increments[i::2], axis=0), full_matrices=False)[2][0] for i in (0, 1)]
     found = split_half(m @ m.T)
+    assert found is not None
     np.testing.assert_allclose(found, abs(halves[0] @ halves[1]), rtol=1e-8)  # both point where they end
     assert split_half(np.eye(3)) is None
 

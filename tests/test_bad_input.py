@@ -16,7 +16,7 @@ from relexio.store.schema import Block
 from relexio.store.seal import metadata_hashes, seal
 from relexio.store.storage import locate
 from relexio.verbs.convert import encode, write
-from tests.support.command import Outcome, Relexio, in_process, snapshot
+from tests.support.command import Outcome, Relexio, in_process, in_turn, snapshot
 from tests.support.make import Tensors, load_file, make_run, save_file
 
 FILE = "model.safetensors"
@@ -141,7 +141,7 @@ STEPS: dict[str, tuple[Spoil, list[str]]] = {
     "infinity": (element(EMBED, np.inf), [EMBED, "Inf"]),
     "minus infinity": (element(HEAD, -np.inf), [HEAD, "Inf"]),
     "the base, copied": (lambda c: shutil.copy(BASE / FILE, c / FILE), ["base itself", "bit for bit"]),
-    "the base, linked": (lambda c: (shutil.rmtree(c), c.symlink_to(BASE.resolve())), ["base itself"]),
+    "the base, linked": (in_turn(shutil.rmtree, lambda c: c.symlink_to(BASE.resolve())), ["base itself"]),
     "two directories": (lambda c: shutil.copytree(c, "steps/checkpoint-5"), ["two directories", "steps/checkpoint-5"]),
 }
 

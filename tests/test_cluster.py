@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -29,7 +29,10 @@ from tests.support.command import Relexio, in_process, snapshot, without_progres
 from tests.support.make import BF16, Run, make_run, save_checkpoint, write_dense_run
 from tests.support.steps import CPU, fit_run, predict_run, small_blocks, store_run
 
-distributed = pytest.importorskip("distributed")
+if TYPE_CHECKING:
+    import distributed
+else:
+    distributed = pytest.importorskip("distributed")
 
 OPTIONS: dict[str, Any] = {"processes": True, "dashboard_address": "127.0.0.1:0", "memory_limit": 0, "silence_logs": 60}
 SHAPES = {f"model.layers.{i}.w": (70, 60) for i in range(4)} | {"model.norm.weight": (24,)}
@@ -200,6 +203,7 @@ def test_a_block_that_kills_its_workers_is_an_error(run: Run, tmp_path: Path) ->
         distributed.Client(made, set_as_default=False) as client,
         Resources(device="cpu", scheduler=made.scheduler_address) as there,
     ):
+        assert made.scheduler is not None
         made.scheduler.allowed_failures = 0
         client.run(replace_function, "relexio.engine.blocks", "to_host", die)
         with pytest.raises(ClusterError, match=r"every worker that took one block died, .* memory"):
@@ -353,13 +357,16 @@ def test_the_command_line(
 
 def slow_down(seconds: float) -> None:
     """Runs in a worker: from now on every block of ``convert`` takes so long at least; 0 for as fast as it goes."""
-    from relexio.verbs.convert import encode, write
+    import relexio.verbs.convert.write
+    from relexio.verbs.convert.encode import encode_block
+
+    write: Any = relexio.verbs.convert.write
 
     def slowly(*arguments: Any) -> Any:
         time.sleep(seconds)
-        return encode.encode_block(*arguments)
+        return encode_block(*arguments)
 
-    write.encode_block = slowly if seconds else encode.encode_block
+    write.encode_block = slowly if seconds else encode_block
 
 
 def test_ctrl_c_leaves_the_cluster_clean(
@@ -386,10 +393,10 @@ def test_ctrl_c_leaves_the_cluster_clean(
 def test_a_scheduler_that_is_not_there(
     tmp_path: Path, run: Run, relexio: Relexio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from relexio.engine.cluster import link
+    from relexio.engine.cluster.run import PATIENCE
 
-    assert link.PATIENCE < 10
-    monkeypatch.setattr(link, "PATIENCE", 1.0)
+    assert PATIENCE < 10
+    monkeypatch.setattr("relexio.engine.cluster.link.PATIENCE", 1.0)
     where = ("--scheduler", "tcp://127.0.0.1:1")
     failed = relexio("convert", run.steps_path, "--base", run.base_path, "-o", tmp_path / "run.zarr", *where)
     assert failed.code == 1 and failed.err.count("\n") == 1
@@ -430,12 +437,13 @@ def test_workers_that_do_not_see_the_files_are_refused(
 
 def blindfold(on: bool) -> None:
     """Runs in a worker: from now on it sees no file, or those that there are."""
-    from relexio.engine.cluster import worker
+    import relexio.engine.cluster.worker
 
+    worker: Any = relexio.engine.cluster.worker
     if on:
-        worker.fingerprint, worker._real_fingerprint = lambda path: None, worker.fingerprint  # type: ignore[attr-defined]
+        worker.fingerprint, worker._real_fingerprint = lambda path: None, worker.fingerprint
     else:
-        worker.fingerprint = worker._real_fingerprint  # type: ignore[attr-defined]
+        worker.fingerprint = worker._real_fingerprint
 
 
 def test_without_dask_distributed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -171,7 +173,7 @@ def test_plans_for_a_device() -> None:
 
 def test_auto_takes_the_cpu_where_memory_is_too_small_for_cuda(run: Run, tmp_path: Path, cupy: StandIn) -> None:
     store = store_run(run, tmp_path / "run.zarr")
-    little = {"memory": 400 * MB, "held": 60 * MB, "workers": 1}
+    little: dict[str, Any] = {"memory": 400 * MB, "held": 60 * MB, "workers": 1}
     assert Resources(device="auto", **little).for_gram(store, 4).device == "cpu"
     assert Resources(device="auto", workers=1).for_gram(store, 4).device == "cuda"
     with pytest.raises(BudgetError):
@@ -197,8 +199,12 @@ def test_cuda_without_cupy_is_refused_and_auto_takes_the_cpu(
 
 def test_the_stand_in_is_strict(cupy: StandIn) -> None:
     own_stream("cuda")
-    host, there = np.arange(4.0), cupy.asarray(np.arange(4.0))
-    for mix in (operator.add, operator.mul, operator.xor, operator.matmul, np.add, operator.setitem, operator.getitem):
+    host: Any = np.arange(4.0)
+    there: Any = cupy.asarray(np.arange(4.0))  # Any: its operators are added when its module is imported
+    mixes: tuple[Callable[..., object], ...] = (
+        operator.add, operator.mul, operator.xor, operator.matmul, np.add, operator.setitem, operator.getitem,
+    )  # fmt: skip
+    for mix in mixes:
         for pair in ((host, there), (there, host)):
             with pytest.raises((TypeError, IndexError, AssertionError)):
                 mix(*pair, 1.0) if mix is operator.setitem else mix(*pair)

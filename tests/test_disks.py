@@ -20,7 +20,7 @@ import zarr.storage._local as zarr_local
 from relexio import atomic
 from relexio.store.storage import LocalStorage, locate
 from relexio.store.store import open_store
-from tests.support.command import Outcome, Relexio, in_process, refused, snapshot, whole, without_progress
+from tests.support.command import Outcome, Relexio, in_process, in_turn, refused, snapshot, whole, without_progress
 from tests.support.make import BF16, Run, make_run
 from tests.support.steps import small_blocks
 
@@ -213,16 +213,14 @@ class Disk:
         self.dirty: set[Path] = set()
         self.lost: list[str] = []
         self.commits: list[Path] = []
-        write, put, pwrite = Path.write_bytes, zarr_local._put, os.pwrite
         patch = monkeypatch.setattr
-        patch(Path, "write_bytes", lambda path, data: (self.wrote(path), write(path, data))[1])
-        patch(zarr_local, "_put", lambda path, *rest, **more: (self.wrote(path), put(path, *rest, **more))[1])
-        patch(os, "pwrite", lambda fd, data, at: (self.wrote(self.path(fd)), pwrite(fd, data, at))[1])
+        patch(Path, "write_bytes", self.writing(Path.write_bytes, lambda path, *_: path))
+        patch(zarr_local, "_put", self.writing(zarr_local._put, lambda path, *_: path))
+        patch(os, "pwrite", self.writing(os.pwrite, lambda fd, *_: self.path(fd)))
         for name in ("replace", "rename"):
             patch(os, name, self.renaming(getattr(os, name)))
-        mkdir, fsync = os.mkdir, os.fsync
-        patch(os, "mkdir", lambda path, *rest, **more: (mkdir(path, *rest, **more), self.wrote(Path(path)))[0])
-        patch(os, "fsync", lambda fd: (fsync(fd), self.dirty.discard(self.path(fd)))[0])
+        patch(os, "mkdir", in_turn(os.mkdir, lambda path, *_: self.wrote(Path(path))))
+        patch(os, "fsync", in_turn(os.fsync, lambda fd: self.dirty.discard(self.path(fd))))
         patch(ctypes, "CDLL", lambda *rest, **more: SimpleNamespace(syncfs=self.syncfs))
 
     def path(self, fd: int) -> Path:
@@ -234,6 +232,13 @@ class Disk:
     def syncfs(self, fd: int) -> int:
         self.dirty.clear()
         return 0
+
+    def writing(self, real: Callable[..., Any], path_of: Callable[..., Path]) -> Callable[..., Any]:
+        def write(*arguments: Any, **more: Any) -> Any:
+            self.wrote(path_of(*arguments))
+            return real(*arguments, **more)
+
+        return write
 
     def renaming(self, real: Callable[..., None]) -> Callable[..., None]:
         def rename(source: Any, target: Any) -> None:

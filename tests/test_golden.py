@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -25,7 +26,7 @@ def test_store(tmp_path: Path) -> None:
     one = tiny(tmp_path / "two")
     run = Run(tmp_path, one.base, {**one.steps, 6: one.steps[4]})
     store_run(run, tmp_path / "run.zarr")
-    root = zarr.open_group(tmp_path / "run.zarr", mode="r")
+    root: Any = zarr.open_group(tmp_path / "run.zarr", mode="r")
 
     def hash_of(path: str | Path) -> str:
         return xxhash.xxh3_128_hexdigest((tmp_path / "run.zarr" / path / "zarr.json").read_bytes())

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.make import Run
 from tests.support.steps import fit_run, predict_run, store_run
 
 pytest.importorskip("torch", reason="needs torch: pip install -e '.[hf]'")
@@ -14,14 +15,12 @@ pytestmark = [
 ]
 
 
-def train(root: Path, tied: bool, dtype: str, shard: str):  # type: ignore[no-untyped-def]
+def train(root: Path, tied: bool, dtype: str, shard: str) -> Run:
     """Checkpoints that transformers itself saves, of a tiny model that moves along a line."""
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-
-    from tests.support.make import Run
 
     torch.manual_seed(0)
     config = Qwen2Config(

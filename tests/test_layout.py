@@ -11,7 +11,7 @@ import pytest
 from relexio.checkpoints.layout import choose, find_steps, model_directory
 from relexio.errors import CheckpointError, MissingError, RequestError
 from relexio.words import parse_steps
-from tests.support.command import Relexio, snapshot
+from tests.support.command import Relexio, in_turn, snapshot
 from tests.support.make import Run, load_file, make_run, save_checkpoint
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -227,7 +227,11 @@ def sharded(change: Callable[[Any], object]) -> Spoil:
 
 def only(name: str = "config.json") -> Spoil:
     """A config and an empty file in the place of the weights."""
-    return lambda c: ((c / FILE).unlink(), (c / name).parent.mkdir(exist_ok=True), (c / name).touch())
+    return in_turn(
+        lambda c: (c / FILE).unlink(),
+        lambda c: (c / name).parent.mkdir(exist_ok=True),
+        lambda c: (c / name).touch(),
+    )
 
 
 #: What can be wrong with the files of one directory, and words that the error must hold.
@@ -238,10 +242,10 @@ FAULTS: dict[str, tuple[Spoil, list[str]]] = {
     "a DCP checkpoint": (only("dcp/__0_0.distcp"), ["DCP"]),
     "torch files": (only("pytorch_model.bin"), ["safe_serialization"]),
     "an index and a single file": (lambda c: (c / INDEX).write_text("{}"), [FILE, INDEX]),
-    "two files and no index": (lambda c: (sharded(len)(c), (c / INDEX).unlink()), ["2 safetensors files", INDEX]),
-    "an index that is no JSON": (lambda c: (only(INDEX)(c), (c / INDEX).write_bytes(b"\xff")), [INDEX, "JSON"]),
-    "an index without map": (lambda c: (only(INDEX)(c), (c / INDEX).write_text("{}")), [INDEX, "weight_map"]),
-    "a missing shard": (lambda c: (sharded(len)(c), (c / SHARDS[1]).unlink()), [SHARDS[1], "not there"]),
+    "two files and no index": (in_turn(sharded(len), lambda c: (c / INDEX).unlink()), ["2 safetensors files", INDEX]),
+    "an index that is no JSON": (in_turn(only(INDEX), lambda c: (c / INDEX).write_bytes(b"\xff")), [INDEX, "JSON"]),
+    "an index without map": (in_turn(only(INDEX), lambda c: (c / INDEX).write_text("{}")), [INDEX, "weight_map"]),
+    "a missing shard": (in_turn(sharded(len), lambda c: (c / SHARDS[1]).unlink()), [SHARDS[1], "not there"]),
     "a shard above": (sharded(lambda m: m.update(norm="../a.safetensors")), [INDEX, "'../a.safetensors'"]),
     "a shard elsewhere": (sharded(lambda m: m.update(norm="/etc/passwd")), [INDEX, "'/etc/passwd'"]),
     "a shard without name": (sharded(lambda m: m.update(norm="")), [INDEX]),

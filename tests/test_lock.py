@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from relexio.errors import BusyError
 from relexio.store import cache
 from relexio.store.storage import locate
 from relexio.sweep.files import Files
-from tests.support.command import Relexio, in_process, refused, snapshot, whole
+from tests.support.command import Relexio, in_process, in_turn, refused, snapshot, whole
 from tests.support.make import Run, make_run
 
 Meanwhile = Callable[[Callable[[], object]], None]
@@ -74,7 +75,7 @@ def test_the_new_one_is_locked_already(tmp_path: Path, meanwhile: Meanwhile) -> 
     one, other = tmp_path / "one", tmp_path / "other"
     one.mkdir()
     with ExitStack() as stack:
-        meanwhile(lambda: (replaced(one, other), stack.enter_context(locked(one))))
+        meanwhile(in_turn(lambda: replaced(one, other), lambda: stack.enter_context(locked(one))))
         with pytest.raises(BusyError, match="is writing it"), locked(one):
             pass
 
@@ -118,7 +119,7 @@ def test_another_convert_has_ended_before_ours_makes_its_directory(
     store = tmp_path / "run.zarr"
     convert = ["convert", run.steps_path, "--base", run.base_path, "-o", store]
 
-    def convert_later(*arguments: object) -> object:
+    def convert_later(*arguments: Any) -> Any:
         monkeypatch.setattr("relexio.verbs.convert.convert", real)
         assert in_process(*convert, "--steps", "1:2").code == 0
         return real(*arguments)
@@ -135,7 +136,7 @@ def test_another_convert_has_failed(run: Run, tmp_path: Path, relexio: Relexio, 
     store = tmp_path / "run.zarr"
     convert = ["convert", run.steps_path, "--base", run.base_path, "-o", store]
     with ExitStack() as third:
-        meanwhile(lambda: (staging(store).rmdir(), third.enter_context(locked(staging(store), make=True))))
+        meanwhile(in_turn(staging(store).rmdir, lambda: third.enter_context(locked(staging(store), make=True))))
         refused(relexio(*convert), "is writing it; wait for it to end")
         assert not store.exists() and list(staging(store).iterdir()) == []
     meanwhile(staging(store).rmdir)
@@ -152,7 +153,7 @@ def test_another_prediction_has_ended(run: Run, tmp_path: Path, relexio: Relexio
     refused(relexio(*predict), "was created by something else meanwhile; give another -o")
     assert snapshot(out) == snapshot(tmp_path / "other") and not staging(out).exists()
     shutil.rmtree(out)
-    meanwhile(lambda: (staging(out).rmdir(), staging(out).mkdir()))
+    meanwhile(in_turn(staging(out).rmdir, staging(out).mkdir))
     assert relexio(*predict).code == 0
     assert snapshot(out) == snapshot(tmp_path / "other") and not staging(out).exists()
 

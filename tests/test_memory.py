@@ -29,7 +29,9 @@ def peak(*arguments: object) -> int:
     command = [sys.executable, "-c", MEASURED, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
-    return int(re.search(r"PEAK (\d+)", done.stderr)[1]) * 1024  # type: ignore[index]
+    found = re.search(r"PEAK (\d+)", done.stderr)
+    assert found is not None, done.stderr
+    return int(found[1]) * 1024
 
 
 def check(tmp_path: Path, allowed: str, dense: int) -> None:

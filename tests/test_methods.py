@@ -14,7 +14,7 @@ from relexio.methods.curves import read_off
 from relexio.methods.roles import Choice, layer_of, part_of
 from relexio.store.store import open_store
 from tests.support.command import Relexio
-from tests.support.make import BF16, FP8, Run, base_tensors, differing, load_checkpoint, make_run, move, save_checkpoint
+from tests.support.make import BF16, FP8, Run, base_tensors, differing, load_checkpoint, make_run, move
 from tests.support.make import deltas as deltas_of
 from tests.support.steps import fit_run, predict_run, store_run
 
@@ -261,10 +261,7 @@ def test_a_tensor_that_cannot_be_predicted_can_be_left_out(tmp_path: Path, relex
     steps = move(base, [1, 2, 3])
     for step, tensors in {0: base, **steps}.items():
         tensors["fp8"] = (np.arange(8, dtype=np.uint8) + np.uint8(step)).view(FP8)
-    save_checkpoint(tmp_path / "base", base)
-    for step, tensors in steps.items():
-        save_checkpoint(tmp_path / "steps" / f"step_{step}", tensors)
-    store_run(type("R", (), {"base_path": tmp_path / "base", "steps_path": tmp_path / "steps"}), tmp_path / "run.zarr")  # type: ignore[arg-type]
+    store_run(Run(tmp_path, base, steps, pattern="step_{}"), tmp_path / "run.zarr")
     command = ("predict", tmp_path / "run.zarr", "--step", 9)
     refused = relexio(*command, "-o", tmp_path / "no")
     assert refused.code == 1 and "fp8" in refused.err and "--exclude" in refused.err

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from relexio.engine.resources import Resources
 from relexio.methods import Recipe
-from tests.support.make import BF16, base_tensors, load_checkpoint, make_run, move, oracle, save_checkpoint
+from tests.support.make import BF16, Run, base_tensors, load_checkpoint, make_run, move, oracle
 from tests.support.oracle import DTYPES, agree
 from tests.support.steps import fit_run, predict_run, small_blocks, store_run
 
@@ -140,10 +140,6 @@ def test_several_targets_in_one_pass_are_what_each_is_alone(tmp_path: Path) -> N
 def test_t_of_300_and_a_tensor_that_never_moves(tmp_path: Path) -> None:
     base = base_tensors(BF16, shapes={"w": (50, 60), "norm": (30,)})
     steps = move(base, list(range(2, 602, 2)), still=("norm",), size=1e-5)
-    save_checkpoint(tmp_path / "base", base)
-    for step, tensors in steps.items():
-        save_checkpoint(tmp_path / "steps" / f"checkpoint-{step}", tensors)
-    run = type("R", (), {"base_path": tmp_path / "base", "steps_path": tmp_path / "steps"})
-    store = store_run(run, tmp_path / "run.zarr")  # type: ignore[arg-type]
+    store = store_run(Run(tmp_path, base, steps, pattern="checkpoint-{}"), tmp_path / "run.zarr")
     agree(predict_run(fit_run(store), 900, tmp_path / "out"), oracle(base, steps, 900))
     assert (load_checkpoint(tmp_path / "out")["norm"] == base["norm"]).all()

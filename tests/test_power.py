@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from relexio.dtypes import KINDS, from_float64, nonfinite, to_float64
 from relexio.methods.curves import fit_line, line_weights
-from relexio.methods.eigen import power_iteration, solve
+from relexio.methods.eigen import Eigenpairs, power_iteration, solve
 from tests.support.make import BF16, rounded
 
 
-def eigenpairs(gram: np.ndarray, rank: int):  # type: ignore[no-untyped-def]
-    applied = []
+def eigenpairs(gram: np.ndarray, rank: int) -> tuple[Eigenpairs, list[int]]:
+    applied: list[int] = []
 
     def apply(x: np.ndarray) -> np.ndarray:
         applied.append(x.shape[1])

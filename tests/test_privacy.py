@@ -10,6 +10,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import relexio as package
 from relexio.store.storage import locate
+from relexio.store.storage.objects import ObjectStorage
 from relexio.words import shown, stem, without_secrets
 from tests.support.command import Outcome, Relexio
 from tests.support.make import Run, make_run
@@ -113,6 +114,13 @@ def test_a_report_on_an_address_with_a_password(at_url: Path, relexio: Relexio) 
     nothing_below(at_url)
 
 
+def files_at(url: str) -> tuple[Any, str]:
+    """The file system of fsspec for an address, and the path in it."""
+    location = locate(url)
+    assert isinstance(location, ObjectStorage)
+    return location._files()
+
+
 def damaged_marker(files: Any, top: str) -> None:
     files.pipe_file(f"{top}/zarr.json", b"{}")
 
@@ -135,7 +143,7 @@ def a_writer(files: Any, top: str) -> None:
 
 @pytest.mark.parametrize("fault", [damaged_marker, damaged_array, damaged_chunk, all_gone])
 def test_errors_about_an_address_with_a_password(at_url: Path, relexio: Relexio, fault: Any) -> None:
-    fault(*locate(URL)._files())
+    fault(*files_at(URL))
     assert "***@here/run.zarr" in clean(relexio("predict", URL, "--step", 50, "-o", at_url / "out"), 1)
     clean(relexio("verify", URL), 1)
 
@@ -144,7 +152,7 @@ def test_a_lock_at_an_address_with_a_password(
     at_url: Path, run: Run, relexio: Relexio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("relexio.store.storage.objects._owner_has_ended", lambda held: False)
-    files, top = locate("memory://user:pa55w0rd@here/new.zarr")._files()
+    files, top = files_at("memory://user:pa55w0rd@here/new.zarr")
     a_writer(files, top)
     done = relexio("convert", run.steps_path, "--base", run.base_path, "-o", URL.replace("run", "new"))
     assert "remove the object memory://***@here/new.zarr/.relexio-lock" in clean(done, 1)

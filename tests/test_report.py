@@ -137,7 +137,7 @@ def test_page_has_figures_verdict_and_keys(facts: Facts, text: str) -> None:
     for key in key_figures(facts):
         assert key.value in said and key.why in said
     assert said.count("your own evaluation can choose") == 2
-    assert verdict(facts).sure in {a["class"].split()[1] for a in page.all("section") if a.get("class")}  # type: ignore[union-attr]
+    assert verdict(facts).sure in {classes.split()[1] for a in page.all("section") if (classes := a.get("class"))}
 
 
 def test_tables_of_coefficients_and_energy(facts: Facts) -> None:
@@ -198,16 +198,21 @@ def test_skill_of_a_part_has_four_characters(facts: Facts, skill: float, said: s
         def parts(self, pick: object) -> dict[str, np.ndarray]:
             return {"q": np.array([np.nan, skill])}
 
-    (row,) = data.skill_by_part(replace(facts.findings, judged=Judgement()))  # type: ignore[arg-type]
+    judged: Any = Judgement()
+    (row,) = data.skill_by_part(replace(facts.findings, judged=judged))
     assert row == {"part": "q", "horizon": "1.25×", "skill": skill, "said": said}
 
 
 def test_skill_is_told_as_far_ahead_as_predict_vouches(facts: Facts) -> None:
     judged, last = facts.findings.judged, facts.findings.window[-1]
     assert judged is not None and judged.verdict is not None
+    test, pick = judged.test, judged.verdict.pick
+    place = test.order[pick.trial]
+    totals, predicted = test.totals[:, [place]], test.predicted[:, [place]]
+    alone = replace(test, trials=[pick.trial], strengths=(pick.strength,), totals=totals, predicted=predicted)
     for share in (0.9, 1.0, 1.04, 1.06, 2.0):
         target = round(last * judged.verdict.tested * share)
-        vouched = outlook(judged.test, target, last).skill is not None
+        vouched = outlook(alone, target, last).skill is not None
         assert (data.skill_at(facts.findings, target) is not None) == vouched == (share < 1.05)
 
 

@@ -89,19 +89,20 @@ def test_the_configuration_is_that_of_the_files_tensors(tmp_path: Path) -> None:
     assert (out / TEMPLATE).read_text() == TRAINED
 
 
-TRL = {  # what the trainer of TRL changes in every run
+Sides = dict[str, dict[str, object]]
+TRL: Sides = {  # what the trainer of TRL changes in every run
     "config.json": {"use_cache": False, "dtype": "float32", "transformers_version": "5.0.0", "hidden_size": 8},
     "generation_config.json": {"use_cache": False, "eos_token_id": 1, "transformers_version": "5.0.0"},
     TOKENIZER: {"eos_token": {"content": "<e>", "lstrip": False}, "padding_side": "left", "bos_token": None},
 }
-HUB = {
+HUB: Sides = {
     "config.json": {"use_cache": True, "torch_dtype": "bfloat16", "transformers_version": "4.1.0", "hidden_size": 8},
     "generation_config.json": {"use_cache": True, "eos_token_id": 1, "do_sample": True},
     TOKENIZER: {"eos_token": "<e>", "padding_side": "right", "chat_template": PLAIN},
 }
 
 
-def _bytes(files: dict[str, dict[str, object]], **more: str) -> dict[str, bytes]:
+def _bytes(files: Sides, **more: str) -> dict[str, bytes]:
     texts = {name: json.dumps(value) for name, value in files.items()}
     return {name: text.encode() for name, text in {**texts, **more}.items()}
 
@@ -109,7 +110,7 @@ def _bytes(files: dict[str, dict[str, object]], **more: str) -> dict[str, bytes]
 def test_notes_name_only_what_matters() -> None:
     same = {TEMPLATE: f"{PLAIN}\n"}  # elsewhere, and with the line end that Jinja leaves out
     assert differences(_bytes(HUB), _bytes(TRL, **same)) == []
-    changed = {**TRL, "generation_config.json": {"eos_token_id": [1, 2]}, TOKENIZER: {"eos_token": "<end>"}}
+    changed: Sides = {**TRL, "generation_config.json": {"eos_token_id": [1, 2]}, TOKENIZER: {"eos_token": "<end>"}}
     assert differences(_bytes(HUB), _bytes(changed, **{TEMPLATE: TRAINED})) == [
         "the chat template", "tokenizer_config.json (eos_token)", "generation_config.json (eos_token_id)",
     ]  # fmt: skip

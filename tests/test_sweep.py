@@ -62,7 +62,7 @@ def swept(relexio: Relexio, store: Store, out: Path, command: str, *more: object
     return relexio("sweep", store.address, "--window", "10:40", "-o", out, "--eval", command, *more)
 
 
-def table(out: Path) -> dict[str, dict[str, object]]:
+def table(out: Path) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in json.loads((out / "results.json").read_text())["results"]}
 
 
@@ -206,7 +206,7 @@ def test_evaluations_that_fail_or_hang_do_not_end_it(
         "relex-step-80-strength-1": (5.0, None),
         "relex-step-90-strength-1": (None, "exit code -9 (SIGKILL)"),
     }
-    assert table(out)["relex-step-50-strength-1"]["tail"].startswith("1.0 /")  # type: ignore[attr-defined]
+    assert table(out)["relex-step-50-strength-1"]["tail"].startswith("1.0 /")
     assert "not known: step 40, the last observed, has no score" in done.out
     assert "failed: exit code 3: 1.0 /" in done.err and str(out / "logs/relex-step-50-strength-1.log") in done.err
     assert not any(runs(int((tmp_path / name).read_text())) for name in ("pids", "pids-2"))

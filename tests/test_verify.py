@@ -96,16 +96,14 @@ def test_convert_verifies_what_was_there_before_too(run: Run, relexio: Relexio) 
 def test_convert_can_verify_at_once(run: Run, relexio: Relexio, monkeypatch: pytest.MonkeyPatch) -> None:
     done = relexio("convert", run.steps_path, "--base", run.base_path, "-o", "run.zarr", "--verify")
     assert done.code == 0 and "whole" in done.out and "steps 1, 2, 4, 7" in done.out
-    import relexio.verbs.convert.encode as encode
-
-    real = encode.find_moves
+    from relexio.store.moves import find_moves as real
 
     def wrong(xor: np.ndarray) -> object:
         moves = real(xor)
         moves.xor[:1] ^= 1
         return moves
 
-    monkeypatch.setattr(encode, "find_moves", wrong)
+    monkeypatch.setattr("relexio.verbs.convert.encode.find_moves", wrong)
     done = relexio("convert", run.steps_path, "--base", run.base_path, "-o", "bad.zarr", "--verify")
     assert done.code == 1 and "differs" in done.err and "not the bits that were hashed" in done.err
 

@@ -104,9 +104,10 @@ def recipe(command: Command) -> Command:
     method = click.option(
         "--method",
         type=click.Choice(list(METHODS)),
+        metavar="NAME",
         default="relex",
         show_default=True,
-        help="How to predict; relexio methods explains each.",
+        help="How to predict; relexio methods lists and explains them.",
     )
     return together(method, *map(_option, flags))(run)
 

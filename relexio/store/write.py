@@ -121,7 +121,7 @@ def content_hashes(store: Store, path: str, steps: int) -> list[str]:
         for tensor in (tensor for tensor in store.tensors if tensor.kind.name == kind):
             for block in store.blocks(tensor):
                 for hashed, digest in zip(hashes, store.digests(path, block).reshape(-1, DIGEST), strict=True):
-                    hashed.update(digest)
+                    hashed.update(digest.data)
     return [hashed.hexdigest() for hashed in hashes]
 
 

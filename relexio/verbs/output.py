@@ -35,7 +35,7 @@ class Sink:
 
     def __call__(self, block: Block, target: int, bits: np.ndarray) -> None:
         """Write one block of one target at its place."""
-        data = memoryview(np.ascontiguousarray(bits)).cast("B")
+        data = np.ascontiguousarray(bits).data.cast("B")
         self.outputs[target].write(block.tensor.name, block.start * block.kind.itemsize, data)
 
 

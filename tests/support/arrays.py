@@ -29,7 +29,7 @@ class Arrays(Checkpoint):
     def read(self, name: str, first_byte: int, out: memoryview) -> None:
         """Fill ``out`` with a tensor's bytes."""
         data = np.ascontiguousarray(self.arrays[name]).reshape(-1).view(np.uint8)
-        out[:] = memoryview(data)[first_byte : first_byte + len(out)]
+        out[:] = data.data[first_byte : first_byte + len(out)]
 
 
 def arrays_of(run: Run, side: dict[str, bytes] | None = None) -> tuple[Arrays, dict[int, Arrays]]:

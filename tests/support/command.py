@@ -38,6 +38,16 @@ def in_process(*arguments: object, timeout: float = 600) -> Outcome:
     return Outcome(done.returncode, done.stdout, without_progress(done.stderr))
 
 
+def in_turn(*deeds: Callable[..., object]) -> Callable[..., None]:
+    """Does all of these, one after the other, each with the same arguments."""
+
+    def do(*arguments: object) -> None:
+        for deed in deeds:
+            deed(*arguments)
+
+    return do
+
+
 def snapshot(directory: Path) -> dict[str, bytes]:
     """Every file below a directory, by relative path."""
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}

@@ -32,7 +32,8 @@ def made_up(tensors: list[str], steps: tuple[int, ...], drift: float = 0.3, seed
     rng, at = np.random.default_rng(seed), np.array(steps, float)
     walk, line = walk_gram(at), np.outer(at, at) / at[-1]
     store = Store("made-up/run.zarr", 1024, lay_out(dict.fromkeys(tensors, ("BF16", (64, 32))), 1024), (), "0" * 64)
-    grams, found, left, lengths = {}, [], np.zeros_like(walk), np.zeros(len(at))
+    grams: dict[str, np.ndarray] = {}
+    found, left, lengths = [], np.zeros_like(walk), np.zeros(len(at))
     for name in tensors:
         gram = rng.uniform(0.2, 2) * (walk + drift * rng.uniform(0, 3) * line)
         if len(grams) < 12:

@@ -2,8 +2,10 @@
 
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -119,7 +121,7 @@ def move(
     return result
 
 
-def base_tensors(dtype: np.dtype, seed: int = 1, shapes: dict[str, tuple[int, ...]] | None = None) -> Tensors:
+def base_tensors(dtype: np.dtype, seed: int = 1, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Tensors:
     """Random base weights."""
     rng = np.random.default_rng(seed)
     return {name: (0.02 * rng.standard_normal(shape)).astype(dtype) for name, shape in (shapes or SHAPES).items()}
@@ -130,12 +132,12 @@ def make_run(
     dtype: np.dtype = BF16,
     steps: tuple[int, ...] = (1, 2, 3, 5, 8),
     shards: int = 1,
-    shapes: dict[str, tuple[int, ...]] | None = None,
-    **motion: object,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    **motion: Any,
 ) -> Run:
     """A run of float tensors in one dtype."""
     base = base_tensors(dtype, shapes=shapes)
-    return Run(root, base, move(base, list(steps), **motion), shards)  # type: ignore[arg-type]
+    return Run(root, base, move(base, list(steps), **motion), shards)
 
 
 def deltas(run_base: np.ndarray, observed: list[np.ndarray]) -> np.ndarray:

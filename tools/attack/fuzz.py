@@ -32,16 +32,17 @@ except ImportError:
     atheris = None
 if atheris and "--coverage" in sys.argv:
     with atheris.instrument_imports(include=["relexio"]):
-        import fuzz_targets
+        from fuzz_targets import TARGETS, World, good_seeds
 else:
-    import fuzz_targets
+    from fuzz_targets import TARGETS, World, good_seeds
 
 CORPUS = Path(__file__).parents[2] / "tests" / "corpus"
-TARGETS, World, good_seeds = fuzz_targets.TARGETS, fuzz_targets.World, fuzz_targets.good_seeds
 HANG, ROOM = 5.0, 512 << 20
 NUMBERS = (0, 1, -1, 2, 3, 255, 1 << 20, 1 << 31, 1 << 40, 2**62, 2**63, 2**64, 10**30, 10**400, 0.5, -0.0, 1e308)
 TEXTS = ("", ".", "..", "../x", "/etc/passwd", "a\0b", "a\nb", "\x1b[2J", "m" * 300, "ä\u202e", "\ud800", "c/0", "0000")
-OTHERS = (None, True, [], {}, [[]], float("nan"), float("inf"), [2**60] * 8, [1] * 100, {"": {}}, "BF16", "F64", "F4")
+OTHERS: tuple[Any, ...] = (
+    None, True, [], {}, [[]], float("nan"), float("inf"), [2**60] * 8, [1] * 100, {"": {}}, "BF16", "F64", "F4",
+)  # fmt: skip
 BYTES = (b"\0", b"\xff", b"\x7f", b"\xff\xff\xff\xff", b"\0\0\0\x80", b"[" * 2000, b"NaN", b"-1", b"1e999", b'"')
 
 

@@ -74,17 +74,19 @@ class Damage:
         """What a prediction or ``inspect`` gives; None if it is refused in one clear line."""
         shutil.rmtree(self.out, ignore_errors=True)
         options = ["--step", 20, "-o", self.out] if verb == "predict" else ["--json"]
-        code, out, err = in_process(verb, self.store, *options)
+        code, text, err = in_process(verb, self.store, *options)
+        out: Any = text
         if code == 1 and err.count("error:") == 1 and "Traceback" not in err and not self.out.exists():
             return None
         if verb == "inspect" and code == 0:
             sizes = ("bytes", "compression")  # of the files as they are, damaged or not
-            out = {name: value for name, value in json.loads(out).items() if name not in sizes}
+            out = {name: value for name, value in json.loads(text).items() if name not in sizes}
         return (code, out, snapshot(self.out) if self.out.exists() else {})
 
     def damage(self, how: str) -> list[str]:
         """Damage a file, or two; their names."""
         names = sorted(self.whole)
+        new: list[bytes | None]
         name = self.rng.choice(names)
         if how == "swapped":
             kinds = (lambda n: len(self.whole[n]), lambda n: n.split("/c/")[0])  # of one size, or of one array
@@ -136,7 +138,7 @@ def flips(store: Path, count: int, seed: int) -> tuple[Counter[str], list[str]]:
             answer.write_text(json.dumps([tried.points, tried.problems]))
             os._exit(0)
         children.append((pid, answer))
-    points, problems = Counter[str](), []
+    points, problems = Counter[str](), list[str]()
     for pid, answer in children:
         if os.waitpid(pid, 0)[1]:
             sys.exit("a process that damages stores has failed")

@@ -28,10 +28,11 @@ BENCH = Path(__file__).resolve().parent
 CACHES = Path("/proc/sys/vm/drop_caches")
 RELEXIO = [sys.executable, "-m", "relexio"]
 #: Model; layers, hidden size, vocabulary; steps to make; for several T: how many repetitions, and whether all is compared.
-TINY = ("tiny", (1, 32, 64), 3, ((3, 3, False),))
-SMALL = ("2 M", (4, 192, 2048), 20, ((20, 1, False),))
-QUICK = (TINY, SMALL, ("6 M", (8, 256, 3072), 20, ((10, 1, False), (20, 2, True))))
-FULL = (
+Model = tuple[str, tuple[int, int, int], int, tuple[tuple[int, int, bool], ...]]
+TINY: Model = ("tiny", (1, 32, 64), 3, ((3, 3, False),))
+SMALL: Model = ("2 M", (4, 192, 2048), 20, ((20, 1, False),))
+QUICK: tuple[Model, ...] = (TINY, SMALL, ("6 M", (8, 256, 3072), 20, ((10, 1, False), (20, 2, True))))
+FULL: tuple[Model, ...] = (
     *(TINY, ("10 M", (12, 256, 7168), 40, ((40, 1, False),))),
     ("40 M", (12, 512, 13760), 200, ((10, 1, False), (20, 1, False), (40, 3, True), (80, 1, False), (200, 1, False))),
     ("150 M", (12, 1024, 17920), 40, ((40, 3, True),)),
@@ -185,7 +186,8 @@ def budget(data: Data) -> None:
     """Every command under a small --memory."""
     work = data.scratch / "work"
     (first, _), (again, _), *_ = pairs(data, work)
-    for name, command in [*first, *again, ("inspect", [*RELEXIO, "inspect", work / "store"])]:
+    inspect: Command = [*RELEXIO, "inspect", work / "store"]
+    for name, command in [*first, *again, ("inspect", inspect)]:
         data.run(f"{name} in 512MB", [*command, "--memory", "512MB"], cold=False)
     shutil.rmtree(work)
 
@@ -207,8 +209,8 @@ def machine(data: Data) -> dict[str, Any]:
 def measure(quick: bool, scratch: Path) -> dict[str, Any]:
     """Run everything: what --json writes."""
     found = []
-    for *described, parts in QUICK if quick else FULL:
-        data = make(*described, scratch)
+    for model, shape, steps, parts in QUICK if quick else FULL:
+        data = make(model, shape, steps, scratch)
         for count, repetitions, whole in parts:
             found.append(replace(data, steps=count, took=defaultdict(list)))
             for number in range(repetitions):

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -29,6 +30,7 @@ from relexio.words import parse_steps
 BLOCK = 1 << 17  # elements; as fast as any from 2^16 to 2^20, in less memory than 2^20
 WIDTH = {"BF16": 2, "F16": 2, "F32": 4}
 Piece = tuple[Entry, int, int]  # a run of one tensor's elements: the tensor, the first element, how many
+Run = Callable[..., Iterator[Any]]  # ``map`` in several threads
 
 
 class Files:
@@ -44,7 +46,7 @@ class Files:
         """Fill ``out`` with the bytes of a piece in one checkpoint."""
         path, entry = checkpoint.locate(piece[0].name)
         skipped = piece[1] * WIDTH.get(piece[0].dtype, 1)
-        read_exactly(self.open[path], entry.start + skipped, memoryview(out).cast("B"), path)
+        read_exactly(self.open[path], entry.start + skipped, out.data.cast("B"), path)
 
     def deltas(self, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
         """theta_0 [n] and the deltas [T, n] of a piece, float32, in this thread's buffers until its next call."""
@@ -95,7 +97,7 @@ def weights(gram: np.ndarray, steps: np.ndarray, target: int, strength: float) -
     return (strength * (slope * target + intercept) / sigma * u).astype(np.float32)
 
 
-def fit(files: Files, run: Callable, steps: np.ndarray, target: int, strength: float) -> dict[str, np.ndarray]:
+def fit(files: Files, run: Run, steps: np.ndarray, target: int, strength: float) -> dict[str, np.ndarray]:
     """Pass 1: the weights [T] of every float tensor."""
 
     def gram(piece: Piece) -> tuple[str, np.ndarray]:
@@ -108,7 +110,7 @@ def fit(files: Files, run: Callable, steps: np.ndarray, target: int, strength: f
     return {name: weights(gram, steps, target, strength) for name, gram in grams.items()}
 
 
-def write(files: Files, run: Callable, found: dict[str, np.ndarray], out: Path) -> None:
+def write(files: Files, run: Run, found: dict[str, np.ndarray], out: Path) -> None:
     """Pass 2: base plus weighted deltas, block by block into files laid out as the base's."""
     shutil.copytree(files.base.path, out, ignore=shutil.ignore_patterns("*.safetensors"))
     for shard in files.base.shards:
@@ -124,8 +126,8 @@ def write(files: Files, run: Callable, found: dict[str, np.ndarray], out: Path) 
         else:  # what is no float is taken from the last step
             bits = np.empty(count, np.uint8)
             files.read(files.all[-1], piece, bits)
-        path = files.base.place(entry.name)[0]
-        os.pwrite(written[path], memoryview(bits).cast("B"), entry.start + first * bits.itemsize)
+        path = files.base.locate(entry.name)[0]
+        os.pwrite(written[path], bits.data.cast("B"), entry.start + first * bits.itemsize)
 
     list(run(combine, files.pieces()))
 

@@ -76,11 +76,12 @@ def train_base(task: Task, model: Any, seed: int, steps: int, stop: int, rate: f
             print(f"step {step}: loss {loss.item():.4f}", flush=True)
 
 
-class SaveEveryStep(transformers.TrainerCallback):
+class SaveEveryStep(transformers.TrainerCallback):  # type: ignore[misc]  # mypy does not look into transformers
     """Writes global_step_N after the Nth optimizer step, and keeps the time of each step, saving included."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory, self.seconds, self._last = directory, [], time.perf_counter()
+        self.directory, self._last = directory, time.perf_counter()
+        self.seconds: list[float] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._last = time.perf_counter()

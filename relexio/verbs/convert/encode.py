@@ -101,7 +101,7 @@ class _Encoder:
         chunk = store.array(f"{path}/bits").chunks[0]
         whole = np.zeros(-(-block.size // chunk) * chunk, kind.bits)
         bits = whole[: block.size]
-        self.job.base.read(block.tensor.name, block.start * kind.itemsize, memoryview(bits).cast("B"))
+        self.job.base.read(block.tensor.name, block.start * kind.itemsize, bits.data.cast("B"))
         first = block.index * store.block // chunk
         for i, part in enumerate(whole.reshape(-1, chunk)):
             store.write_chunk(f"{path}/bits", part, first + i)
@@ -156,7 +156,7 @@ def held(checkpoint: Checkpoint, block: Block, stack: ExitStack) -> Callable[[in
     itemsize = block.kind.itemsize
     first, nbytes = block.start * itemsize, block.size * itemsize
     read = stack.enter_context(checkpoint.held(block.tensor.name, first, nbytes))
-    return lambda element, bits: read(first + element * itemsize, memoryview(bits).cast("B"))
+    return lambda element, bits: read(first + element * itemsize, bits.data.cast("B"))
 
 
 def read_block(checkpoint: Checkpoint, block: Block) -> np.ndarray:
@@ -167,7 +167,7 @@ def read_block(checkpoint: Checkpoint, block: Block) -> np.ndarray:
 def read_bits(checkpoint: Checkpoint, name: str, kind: Kind, first: int, count: int) -> np.ndarray:
     """``count`` element bits of a tensor in a checkpoint, from element ``first`` on."""
     bits = np.empty(count, kind.bits)
-    checkpoint.read(name, first * kind.itemsize, memoryview(bits).cast("B"))
+    checkpoint.read(name, first * kind.itemsize, bits.data.cast("B"))
     return bits
 
 
