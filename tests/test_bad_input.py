@@ -245,7 +245,10 @@ def test_a_store_that_names_files_outside_the_output_is_refused(relexio: Relexio
 LONG = "m" * 300
 ENDS = ["inspect", "predict store --step 9 -o", NEW[:-3], "convert steps -o new --base", "convert -o new --base base"]
 REQUESTS = {
-    **{f"{command} --memory 1MB": ["1 MB is too small", "needed"] for command in (NEW, APPEND, PREDICT, INSPECT)},
+    **{
+        f"{command} --memory 1MB": ["1 MB is too small", "one worker needs"]
+        for command in (NEW, APPEND, PREDICT, INSPECT)
+    },
     **{f"{command} --rank 4": ["--rank 4", "1 to 3"] for command in (PREDICT, INSPECT)},
     **{f"{command} --window 4,2": ["step 4", "steps 1, 2, 3"] for command in (PREDICT, INSPECT)},
     **{f"{command} {LONG}": [LONG] for command in ENDS},

@@ -56,7 +56,7 @@ def test_predict_tells_what_it_will_do_and_did(run: Run, tmp_path: Path, relexio
     command = ("predict", tmp_path / "run.zarr", "--step", 100, "-o", tmp_path / "out")
     before = snapshot(tmp_path / "run.zarr")
     plan = relexio(*command, "--dry-run")
-    assert plan.code == 0 and "to be made" in plan.out and "free" in plan.out
+    assert plan.code == 0 and "to be computed" in plan.out and "free" in plan.out
     assert snapshot(tmp_path / "run.zarr") == before and not (tmp_path / "out").exists()
     done = relexio(*command)
     assert done.code == 0 and "verdict" in done.out and "2.0 times" in done.out

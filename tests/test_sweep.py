@@ -383,8 +383,8 @@ def test_two_checkpoints_have_room_or_nothing_is_begun(
     asked = (NUMBER_OF_STEP, "--steps", "50,60,70")
     monkeypatch.setattr("relexio.sweep.run._CARD", 3000)  # or it would hide the size of these tiny checkpoints
     small = swept(relexio, store, out, *asked, "--disk", "5kB")
-    assert small.code == 1 and "--disk 5 kB: the candidate and the best so far take" in small.err and not out.exists()
-    (least,) = re.findall(r"give --disk (\d+) at least", small.err)
+    assert small.code == 1 and "--disk 5 kB is too small: " in small.err and not out.exists()
+    (least,) = re.findall(r"give --disk (\d+) or more", small.err)
     assert swept(relexio, store, out, *asked, "--disk", int(least) - 1).code == 1
     with monkeypatch.context() as full_disk:
         full_disk.setattr(atomic, "free_bytes", lambda path: int(least) - 1)
