@@ -110,7 +110,7 @@ def test_a_report_on_an_address_with_a_password(at_url: Path, relexio: Relexio) 
     pytest.importorskip("altair")
     clean(relexio("report", URL))
     page = (at_url / "run.html").read_text(encoding="utf-8")
-    assert f"Store: {SEEN}" in page and f"relexio report &#x27;{SEEN}&#x27;" in page
+    assert f"Store: {SEEN}" in page and f"relexio report &#39;{SEEN}&#39;" in page
     nothing_below(at_url)
 
 
