@@ -245,7 +245,7 @@ FAULTS: dict[str, tuple[Spoil, list[str]]] = {
     "two files and no index": (in_turn(sharded(len), lambda c: (c / INDEX).unlink()), ["2 safetensors files", INDEX]),
     "an index that is no JSON": (in_turn(only(INDEX), lambda c: (c / INDEX).write_bytes(b"\xff")), [INDEX, "JSON"]),
     "an index without map": (in_turn(only(INDEX), lambda c: (c / INDEX).write_text("{}")), [INDEX, "weight_map"]),
-    "a missing shard": (in_turn(sharded(len), lambda c: (c / SHARDS[1]).unlink()), [SHARDS[1], "not there"]),
+    "a missing shard": (in_turn(sharded(len), lambda c: (c / SHARDS[1]).unlink()), [SHARDS[1], "missing"]),
     "a shard above": (sharded(lambda m: m.update(norm="../a.safetensors")), [INDEX, "'../a.safetensors'"]),
     "a shard elsewhere": (sharded(lambda m: m.update(norm="/etc/passwd")), [INDEX, "'/etc/passwd'"]),
     "a shard without name": (sharded(lambda m: m.update(norm="")), [INDEX]),

@@ -126,6 +126,6 @@ def test_convert_says_what_differs(run: Run, tmp_path: Path, relexio: Relexio) -
     _give(run, {TEMPLATE: TRAINED}, 30)
     done = relexio("convert", run.steps_path, "-o", tmp_path / "run.zarr")
     assert (
-        "note: step 30 differs from the base in the chat template: predictions have what the last step of their window "
-        "has\n" in done.err
+        "note: step 30 differs from the base in the chat template: predictions take these from the last step of their window\n"
+        in done.err
     )
