@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import zarr
 from dask import threaded
 from dask.base import compute
 from dask.callbacks import Callback
@@ -87,7 +86,6 @@ class Executor:
     @contextmanager
     def limits(self) -> Iterator[None]:
         """Hold this process to the plan while inside: Zarr's threads, those of linear algebra, and the device's memory."""
-        limit_threads(self.plan.workers)
         with threadpool_limits(1), limited(self.device, self.device_memory):
             yield
 
@@ -127,8 +125,3 @@ class _Reporter(Callback):
                 progress(sizes[key])
 
         super().__init__(posttask=report)
-
-
-def limit_threads(workers: int) -> None:
-    """Let Zarr decode with as many threads as there are workers, so that memory and cores stay within the plan."""
-    zarr.config.set({"threading.max_workers": max(workers, 1), "async.concurrency": max(workers, 1)})

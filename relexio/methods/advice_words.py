@@ -18,7 +18,9 @@ def window_words(trial: Trial, steps: np.ndarray) -> tuple[str, str]:
 def words(test: Backtest, verdict: Verdict) -> list[str]:
     """The verdict in sentences: what to use, how far, how sure. The caveat is not among them."""
     pick, tries = verdict.pick, len(verdict.history)
-    history = f"Advice chosen the same way at {tries} earlier cut-offs was right at {verdict.right}."
+    history = (
+        f"Advice chosen the same way at {tries} earlier cut-off{'s' if tries > 1 else ''} was right at {verdict.right}."
+    )
     if not tries:
         history = "There are too few steps to test advice at earlier cut-offs."
     if verdict.sure == "none":
