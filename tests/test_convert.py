@@ -1,6 +1,7 @@
 """The store is lossless, grows by appending, and an interrupted conversion goes on where it was."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +236,28 @@ def test_kept_fits_of_fewer_steps_go_when_new_ones_are_made(tmp_path: Path) -> N
     (tmp_path / "run.zarr" / "cache" / "gram-0001-killed.relexio-partial").mkdir()
     fit_run(store_run(run, tmp_path / "run.zarr"))
     assert [p.name for p in (tmp_path / "run.zarr" / "cache").iterdir()] == ["gram-0002"]
+
+
+@pytest.mark.parametrize("solver", ["gram", "blocks"])
+def test_a_kept_fit_of_other_data_is_not_used(tmp_path: Path, relexio: Relexio, solver: str) -> None:
+    """A sibling, or a backup, copied over a store brings steps that the kept fit does not know."""
+    steps, store = (1, 2, 3, 5), tmp_path / "run.zarr"
+    runs = [make_run(tmp_path / str(seed), steps=steps, seed=seed) for seed in (0, 1)]
+    predict = ("--step", 9, "--solver", solver, "-o")
+    for run in runs:
+        store_run(run, run.steps_path.parent / "run.zarr")
+    ours, theirs = (run.steps_path.parent / "run.zarr" for run in runs)
+    assert relexio("predict", theirs, *predict, tmp_path / "right").code == 0
+    (kept,) = (theirs / "cache").iterdir()
+    shutil.rmtree(theirs / "cache")
+    assert relexio("predict", ours, *predict, tmp_path / "other").code == 0
+    shutil.copytree(ours, store)
+    shutil.copytree(theirs, store, dirs_exist_ok=True)
+    verified = relexio("verify", store, runs[1].steps_path)
+    assert verified.code == 0 and f"kept fits of other data, not read: cache/{kept.name};" in verified.err
+    assert relexio("predict", store, *predict, tmp_path / "made").code == 0
+    assert snapshot(tmp_path / "made") == snapshot(tmp_path / "right") != snapshot(tmp_path / "other")
+    assert "kept fits" not in relexio("verify", store).err
 
 
 def test_the_store_stands_alone(tmp_path: Path) -> None:

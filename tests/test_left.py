@@ -14,7 +14,7 @@ from relexio.progress import silent
 from relexio.store.store import open_store
 from relexio.verbs.restore import restore
 from tests.support.command import Relexio, snapshot
-from tests.support.make import Run, make_run
+from tests.support.make import Run, make_run, save_checkpoint
 from tests.support.steps import CPU, fit_run, predict_run, store_run
 
 STATE = {
@@ -78,6 +78,10 @@ def test_what_is_not_stored_is_said(run: Run, relexio: Relexio) -> None:
     assert "a step" in said and "a step" in verified and "a step" not in restored
     assert "beside the steps: train.log, wandb/ (4 B)" in verified
     assert "the files compared are the same" in verified
+    assert "compared    the base\n" in relexio("verify", "run.zarr", "--base", run.base_path).out
+    save_checkpoint(run.steps_path / "global_step_90", run.steps[2])
+    (beside,) = [line for line in relexio("verify", "run.zarr", run.steps_path).out.splitlines() if "beside" in line]
+    assert "global_step_90/" in beside and "cannot be resumed" not in beside
     assert "the files compared" not in relexio("verify", "run.zarr").out, "nothing was compared"
 
 

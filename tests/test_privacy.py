@@ -12,7 +12,7 @@ import relexio as package
 from relexio.store.storage import locate
 from relexio.store.storage.objects import ObjectStorage
 from relexio.words import shown, stem, without_secrets
-from tests.support.command import Outcome, Relexio
+from tests.support.command import Outcome, Relexio, refused
 from tests.support.make import Run, make_run
 
 SECRET = "pa55w0rd"
@@ -72,6 +72,11 @@ def test_what_is_shown_of_an_address(address: str, seen: str | None) -> None:
     assert without_secrets(f"{address}: nothing there", address) == f"{seen or address}: nothing there"
     if " " not in address:
         assert without_secrets(f"look at '{address}', please") == f"look at '{seen or address}', please"
+
+
+@pytest.mark.parametrize("port", ["99999", "notaport"])
+def test_an_address_without_a_right_port(relexio: Relexio, port: str) -> None:
+    refused(relexio("inspect", f"http://me:secret@host:{port}/run.zarr"), "its port is not a number up to 65535")
 
 
 def test_a_password_by_itself_and_percent_encoded() -> None:

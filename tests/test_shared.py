@@ -149,9 +149,10 @@ def test_a_closed_fit_in_an_open_cache(run: Run, open_folder: Path, relexio: Rel
 def test_a_store_that_may_not_be_read_is_an_error(run: Run, open_folder: Path, relexio: Relexio) -> None:
     store = open_folder / "run.zarr"
     assert relexio("convert", run.steps_path, "--base", run.base_path, "-o", store).code == 0
-    (store / "base").chmod(0o700)
-    (done,) = nobody(open_folder, ["inspect", store])
-    refused(done, "ermission")
+    for closed in (store / "base", store):
+        closed.chmod(0o700)
+        for done in nobody(open_folder, ["inspect", store], ["convert", run.steps_path, "-o", store]):
+            refused(done, "ermission")
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o027, 0o077])

@@ -85,5 +85,5 @@ def on_trajectory(
         if window:
             given["window"] = choose_window(given["store"], given["window"])
 
-    first = [click.argument("trajectory", type=click.Path()), *([options.window] if window else [])]
+    first = [click.argument("trajectory", type=click.Path(readable=False)), *([options.window] if window else [])]
     return at_work(*first, *own, scheduler=scheduler, dry_run=dry_run, read=read)

@@ -34,13 +34,13 @@ def _named(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
 
 
 @at_work(
-    click.argument("checkpoints", required=False, type=click.Path()),
-    click.option("--base", type=click.Path(), help="The model before RL. Needed for a new trajectory."),
+    click.argument("checkpoints", required=False, type=click.Path(readable=False)),
+    click.option("--base", type=click.Path(readable=False), help="The model before RL. Needed for a new trajectory."),
     click.option(
         "-o",
         "--out",
         required=True,
-        type=click.Path(),
+        type=click.Path(readable=False),
         help="The trajectory to create or add to: a path, or a URL such as s3://bucket/run.zarr.",
     ),
     click.option(

@@ -26,7 +26,7 @@ class _Step(click.ParamType):  # type: ignore[type-arg]  # generic only since cl
 
 @on_trajectory(
     click.option("--step", type=_Step(), required=True, metavar="STEP", help="Stored step, or base."),
-    click.option("-o", "--out", required=True, type=click.Path(), help="Directory to write."),
+    click.option("-o", "--out", required=True, type=click.Path(readable=False), help="Directory to write."),
     window=False,
 )
 def restore(store: Store, resources: Resources, step: int | str, out: str) -> Result:

@@ -16,8 +16,10 @@ _SHOWN = 20
 
 
 @on_trajectory(
-    click.argument("checkpoints", required=False, type=click.Path(path_type=Path)),
-    click.option("--base", type=click.Path(path_type=Path), help="Compare the base with this model too."),
+    click.argument("checkpoints", required=False, type=click.Path(path_type=Path, readable=False)),
+    click.option(
+        "--base", type=click.Path(path_type=Path, readable=False), help="Compare the base with this model too."
+    ),
     window=False,
 )
 def verify(store: Store, resources: Resources, checkpoints: Path | None, base: Path | None) -> Result:
@@ -58,6 +60,8 @@ def report(store: Store, verified: Verification) -> Result:
 def _compared(verified: Verification) -> str:
     if not verified.compared and not verified.base_compared:
         return "with no checkpoint"
+    if not verified.compared:
+        return "the base"
     base = "the base" if verified.base_compared else "not the base (--base names it)"
     return f"{describe_steps(verified.compared)}; {base}"
 

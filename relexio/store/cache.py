@@ -1,7 +1,8 @@
 """Results kept beside the data, in ``cache/`` of the store, so that they are computed once.
 
-A result that exists is complete (it got its name or its mark last), and covers the committed groups that its name counts. A
-store that cannot be written keeps them in a temporary directory for the length of the run.
+A result that exists is complete (it got its name or its mark last), and covers the committed groups that its name counts. It
+says whose content it was computed from: one of other data, as a copy over a store may leave it, counts as missing. A store
+that cannot be written keeps them in a temporary directory for the length of the run.
 """
 
 import errno
@@ -170,7 +171,8 @@ class _Entries:
 def has(store: Store, name: CacheName) -> bool:
     """Whether something is kept under a name, and may be read."""
     with _without_permission([], f"cache/{name}"):
-        return _is_there(locate(store.address).below(f"cache/{name}"))
+        final = locate(store.address).below(f"cache/{name}")
+        return _is_there(final) and _is_of(final, store)
     return False
 
 
@@ -183,20 +185,40 @@ def _is_there(final: Location) -> bool:
     return True
 
 
-def check(store: Store) -> tuple[list[str], list[str]]:
-    """What is damaged among all kept results, and what may not be read: a line each."""
+def _content(store: Store) -> str:
+    """A hash of all that a result depends on: the content hashes of the base and of every step."""
+    hashes = (store.base_content, *(content for group in store.groups for content in group.content))
+    return hashlib.sha256(repr(hashes).encode()).hexdigest()
+
+
+def _is_of(final: Location, store: Store) -> bool:
+    """Whether a result was computed from what the store holds now. One that is damaged is: whoever reads it will tell."""
+    try:
+        return bool(unseal(final.get(METADATA) or b"")["relexio"].get("content") == _content(store))
+    except (ValueError, KeyError):
+        return True
+
+
+def check(store: Store) -> tuple[list[str], list[str], list[str]]:
+    """What is damaged among all kept results (a line each); the names of those that may not be read, and of other data."""
     cache = locate(store.address).below("cache")
     damaged: list[str] = []
     closed: list[str] = []
+    others: list[str] = []
     with _without_permission(closed, "cache"):
         for name in sorted(cache.names()):
             with _without_permission(closed, f"cache/{name}"):
                 try:
-                    if not name.endswith("partial") and _is_there(cache.below(name)):
-                        CachedResult(cache.below(name).address).check(len(store.fitted()), len(store.steps))
+                    if name.endswith("partial") or not _is_there(cache.below(name)):
+                        continue
+                    known = CacheName.parse(name)
+                    if known is not None and known.groups == len(store.groups) and not _is_of(cache.below(name), store):
+                        others.append(f"cache/{name}")
+                        continue
+                    CachedResult(cache.below(name).address).check(len(store.fitted()), len(store.steps))
                 except StoreError as error:
                     damaged.append(str(error))
-    return damaged, closed
+    return damaged, closed, others
 
 
 def left(store: Store) -> list[str]:
@@ -222,12 +244,14 @@ def keep(store: Store, name: CacheName, build: Callable[[CachedResult], None]) -
     cache = locate(store.address).below("cache")
     final = cache.below(str(name))
     try:
-        if _is_there(final):
+        if (there := _is_there(final)) and _is_of(final, store):
             return CachedResult(final.address)
         if isinstance(cache, LocalStorage) and cache.path.is_symlink():  # to write there is not what was asked for
             raise NotADirectoryError(errno.ENOTDIR, "a link", cache.address)
         _clear_away(cache, name)
-        _build(final, build)
+        if there:
+            final.remove()
+        _build(final, store, build)
         _is_there(final)  # another process may have been faster, and keep it to itself
     except OSError as error:
         if error.errno not in _NOT_WRITABLE:
@@ -235,16 +259,17 @@ def keep(store: Store, name: CacheName, build: Callable[[CachedResult], None]) -
         owner = _Temporary()
         final = locate(Path(owner.path, str(name)))
         with final.storage_errors():
-            _build(final, build)
+            _build(final, store, build)
         return CachedResult(final.address, owner)
     return CachedResult(final.address)
 
 
-def _build(final: Location, build: Callable[[CachedResult], None]) -> None:
+def _build(final: Location, store: Store, build: Callable[[CachedResult], None]) -> None:
     with final.building() as building:
         group = open_group(building.address, "a")
         build(CachedResult(building.address))
-        building.put(METADATA, seal({"metadata": metadata_hashes(building, sorted(group.array_keys()))}, whole=True))
+        hashes = metadata_hashes(building, sorted(group.array_keys()))
+        building.put(METADATA, seal({"metadata": hashes, "content": _content(store)}, whole=True))
 
 
 def _clear_away(cache: Location, wanted: CacheName) -> None:

@@ -121,9 +121,9 @@ def verify(store: Store, originals: Originals, resources: Resources, stages: Sta
             problems += check()
         except StoreError as error:
             problems.append(str(error))
-    damaged, closed = cache.check(store)
+    damaged, closed, others = cache.check(store)
     problems += damaged
-    notes = (*originals.notes, *_closed(closed), *_leftovers(store))
+    notes = (*originals.notes, *_closed(closed), *_of_others(others), *_leftovers(store))
     compared, base = tuple(originals.steps), originals.base is not None
     left = tuple(originals.left())
     return Verification(store.steps, compared, base, total, tuple(dict.fromkeys(problems)), notes, left)
@@ -237,6 +237,12 @@ def _closed(names: list[str]) -> Iterator[str]:
     """Kept fits that may not be read are no part of the data: nothing of yours depends on them."""
     if names:
         yield f"no permission to read kept fits, not checked: {', '.join(names)}; they are computed again where needed"
+
+
+def _of_others(names: list[str]) -> Iterator[str]:
+    """Kept fits of another trajectory that stood here, or was copied over this one; nothing reads them."""
+    if names:
+        yield f"kept fits of other data, not read: {', '.join(names)}; they are computed again where needed"
 
 
 def _leftovers(store: Store) -> Iterator[str]:

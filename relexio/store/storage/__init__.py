@@ -6,6 +6,7 @@ renamed: they are written under their final names at once, and the commit marker
 
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from relexio.errors import RequestError
 from relexio.store.storage.local import LocalStorage
@@ -29,6 +30,11 @@ def locate(address: str | Path) -> Location:
         raise RequestError(f"{shown(text)}: fsspec takes *, ? and [ for patterns; give the trajectory another name")
     if not _URL.match(text.rstrip("/")):
         raise RequestError(f"{shown(text)}: names no trajectory")
+    if text.startswith(("http://", "https://")):
+        try:
+            urlsplit(text).port  # noqa: B018
+        except ValueError as error:
+            raise RequestError(f"{shown(text)}: its port is not a number up to 65535; correct the address") from error
     return ObjectStorage(text.rstrip("/"))
 
 

@@ -29,7 +29,7 @@ class NotStoredSummary:
         more = max(len(names) - _SHOWN, 0) + self.what.more
         text = ", ".join(names[:_SHOWN]) + (f" and {more} more" if more else "")
         each = f"{show(self.what.bytes / self.count)}{' a step' if self.count > 1 else ''}"
-        state = any(map(is_state, names))
+        state = self.of != "beside the steps" and any(map(is_state, names))  # there global_step* are other steps
         return f"{self._where}{text} ({each}){': training cannot be resumed without them' if state else ''}"
 
     @property
