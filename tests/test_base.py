@@ -36,6 +36,14 @@ def test_convert_asks_before_it_works(wrong: Run, tmp_path: Path, relexio: Relex
     assert first == float(f"{far / near:.2g}")  # a small model is read whole
 
 
+def test_convert_asks_when_the_second_step_comes(wrong: Run, tmp_path: Path, relexio: Relexio) -> None:
+    """As beside a trainer: a step at a time."""
+    convert = ("convert", wrong.steps_path, "--base", wrong.base_path, "-o", tmp_path / "run.zarr", "--steps")
+    asked = [relexio(*convert, step).err for step in STEPS[:3]]
+    assert asked[0] == asked[2] == ""
+    assert "note: step 1 is about " in asked[1] and "than from step 2" in asked[1] and ASKED in asked[1]
+
+
 def _apart(one: Tensors, other: Tensors) -> float:
     return float(np.sqrt(sum(((one[n].astype(float) - other[n].astype(float)) ** 2).sum() for n in one)))
 

@@ -111,6 +111,18 @@ def test_a_sweep_on_an_address_with_a_password(at_url: Path, relexio: Relexio) -
     nothing_below(at_url)
 
 
+def test_an_evaluation_at_an_address_with_a_password(at_url: Path, relexio: Relexio) -> None:
+    def sweep(password: str, *more: str) -> str:
+        command = f"true https://me:{password}@host/x?sig={password} {{checkpoint}}; echo 1"
+        return clean(relexio("sweep", URL, "--steps", 50, "--eval", command, *more))
+
+    assert "https://***@host/x?***" in sweep(SECRET, "--dry-run")
+    sweep(SECRET)
+    made = [path.read_bytes() for path in (at_url / "run.sweep").rglob("*") if path.is_file()]
+    assert made and not any(SECRET.encode() in data for data in made)
+    assert "already" in sweep("another", "--dry-run"), "the password has changed, the evaluation has not"
+
+
 def test_a_report_on_an_address_with_a_password(at_url: Path, relexio: Relexio) -> None:
     pytest.importorskip("altair")
     clean(relexio("report", URL))

@@ -21,7 +21,7 @@ from relexio.store.store import Store
 from relexio.sweep import Candidate, Evaluation, Request, Sweep, SweepPlan, prepare
 from relexio.sweep import sweep as verb
 from relexio.sweep.curve import curve, number
-from relexio.words import Selection, describe_steps, show, stem
+from relexio.words import Selection, describe_steps, show, stem, without_secrets
 
 _MOST_STEPS = 10_000
 
@@ -199,7 +199,7 @@ def _show_plan(plan: SweepPlan) -> None:
             ("window", describe_steps(plan.request.window)),
             ("evaluations", f"{references} references and {predictions} predictions, {done} done already, {limit}"),
             ("", names),
-            ("command", plan.request.command),
+            ("command", without_secrets(plan.request.command)),
             ("results", str(plan.request.out)),
             ("disk", f"{show(plan.bytes_needed)} for two checkpoints, {show(plan.bytes_free)} free"),
             ("memory", f"{show(plan.plan.projected)} projected, {show(plan.plan.allowed)} allowed"),

@@ -24,7 +24,7 @@ from relexio.sweep.table import Evaluation, Setting, Sweep
 from relexio.verbs import predict
 from relexio.verbs.output import Target
 from relexio.verbs.restore import restore
-from relexio.words import show
+from relexio.words import show, without_secrets
 
 #: Told of each evaluation when its checkpoint is written (no result yet), and after it: its number, how many there are,
 #: and the table so far.
@@ -120,7 +120,7 @@ def sweep(plan: SweepPlan, stages: Stages, watch: Watch, note: Callable[[str], N
 def _known(store: Store, request: Request, files: Files) -> Sweep:
     """What is known of this sweep already. Raises RequestError where the directory holds scores of another one."""
     window = tuple((step, _content(store, step)) for step in request.window)
-    setting = Setting(store.base_content, window, request.rank, request.command)
+    setting = Setting(store.base_content, window, request.rank, without_secrets(request.command))
     fresh = Sweep(store.shown, setting, request.metric, request.lower_is_better)
     found = files.load()
     if found is None:

@@ -32,7 +32,7 @@ def locate(address: str | Path) -> Location:
         raise RequestError(f"{shown(text)}: names no trajectory")
     if text.startswith(("http://", "https://")):
         try:
-            urlsplit(text).port  # noqa: B018
+            urlsplit(text).port  # noqa: B018  it raises
         except ValueError as error:
             raise RequestError(f"{shown(text)}: its port is not a number up to 65535; correct the address") from error
     return ObjectStorage(text.rstrip("/"))

@@ -59,7 +59,7 @@ def doubt_of_base(base: Checkpoint, checkpoints: tuple[Checkpoint, ...]) -> str 
 
     Raises CheckpointError for a file that ends early.
     """
-    sample = checkpoints[:_STEPS]
+    sample = sorted(checkpoints, key=lambda checkpoint: checkpoint.step or 0)[:_STEPS]
     if len(sample) < 2:
         return None
     gram = np.zeros((len(sample), len(sample)))

@@ -1,6 +1,7 @@
 """Before anything is written: find the checkpoints, check that they belong together, and plan the memory."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -107,7 +108,7 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
         refuse_base_among(checkpoints, base)
         if store is not None:
             _require_same_base(store, base, resources, stages)
-        elif doubt := doubt_of_base(base, checkpoints):
+        if doubt := doubt_of_base(base, (*_only_step(store, request), *checkpoints)):
             notes.append(doubt)
     present = tuple(step for step in sources if store and step in store.steps)
     if store is not None and (again := written_again(store, {step: sources[step] for step in present})):
@@ -119,6 +120,18 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
     largest = max((size for checkpoint in read for size in checkpoint.side_sizes), default=0)
     executor = _executor(table, block, len(checkpoints), largest, resources)
     return Conversion(target, store, base, checkpoints, block, executor, present, tuple(notes))
+
+
+def _only_step(store: Store | None, request: Request) -> list[Checkpoint]:
+    """The one step of a store, if it still stands where it was: a base is doubted by two steps, when the second comes."""
+    if store is None or len(store.steps) > 1:
+        return []
+    step, named = store.steps[0], request.named or {}
+    sources, _ = choose(request.root, named, None)
+    if step in sources:
+        with suppress(CheckpointError):
+            return [match(open_step(step, sources[step], request.root, named), store.table, store.shown)]
+    return []
 
 
 def _open_all(
