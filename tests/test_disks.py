@@ -206,6 +206,23 @@ def test_a_directory_that_is_moved_away(
     whole(relexio, out, (1, 2, 3, 4))
 
 
+def test_a_directory_that_goes_while_one_is_made_below_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread's write is under way when the disk goes: it fails, and makes nothing in its place."""
+    disk, away = tmp_path / "disk", tmp_path / "away"
+    (disk / "run.zarr").mkdir(parents=True)
+    real = os.mkdir
+
+    def mkdir(*arguments: Any, **more: Any) -> None:
+        if not away.exists():
+            disk.rename(away)
+        real(*arguments, **more)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with pytest.raises(FileNotFoundError):
+        LocalStorage(str(disk / "run.zarr")).put("groups/0000/c/0", b"")
+    assert away.exists() and not disk.exists()
+
+
 class Disk:
     """What would be lost if the power failed now: paths whose content, or whose list of names, is not on the disk yet."""
 

@@ -81,9 +81,11 @@ class LocalStorage:
             atomic.write_file(staged, final, data, durable)
 
     def _make_below(self, folder: Path) -> None:
-        """Make a directory below; not this one itself: where it is gone meanwhile, nothing takes its name."""
-        self.path.stat()
-        folder.mkdir(parents=True, exist_ok=True)
+        """Make a directory below, name by name; never this one itself: where it is gone, nothing takes its name."""
+        made = self.path
+        for name in folder.relative_to(self.path).parts:
+            made = made / name
+            made.mkdir(exist_ok=True)
 
     def make(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
