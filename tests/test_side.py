@@ -43,6 +43,14 @@ def test_a_prediction_has_those_of_its_last_step(run: Run, tmp_path: Path) -> No
     assert not (out / "trainer_state.json").exists()
 
 
+def test_the_index_is_the_base_s(tmp_path: Path) -> None:
+    run = make_run(tmp_path, steps=(10, 20, 30), shards=3)
+    index = "model.safetensors.index.json"
+    for step in run.steps:
+        (run.steps_path / f"global_step_{step}" / index).write_text(" " + (run.base_path / index).read_text())
+    assert (_predicted(run, tmp_path) / index).read_bytes() == (run.base_path / index).read_bytes()
+
+
 def test_what_a_step_lacks_comes_from_the_base(run: Run, tmp_path: Path) -> None:
     for step in run.steps:
         (run.steps_path / f"global_step_{step}" / "tokenizer.json").unlink()

@@ -9,16 +9,17 @@ from pathlib import Path, PurePosixPath
 
 from relexio.checkpoints.files import SINGLE
 from relexio.checkpoints.header import header_for_transformers, header_of, parse_header
+from relexio.checkpoints.match import written_from
 from relexio.checkpoints.record import CheckpointRecord
-from relexio.checkpoints.tied import written_from
 from relexio.dtypes import Table
 from relexio.errors import CheckpointError, StoreError
 
 CARD = "README.md"
+PROVENANCE = "relexio.json"
 
 
 @dataclass(frozen=True)
-class OutputShard:
+class OutputFile:
     """One safetensors file to be written: its name, its header (JSON bytes, padded), and its size in bytes.
 
     ``places`` has the first byte of each tensor in it, and the name of the stored one that it is written from.
@@ -30,9 +31,9 @@ class OutputShard:
     places: tuple[tuple[str, int], ...]
 
 
-def output_shards(
+def output_files(
     record: CheckpointRecord, table: Table, read: Callable[[str], bytes], shown: str, loadable: bool = False
-) -> list[OutputShard]:
+) -> list[OutputFile]:
     """The files that a stored checkpoint's tensors are written into: those it had, or one if it had no safetensors files.
 
     ``read`` gives the bytes of a stored file, ``shown`` is how errors name the store. ``loadable`` changes headers where
@@ -40,16 +41,16 @@ def output_shards(
     """
     change = header_for_transformers if loadable else bytes
     if not record.shards:
-        return [_output_shard(SINGLE, header_of(table), record.nbytes(table), table, shown, change)]
+        return [_output_file(SINGLE, header_of(table), record.nbytes(table), table, shown, change)]
     return [
-        _output_shard(shard.name, read(shard.header), shard.size, table, f"{shown}: {shard.header}", change)
+        _output_file(shard.name, read(shard.header), shard.size, table, f"{shown}: {shard.header}", change)
         for shard in record.shards
     ]
 
 
-def _output_shard(
+def _output_file(
     name: str, header: bytes, size: int, table: Table, shown: str, change: Callable[[bytes], bytes]
-) -> OutputShard:
+) -> OutputFile:
     entries = parse_header(header, size, shown)
     for entry in entries:
         # a tensor longer in the table than in its file would be written over the next one
@@ -58,7 +59,7 @@ def _output_shard(
     changed = change(header)
     longer = len(changed) - len(header)
     places = tuple((written_from(entry.name, table), entry.start + longer) for entry in entries)
-    return OutputShard(name, changed, size + longer, places)
+    return OutputFile(name, changed, size + longer, places)
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Output:
                 os.close(fd)
 
 
-def begin(directory: Path, shards: Iterable[OutputShard]) -> Output:
+def begin(directory: Path, shards: Iterable[OutputFile]) -> Output:
     """Create the files of a checkpoint at their final size, headers written, in an existing empty directory.
 
     Raises OSError (ENOSPC) at once where the disk cannot hold them.
@@ -131,7 +132,7 @@ def write_files(directory: Path, files: Iterable[tuple[str, bytes | Iterable[byt
                 file.write(piece)
 
 
-def validate(directory: Path, expected: Iterable[OutputShard]) -> None:
+def validate(directory: Path, expected: Iterable[OutputFile]) -> None:
     """Open every shard with the safetensors library; names, shapes and dtypes must be the header's.
 
     Raises CheckpointError naming the file.

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from relexio import atomic
+from relexio.checkpoints.write import PROVENANCE
 from relexio.errors import ExistsError
 from relexio.sweep.table import Sweep, parse
-from relexio.verbs.predict import PROVENANCE
 
 
 @dataclass(frozen=True)

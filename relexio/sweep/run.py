@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from relexio import atomic
+from relexio.checkpoints.side import lacking
 from relexio.checkpoints.write import write_files
 from relexio.engine import plan
 from relexio.engine.resources import Resources
@@ -227,7 +228,7 @@ class _Work:
         store, step = self.store, None if candidate.method == BASE else candidate.step
         restore(store, step, out, self.resources, self.stages)
         if step is not None:
-            side = predict.lacking(store, store.checkpoints(store.find(step)[0])[step])
+            side = lacking(store.base(), store.record(step), store.file)
             write_files(out, ((name, store.pieces(array)) for name, array in side.items()))
         return out
 

@@ -11,7 +11,7 @@ import numpy as np
 from relexio import atomic
 from relexio.checkpoints import write
 from relexio.checkpoints.record import CheckpointRecord
-from relexio.checkpoints.write import Output, OutputShard
+from relexio.checkpoints.write import Output, OutputFile
 from relexio.errors import ExistsError, RequestError, StorageError
 from relexio.store.schema import Block
 from relexio.store.storage import METADATA
@@ -64,19 +64,18 @@ def bytes_of(store: Store) -> int:
     return store.base().nbytes(store.table)
 
 
-def needed_files(store: Store, outputs: list[Output], shards: list[OutputShard]) -> list[Path]:
+def needed_files(store: Store, outputs: list[Output], files: list[OutputFile]) -> list[Path]:
     """The files that whoever does the work must see: the store's marker, and the checkpoints begun."""
-    begun = [Path(output.directory, shard.name) for output in outputs for shard in shards]
-    return [*store.files(METADATA), *begun]
+    return [*store.files(METADATA), *(Path(output.directory, file.name) for output in outputs for file in files)]
 
 
-def output_shards(store: Store, record: CheckpointRecord, loadable: bool = False) -> list[OutputShard]:
+def output_files(store: Store, record: CheckpointRecord, loadable: bool = False) -> list[OutputFile]:
     """The weights' files of a stored checkpoint, to be written. Raises StoreError where one does not fit the tensor table."""
-    return write.output_shards(record, store.table, store.file, store.shown, loadable)
+    return write.output_files(record, store.table, store.file, store.shown, loadable)
 
 
 @contextmanager
-def staged(targets: list[Target], shards: list[OutputShard]) -> Iterator[list[Output]]:
+def staged(targets: list[Target], files: list[OutputFile]) -> Iterator[list[Output]]:
     """Staging directories with all files at full size; validated and renamed at the end, removed after an error."""
     with ExitStack() as stack:
         outputs, staged = [], []
@@ -89,11 +88,11 @@ def staged(targets: list[Target], shards: list[OutputShard]) -> Iterator[list[Ou
             if target.out.exists():  # another process has ended since ours looked
                 raise ExistsError(f"{target.out} was created by something else meanwhile; give another -o")
             atomic.empty_tree(directory)
-            outputs.append(write.begin(directory, shards))
+            outputs.append(write.begin(directory, files))
             staged.append(directory)
         yield outputs
         for target, directory in zip(targets, staged, strict=True):
-            write.validate(directory, shards)
+            write.validate(directory, files)
             atomic.publish(directory, target.out)
 
 

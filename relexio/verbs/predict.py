@@ -3,17 +3,15 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from relexio import atomic
-from relexio.checkpoints.files import is_tensors
-from relexio.checkpoints.record import CheckpointRecord
-from relexio.checkpoints.side import TEMPLATE, TOKENIZER, template
-from relexio.checkpoints.write import CARD, model_card, without_clashes, write_files
+from relexio.checkpoints.side import carried
+from relexio.checkpoints.write import CARD, PROVENANCE, model_card, write_files
 from relexio.engine import graph
 from relexio.engine.executor import Executor
 from relexio.engine.plan import Plan
@@ -25,14 +23,9 @@ from relexio.methods.roles import Choice
 from relexio.progress import Stages
 from relexio.store.storage import locate
 from relexio.store.store import Store
-from relexio.verbs.output import Sink, Target, bytes_of, check_targets, needed_files, output_shards, side_files, staged
+from relexio.verbs.output import Sink, Target, bytes_of, check_targets, needed_files, output_files, side_files, staged
 from relexio.version import __version__
 from relexio.words import describe_steps
-
-#: Side files of a training step that say nothing of the model.
-_NOT_CARRIED = {CARD, "trainer_state.json"}
-_CONFIG = "config.json"
-PROVENANCE = "relexio.json"
 
 
 @dataclass(frozen=True)
@@ -87,7 +80,7 @@ def run(job: PredictJob, stages: Stages, note: Callable[[str], None]) -> Fit:
     fit = make_fit(job.fit, stages)
     for text in fit.notes:
         note(text)
-    if names := left_out(fit.store, fit.steps):
+    if names := _beside(fit)[1]:
         note(f"left out of the prediction, which has its own files in their place: {', '.join(names[:6])}")
     _write(fit, job.targets, job.executor, job.batch, stages)
     return fit
@@ -110,11 +103,11 @@ def predict(fit: Fit, targets: list[Target], resources: Resources, stages: Stage
 
 def _write(fit: Fit, targets: list[Target], executor: Executor, batch: int, stages: Stages) -> None:
     store, weights = fit.store, fit.weights_for([target.step for target in targets])
-    shards = output_shards(store, store.base(), loadable=True)
-    with staged(targets, shards) as outputs:
+    files = output_files(store, store.base(), loadable=True)
+    with staged(targets, files) as outputs:
         for target, output in zip(targets, outputs, strict=True):
             _write_side_files(fit, target, Path(output.directory))
-        executor.require(needed_files(store, outputs, shards))
+        executor.require(needed_files(store, outputs, files))
         with stages("predict", bytes_of(store) * len(targets)) as advance:
             for first in range(0, len(targets), batch):
                 sink = Sink(tuple(outputs[first : first + batch]))
@@ -134,58 +127,20 @@ def _most_at_once(store: Store, steps: int, count: int, resources: Resources) ->
             count = (count + 1) // 2
 
 
-def left_out(store: Store, window: tuple[int, ...]) -> list[str]:
-    """Side files that a prediction cannot have: their directory would have the name of a file that it writes."""
-    return _carried(store, window)[1]
-
-
-def _carried(store: Store, window: tuple[int, ...]) -> tuple[dict[str, str], list[str]]:
-    """The side files of a prediction, by the arrays that hold them, and the names of those that cannot stand there."""
-    base = store.base()
-    last = store.checkpoints(store.find(window[-1])[0])[window[-1]]
-    wanted = {n: array for n, array in last.side.items() if n not in _NOT_CARRIED and not is_tensors(n)}
-    if _CONFIG in base.side and _tensors(store, last) != _tensors(store, base):
-        wanted[_CONFIG] = base.side[_CONFIG]  # it says whether the head is tied, and so which tensors the files hold
-    wanted |= {name: array for name, array in lacking(store, last).items() if name not in _NOT_CARRIED}
-    own = [
-        CARD,
-        PROVENANCE,
-        *(shard.name for shard in output_shards(store, base)),
-        *(base.beside.keys() - base.side.keys()),
-    ]
-    names = without_clashes(sorted(wanted, key=lambda name: name.count("/")), own)  # a file rather than a directory
-    gone = [name for name in wanted if name not in names and name != PROVENANCE]
-    return {name: wanted[name] for name in names}, gone
+def _beside(fit: Fit) -> tuple[dict[str, str], list[str]]:
+    return carried(fit.store.base(), fit.store.record(fit.steps[-1]), fit.store.table, fit.store.file, fit.store.shown)
 
 
 def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
     """The last observed step's side files and what only the base has besides, a model card, and where it all came from."""
-    store, base = fit.store, fit.store.base()
-    write_files(directory, side_files(store, replace(base, side=_carried(store, fit.steps)[0]).beside))
+    write_files(directory, side_files(fit.store, _beside(fit)[0]))
     facts = provenance(fit, target.step)
-    public = {**facts, "window": describe_steps(fit.steps), "base": store.base_content}
+    public = {**facts, "window": describe_steps(fit.steps), "base": fit.store.base_content}
     method = fit.recipe.way
     did = "extrapolated" if method.extrapolates else "reconstructed"
     origin = f"relexio {__version__} {did} them from observed checkpoints of a training run ({method.name}: {method.source})."
-    card = model_card(_model_name(base.source), public, origin)
+    card = model_card(facts["base"]["model"], public, origin)
     write_files(directory, [(CARD, card.encode()), (PROVENANCE, (json.dumps(facts, indent=2) + "\n").encode())])
-
-
-def _tensors(store: Store, record: CheckpointRecord) -> list[str]:
-    return sorted(name for shard in output_shards(store, record) for name, _ in shard.places)
-
-
-def lacking(store: Store, record: CheckpointRecord) -> dict[str, str]:
-    """The arrays of those of the base's side files that a step lacks, by name; none that hold tensors.
-
-    Where the step's tokenizer has its chat template in its configuration, a file with the base's would displace it.
-    """
-    base = store.base().side
-    lacks = {name: array for name, array in base.items() if name not in record.side and not is_tensors(name)}
-    own = {name: store.file(record.side[name]) for name in (TOKENIZER,) if TEMPLATE in lacks and name in record.side}
-    if template(own) is not None:
-        del lacks[TEMPLATE]
-    return lacks
 
 
 def provenance(fit: Fit, step: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from relexio.store.read import observed
 from relexio.store.schema import Block
 from relexio.store.state import check_content, digest_of
 from relexio.store.store import Store
-from relexio.verbs.output import Sink, Target, check_targets, needed_files, output_shards, side_files, staged
+from relexio.verbs.output import Sink, Target, check_targets, needed_files, output_files, side_files, staged
 
 
 def restore(store: Store, step: int | None, out: Path, resources: Resources, stages: Stages) -> None:
@@ -23,13 +23,13 @@ def restore(store: Store, step: int | None, out: Path, resources: Resources, sta
     targets = [Target(step or 0, out)]
     check_targets(store, targets)
     record = store.record(step)
-    shards = output_shards(store, record)
+    files = output_files(store, record)
     executor = resources.for_combine(store, 1, 1)
-    with staged(targets, shards) as outputs:
+    with staged(targets, files) as outputs:
         sink, directory = Sink(tuple(outputs)), Path(outputs[0].directory)
         write_files(directory, side_files(store, record.beside))
-        executor.require(needed_files(store, outputs, shards))
-        with stages("restore", sum(shard.size for shard in shards)) as advance:
+        executor.require(needed_files(store, outputs, files))
+        with stages("restore", sum(file.size for file in files)) as advance:
             digests = graph.each(store, 1, partial(_restore_block, store, step, sink), executor, advance)
         executor.settle([directory])
         check_content(store, step, digests)  # before it gets its name

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from relexio.checkpoints.layout import Source, choose, open_checkpoint, open_step
+from relexio.checkpoints.match import match
 from relexio.checkpoints.protocol import Checkpoint
 from relexio.checkpoints.record import CheckpointRecord
-from relexio.checkpoints.tied import match
 from relexio.engine import graph, plan
 from relexio.engine.resources import Resources
 from relexio.errors import CheckpointError, StoreError

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from relexio.checkpoints.layout import Source, open_checkpoint
+from relexio.checkpoints.match import match
 from relexio.checkpoints.protocol import Checkpoint
 from relexio.checkpoints.record import CheckpointRecord
-from relexio.checkpoints.tied import match
 from relexio.dtypes import Kind, kind_of, nonfinite, tensor_bytes, to_float64
 from relexio.errors import CheckpointError
 from relexio.methods.line_tests import base_doubt

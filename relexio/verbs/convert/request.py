@@ -10,8 +10,8 @@ import numpy as np
 
 from relexio.atomic import PARTIAL
 from relexio.checkpoints.layout import Source, choose, open_checkpoint, open_step
+from relexio.checkpoints.match import match
 from relexio.checkpoints.protocol import Checkpoint
-from relexio.checkpoints.tied import match
 from relexio.dtypes import Table
 from relexio.engine import graph, plan
 from relexio.engine.executor import Executor
