@@ -8,7 +8,7 @@ setup: ## install relexio from this folder with what the tests need, and the hoo
 	pip install -e ".[test]" pre-commit
 	pre-commit install
 
-test: ## the README's test command; one test: pytest -n0 tests/test_moves.py -k lossless
+test: ## the README's test command; one test: pytest -n0 tests/test_loops.py -k read
 	pytest
 
 slow: ## slow tests, and those against torch and transformers: pip install -e ".[test,hf,rlvr]"
@@ -47,6 +47,7 @@ wheel: ## build the wheel, and run it in an environment of its own, away from th
 	set -e; away=$$(mktemp -d); trap 'rm -rf "$$away"' EXIT; \
 	python -m build -q --wheel --outdir "$$away" . ; \
 	python -m venv "$$away/venv"; cd "$$away"; venv/bin/pip install -q relexio-*.whl; \
+	venv/bin/python -c "import relexio.loops; print('compiled loops', relexio.loops.COMPILED)"; \
 	venv/bin/relexio demo -o demo; \
 	venv/bin/relexio backtest demo/run.zarr --window 5:50; \
 	venv/bin/relexio inspect demo/run.zarr --json > inspect.json; \

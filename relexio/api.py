@@ -14,16 +14,18 @@ from relexio.dtypes import NUMPY, to_native
 from relexio.engine.blocks import combine_block
 from relexio.engine.plan import DEFAULT_MEMORY
 from relexio.engine.resources import Resources
-from relexio.engine.tiles import Rows, tiles
+from relexio.engine.tiles import Rows, window_tiles
 from relexio.errors import RequestError
 from relexio.fit.fit import Fit, choose_window, fit
+from relexio.loops import dense, increments
 from relexio.methods import Recipe
 from relexio.methods.roles import Choice
 from relexio.progress import silent
+from relexio.store.opening import open_store
 from relexio.store.read import TILE, observed
 from relexio.store.schema import Block, Tensor
 from relexio.store.storage import local
-from relexio.store.store import Store, open_store
+from relexio.store.store import Store
 from relexio.verbs.backtest import Judgement, judge
 from relexio.verbs.output import Target
 from relexio.verbs.predict import predict
@@ -69,8 +71,12 @@ class Trajectory:
         if not tensor.kind.is_float:
             raise RequestError(f"tensor {name} is {tensor.dtype}; only BF16, F16 and F32 tensors have deltas")
         parts = [
-            da.from_delayed(delayed(partial(_delta_block, store, block))(), (len(self.steps), block.size), np.float64)
-            for block in store.blocks(tensor)
+            da.from_delayed(
+                delayed(partial(_delta_block, store, block, place))(),
+                (len(self.steps), block.pieces[place].size),
+                np.float64,
+            )
+            for block, place in store.parts[name]
         ]
         return da.concatenate(parts, axis=1) if parts else da.zeros((len(self.steps), 0))
 
@@ -182,7 +188,9 @@ class Prediction(_Tensors):
     def _bits(self, tensor: Tensor) -> Callable[[Block], np.ndarray]:
         if tensor.name not in self._weights:
             return partial(_observed_block, self._store, self._fit.steps[-1])
-        return partial(_predicted_block, self._store, self._fit.steps, self._weights[tensor.name][:, np.newaxis])
+        return partial(
+            _predicted_block, self._store, self._fit.steps, {tensor.name: self._weights[tensor.name][:, np.newaxis]}
+        )
 
     def save(self, directory: str | Path) -> None:
         """Write the checkpoint as a Hugging Face directory. Raises ExistsError if it exists."""
@@ -206,16 +214,18 @@ def _lazy(store: Store, tensor: Tensor, bits: Callable[[Block], np.ndarray]) -> 
     width = tensor.kind.itemsize if tensor.kind.is_float else dtype.itemsize
     parts = [
         da.from_delayed(
-            delayed(partial(_native, bits, block, dtype))(), (block.size * tensor.kind.itemsize // width,), dtype
+            delayed(partial(_native, bits, block, block.pieces[place].span, dtype))(),
+            (block.pieces[place].size * tensor.kind.itemsize // width,),
+            dtype,
         )
-        for block in store.blocks(tensor)
+        for block, place in store.parts[tensor.name]
     ]
     flat = da.concatenate(parts) if parts else da.zeros((0,), dtype=dtype)
     return flat.reshape(tensor.shape) if tensor.kind.is_float or tensor.dtype in NUMPY else flat
 
 
-def _native(bits: Callable[[Block], np.ndarray], block: Block, dtype: np.dtype[Any]) -> np.ndarray:
-    values = bits(block)
+def _native(bits: Callable[[Block], np.ndarray], block: Block, span: slice, dtype: np.dtype[Any]) -> np.ndarray:
+    values = bits(block)[span]
     return to_native(values, block.kind) if block.kind.is_float else values.view(dtype)
 
 
@@ -223,12 +233,15 @@ def _observed_block(store: Store, step: int | None, block: Block) -> np.ndarray:
     return store.base_bits(block) if step is None else observed(store, block, step)
 
 
-def _predicted_block(store: Store, steps: tuple[int, ...], weights: np.ndarray, block: Block) -> np.ndarray:
-    return combine_block(store, steps, weights, TILE, "cpu", block)[0]
+def _predicted_block(store: Store, steps: tuple[int, ...], weights: dict[str, np.ndarray], block: Block) -> np.ndarray:
+    return combine_block(store, steps, weights, 1, TILE, "cpu", block)[0]
 
 
-def _delta_block(store: Store, block: Block) -> np.ndarray:
-    rows, result = Rows.of(store, store.steps), np.zeros((len(store.steps), block.size))
-    for tile in (p for t in tiles(store, block, store.steps) for p in t.pieces(TILE)):
-        result[:, tile.elements] = rows.sum_up(tile.increments().T)
+def _delta_block(store: Store, block: Block, place: int) -> np.ndarray:
+    rows, piece, base = Rows.of(store, store.steps), block.pieces[place], store.base_bits(block)
+    result = np.zeros((len(store.steps), piece.size))
+    for other, span, moves in window_tiles(store, block, rows, TILE // 4):
+        if other == place:
+            f = dense(moves, increments(moves, base[span], block.kind), rows.count)
+            result[:, span.start - piece.first : span.stop - piece.first] = rows.sum_up(f.T)
     return result

@@ -1,6 +1,7 @@
 """A step that was written again after it was stored, as by a run that resumed after a crash: ``convert`` says so."""
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from relexio.verbs.convert import before
 from tests.support.command import Relexio
 from tests.support.make import Run, make_run, save_checkpoint
-from tests.support.steps import store_run
+from tests.support.steps import small_blocks, store_run
 
 AGAIN = "been written again since"
 
@@ -51,9 +52,10 @@ def no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("more", [(), ("--dry-run",)])
 def test_one_step(run: Run, relexio: Relexio, more: tuple[str, ...]) -> None:
     _write(run, 3)
+    told = f"relexio convert {run.steps_path} -o {run.root / 'run.zarr'} --replace 3"
     assert (
-        "note: step 3 has been written again since it was stored: the store has the old one; to have the new one, "
-        "convert into another trajectory, with another -o and --base\n" in _convert(run, relexio, *more)
+        f"note: step 3 has been written again since it was stored: the store has the old one; to have the new one: {told}\n"
+        in _convert(run, relexio, *more)
     )
     assert AGAIN in _convert(run, relexio)  # it stays so
 
@@ -63,12 +65,25 @@ def test_several_steps_are_one_note(run: Run, relexio: Relexio) -> None:
     _write(run, 5)
     said = _convert(run, relexio)
     assert "note: steps 3, 5 have been written again since they were stored: the store has the old ones; " in said
+    assert said.splitlines()[0].endswith(" --replace 3:"), "from there on"
+
+
+def test_the_command_that_is_told_takes_the_new_ones(run: Run, relexio: Relexio) -> None:
+    for step in (2, 3):
+        _write(run, step)
+    (note,) = (line for line in _convert(run, relexio).splitlines() if AGAIN in line)
+    command = shlex.split(note.split("new ones: ")[1])
+    assert command[-2:] == ["--replace", "2,3"] and relexio(*command[1:]).code == 0
+    assert AGAIN not in _convert(run, relexio)
+    assert relexio("verify", run.root / "run.zarr", run.steps_path).code == 0
 
 
 def test_a_step_given_by_name(run: Run, relexio: Relexio) -> None:
     _write(run, 3)
     done = relexio("convert", "--checkpoint", f"3={_at(run, 3)}", "-o", run.root / "run.zarr")
     assert "step 3 has been written again" in done.err
+    command = shlex.split(done.err.splitlines()[0].split("new one: ")[1])
+    assert relexio(*command[1:]).code == 0 and AGAIN not in _convert(run, relexio)
 
 
 def test_other_shards(run: Run, relexio: Relexio) -> None:
@@ -101,10 +116,13 @@ def test_in_a_copy_a_single_tensor_that_differs_is_seen(run: Run, relexio: Relex
 
 
 def test_only_some_blocks_of_a_copy_are_read(run: Run, relexio: Relexio, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_blocks(monkeypatch, 256)
+    shutil.rmtree(run.root / "run.zarr")
+    store_run(run, run.root / "run.zarr")
     _stamp(run.steps_path)
-    read = []
+    read: list[str] = []
     monkeypatch.setattr(before, "_BLOCKS", 2)
-    monkeypatch.setattr(before, "_differs", lambda store, checkpoint, block: read.append(block.tensor.name))
+    monkeypatch.setattr(before, "_differs", lambda store, checkpoint, block: read.append(block.pieces[-1].tensor.name))
     assert AGAIN not in _convert(run, relexio)
     assert read == ["model.layers.0.q_proj.weight", "model.embed_tokens.weight"] * 4
 

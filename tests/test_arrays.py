@@ -62,10 +62,10 @@ def same(found: Tensors, tensors: Tensors) -> None:
 def test_the_store_holds_what_one_from_files_holds(tmp_path: Path, run: Run, stored: Store) -> None:
     files = store_run(run, tmp_path / "files.zarr", "1:2")
     files = store_run(run, tmp_path / "files.zarr")
-    assert [g.steps for g in stored.groups] == [(1, 2), (4, 7)]
-    assert [g.content for g in stored.groups] == [g.content for g in files.groups]
+    assert [segment.steps for segment in stored.segments] == [(1, 2), (4, 7)]
+    assert stored.contents == files.contents
     assert (stored.base_content, stored.tensors) == (files.base_content, files.tensors)
-    record = json.loads((tmp_path / "run.zarr/groups/0001/zarr.json").read_text())["attributes"]["sources"]["steps"][0]
+    record = json.loads((tmp_path / "run.zarr/segments/0001/zarr.json").read_text())["attributes"]["sources"][0]
     assert list(record) == ["step", "source", "shards", "index", "side"]
     assert (record["source"], record["shards"], record["index"]) == ("arrays in memory", [], None)
     assert record["side"].keys() == SIDE.keys()
@@ -224,7 +224,8 @@ def test_a_read_opens_what_it_needs_and_closes_it(tmp_path: Path, run: Run) -> N
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-def test_other_processes_read_them(tmp_path: Path, run: Run, stored: Store) -> None:
+def test_other_processes_read_them(tmp_path: Path, run: Run, stored: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_blocks(monkeypatch, 256)  # chunks as large as other processes know them
     base, steps = arrays_of(run, SIDE)
     with Resources(workers=1, device="cpu", scheduler="processes") as resources:
         store = store_arrays(tmp_path / "there.zarr", base, steps, resources)
@@ -242,7 +243,7 @@ def test_a_sweep_evaluates_observed_arrays(tmp_path: Path, stored: Store) -> Non
 
 @pytest.mark.parametrize("name", ["model.safetensors", "../x"])
 def test_a_record_without_shards_is_checked(name: str) -> None:
-    array = f"groups/0000/files/{'0' * 32}"
+    array = f"files/{'0' * 32}"
     record = {"step": 1, "source": "/x", "shards": [], "index": None, "side": {"x": array}}
     assert CheckpointRecord.from_json(record).to_json() == record
     with pytest.raises(ValueError):

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from relexio.cli.main import main
+from relexio.store.blocks import Written
 from relexio.store.schema import Block
-from relexio.store.seal import metadata_hashes, seal
-from relexio.store.storage import locate
 from relexio.verbs.convert import encode, write
 from tests.support.command import Outcome, Relexio, in_process, in_turn, snapshot
 from tests.support.make import Tensors, load_file, make_run, save_file
+from tests.support.steps import small_blocks
+from tests.support.tamper import reseal
 
 FILE = "model.safetensors"
 EMBED, NORM, HEAD = "embed.weight", "norm.weight", "value_head.weight"
@@ -70,14 +71,6 @@ def edit(path: Path, change: Callable[[Any], object]) -> None:
     value = json.loads(path.read_text())
     change(value)
     path.write_text(json.dumps(value))
-
-
-def reseal(store: Path) -> None:
-    """Make the hashes of metadata right again, as someone would who changed it on purpose."""
-    record = json.loads((store / "zarr.json").read_text())["attributes"]["relexio"]
-    for table in (record["metadata"], *(group["metadata"] for group in record["groups"])):
-        table.update(metadata_hashes(locate(store), table))
-    (store / "zarr.json").write_bytes(seal(record))
 
 
 def cut(path: Path, size: int) -> None:
@@ -175,14 +168,15 @@ def test_nan_in_the_base_is_refused_where_it_changes_and_kept_where_it_never_doe
 def test_nothing_is_written_any_more_once_the_error_is_told(relexio: Relexio, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that are slow with other blocks must have ended before the error cleans up behind them."""
 
-    def slow(job: encode.Job, block: Block) -> np.ndarray:
-        time.sleep(0.0 if block.tensor.name == EMBED else 0.2)
+    def slow(job: encode.Job, block: Block) -> tuple[Written, Written | None]:
+        time.sleep(0.0 if block.index == 0 else 0.2)
         return encode.encode_block(job, block)
 
+    small_blocks(monkeypatch, 64)
     monkeypatch.setattr(write, "encode_block", slow)
     element(EMBED, np.nan)(STEP)
     before = state()
-    refused(relexio, APPEND + " --workers 3", EMBED, "NaN")
+    refused(relexio, NEW + " --workers 3", EMBED, "NaN")
     time.sleep(0.5)
     assert state() == before
 
@@ -190,13 +184,19 @@ def test_nothing_is_written_any_more_once_the_error_is_told(relexio: Relexio, mo
 #: Parts of the store, each with a command that reads it.
 CHUNKS = [
     *[("base/bf16/bits/c/0", command) for command in (PREDICT, INSPECT, APPEND)],
-    *[(f"groups/0000/{a}/0", c) for a in ("bf16/count/c", "bf16/xor/c", "changed/c/0") for c in (PREDICT, INSPECT)],
+    *[
+        (f"segments/0000/{array}/0", command)
+        for array in ("bf16/when/c", "bf16/by/c", "bf16/index/c/0", "bf16/hashes/c", "changed/c/0")
+        for command in (PREDICT, INSPECT)
+    ],
+    ("segments/0000/bf16/digest/c/0/0/0", APPEND),
+    ("base/bf16/hashes/c/0", PREDICT),
     ("base/bf16/digest/c/0/0", f"{APPEND} --base base"),
-    ("groups/0000/files/*/c/0", PREDICT),
+    ("files/*/c/0", PREDICT),
 ]
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda p: flip(p, -1), lambda p: flip(p, 30), lambda p: cut(p, 9)])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda p: flip(p, -1), lambda p: flip(p, 20), lambda p: cut(p, 9)])
 @pytest.mark.parametrize(("chunk", "command"), CHUNKS)
 def test_a_damaged_chunk_is_refused_by_name(relexio: Relexio, chunk: str, command: str, damage: Spoil) -> None:
     for path in Path("store").glob(chunk):
@@ -204,8 +204,21 @@ def test_a_damaged_chunk_is_refused_by_name(relexio: Relexio, chunk: str, comman
     refused(relexio, command, "store", chunk.split("/*")[0].split("/c/")[0], "damaged")
 
 
+def test_steps_are_not_added_to_a_damaged_chain(relexio: Relexio) -> None:
+    """What a new step is stored as depends on the step before, which is read from the store where its files are gone."""
+    assert relexio(*NEW.split(), "--steps", "1:3").code == 0
+    chunk, append = Path("new/segments/0000/bf16/by/c/0"), "convert steps -o new"
+    flip(chunk, 20)
+    shutil.move("steps/global_step_3", "away")
+    refused(relexio, append, "new", "segments/0000/bf16/by/c/0", "damaged")
+    shutil.move("away", "steps/global_step_3")
+    assert relexio(*append.split()).code == 0
+    flip(chunk, 20)
+    assert relexio("verify", "new", "steps").code == 0
+
+
 @pytest.mark.parametrize("damage", [Path.unlink, lambda p: cut(p, 40), lambda p: p.write_text("[]")])
-@pytest.mark.parametrize("node", ["", "base", "groups/0000", "groups/0000/bf16/xor", "groups/0000/changed"])
+@pytest.mark.parametrize("node", ["", "base", "segments/0000", "segments/0000/bf16/by", "segments/0000/changed"])
 @pytest.mark.parametrize("command", [PREDICT, INSPECT])
 def test_damaged_zarr_metadata_is_refused(relexio: Relexio, command: str, node: str, damage: Spoil) -> None:
     damage(Path("store", node, "zarr.json"))
@@ -218,8 +231,8 @@ def test_damaged_zarr_metadata_is_refused(relexio: Relexio, command: str, node: 
 @pytest.mark.parametrize(
     ("record", "says"),
     [
-        ({"format": 3}, "upgrade"),
-        ({"format": 1}, "convert the run again"),
+        ({"format": 4}, "upgrade"),
+        ({"format": 2}, "convert the run again"),
         ({"format": "1"}, "not a relexio trajectory"),
     ],
 )
@@ -231,13 +244,13 @@ def test_a_store_of_another_format_is_refused(relexio: Relexio, command: str, re
 @pytest.mark.parametrize("where", ["shards", "side"])
 def test_a_store_that_names_files_outside_the_output_is_refused(relexio: Relexio, where: str) -> None:
     def rename(z: Any) -> None:
-        base = z["attributes"]["sources"]["base"]
+        base = z["attributes"]["source"]
         if where == "shards":
             base["shards"][0]["name"] = "../evil"
         else:
             base["side"]["../evil"] = base["side"]["config.json"]
 
-    edit(Path("store/groups/0000/zarr.json"), rename)
+    edit(Path("store/base/zarr.json"), rename)
     reseal(Path("store"))
     refused(relexio, PREDICT, "../evil")
 
@@ -317,10 +330,10 @@ def test_wrong_usage_ends_with_code_2(relexio: Relexio, command: str) -> None:
 
 def test_the_same_holds_in_a_process_of_its_own() -> None:
     refused(in_process, f"{PREDICT} --step 10", code=2)
-    Path("store/groups/0000/bf16/xor/c/0").unlink()
-    refused(in_process, PREDICT, "missing")
     STEPS["NaN"][0](STEP)
     refused(in_process, APPEND, "step 5", NORM)
+    Path("store/segments/0000/bf16/by/c/0").unlink()
+    refused(in_process, PREDICT, "missing")
     shutil.copytree(STEP, "steps/global_step_6")
     FILES["cut in the data"][0](STEP)
     refused(in_process, NEW, str(STEP))

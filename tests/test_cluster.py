@@ -322,14 +322,14 @@ class UnpicklableError(Exception):
         raise TypeError("as some of Zarr's")
 
 
-def find_damage(block: Block) -> np.ndarray:
+def find_damage(block: Block) -> list[np.ndarray]:
     raise StoreError("a chunk is damaged") from UnpicklableError()
 
 
 def test_an_error_arrives_whatever_caused_it(run: Run, tmp_path: Path, there: Resources) -> None:
     trajectory = store_run(run, tmp_path / "run.zarr")
     with pytest.raises(StoreError, match=r"^a chunk is damaged$"):
-        graph.sums(trajectory, 1, find_damage, there.for_gram(trajectory, 1), lambda count: None)
+        graph.sums(trajectory, 1, find_damage, there.for_gram(trajectory, 1), lambda count: None, trajectory.tensors)
 
 
 @pytest.mark.parametrize("where", ["processes", "tcp"])

@@ -10,8 +10,9 @@ import pytest
 from relexio.checkpoints.record import CheckpointRecord
 from relexio.errors import BusyError, RequestError
 from relexio.progress import silent
+from relexio.store.blocks import Written
+from relexio.store.opening import open_store
 from relexio.store.schema import Block
-from relexio.store.store import open_store
 from relexio.verbs.convert.encode import Job
 from relexio.verbs.restore import restore
 from tests.support.command import Relexio, in_process, snapshot
@@ -92,9 +93,9 @@ def test_appending_rewrites_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     store = store_run(run, out)
     after = snapshot(out)
     assert store.steps == (1, 2, 3, 5, 8)
-    assert [group.steps for group in store.groups] == [(2, 8), (1, 3, 5)]
+    assert [segment.steps for segment in store.segments] == [(2, 8), (1, 3, 5)]
     assert all(after[name] == content for name, content in before.items() if name != "zarr.json")
-    assert store_run(run, out).groups == store.groups
+    assert store_run(run, out).segments == store.segments
     assert snapshot(out) == after, "with nothing new, nothing is written"
 
 
@@ -117,7 +118,7 @@ def test_an_interrupted_conversion_goes_on_and_ends_the_same(tmp_path: Path, mon
 
     calls: list[bool] = []
 
-    def stumble(job: Job, block: Block) -> np.ndarray:
+    def stumble(job: Job, block: Block) -> tuple[Written, Written | None]:
         calls.append(job.resumed)
         if len(calls) == 7:
             raise KeyboardInterrupt
@@ -128,7 +129,7 @@ def test_an_interrupted_conversion_goes_on_and_ends_the_same(tmp_path: Path, mon
         store_run(run, tmp_path / "run.zarr")
     assert not (tmp_path / "run.zarr").exists()
     staged = tmp_path / "run.zarr.relexio-partial"
-    written = {p: p.stat().st_mtime_ns for p in staged.rglob("groups/*/*/digest/c/**/0") if p.is_file()}
+    written = {p: p.stat().st_mtime_ns for p in staged.rglob("c/*") if "files" not in p.parts}
     assert written
     monkeypatch.undo()
     small_blocks(monkeypatch, 128)
@@ -151,7 +152,7 @@ def test_an_interrupted_conversion_goes_on_though_training_has_written_more(
     monkeypatch.undo()
     save_checkpoint(run.steps_path / "global_step_4", move(run.base, [4])[4])
     store = store_run(run, tmp_path / "run.zarr")
-    assert [group.steps for group in store.groups] == [(1, 2, 3), (4,)]
+    assert [segment.steps for segment in store.segments] == [(1, 2, 3), (4,)]
     restore(store, 4, tmp_path / "back", CPU, silent)
     same_files(tmp_path / "back", run.steps_path / "global_step_4")
 
@@ -165,7 +166,7 @@ def test_what_an_interrupted_run_left_damaged_is_written_again(tmp_path: Path, m
     monkeypatch.setattr(module, "_commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         store_run(run, tmp_path / "run.zarr")
-    victim = next((tmp_path / "run.zarr.relexio-partial").rglob("xor/c/*"))
+    victim = next((tmp_path / "run.zarr.relexio-partial").rglob("by/c/*"))
     victim.write_bytes(victim.read_bytes()[:-1] + b"?")
     monkeypatch.undo()
     small_blocks(monkeypatch, 128)
@@ -181,7 +182,7 @@ def test_a_checkpoint_that_changes_while_it_is_read_is_refused(tmp_path: Path, m
     run = make_run(tmp_path)
     shard = run.steps_path / "global_step_3" / "model.safetensors"
 
-    def meddle(job: Job, block: Block) -> np.ndarray:
+    def meddle(job: Job, block: Block) -> tuple[Written, Written | None]:
         os.utime(shard, ns=(1, 1))
         return encode_block(job, block)
 
@@ -235,7 +236,7 @@ def test_kept_fits_of_fewer_steps_go_when_new_ones_are_made(tmp_path: Path) -> N
     fit_run(store_run(run, tmp_path / "run.zarr", "1:3"))
     (tmp_path / "run.zarr" / "cache" / "gram-0001-killed.relexio-partial").mkdir()
     fit_run(store_run(run, tmp_path / "run.zarr"))
-    assert [p.name for p in (tmp_path / "run.zarr" / "cache").iterdir()] == ["gram-0002"]
+    assert [p.name for p in (tmp_path / "run.zarr" / "cache").iterdir()] == ["gram-0004"]
 
 
 @pytest.mark.parametrize("solver", ["gram", "blocks"])
@@ -304,6 +305,6 @@ def test_a_time_before_1970_or_after_2262(tmp_path: Path, relexio: Relexio, seco
 
 @pytest.mark.parametrize("time", [2**94, -(2**94), 10**4000, 1.5, True, "1", None])
 def test_a_time_that_no_file_has(time: object) -> None:
-    shard = {"name": "model.safetensors", "size": 1, "mtime_ns": time, "header": f"groups/0000/files/{'0' * 32}"}
+    shard = {"name": "model.safetensors", "size": 1, "mtime_ns": time, "header": f"files/{'0' * 32}"}
     with pytest.raises(ValueError, match="times are numbers"):
         CheckpointRecord.from_json({"step": 1, "source": "a", "shards": [shard], "index": None, "side": {}})

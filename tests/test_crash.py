@@ -14,8 +14,8 @@ import pytest
 
 from relexio import atomic
 from relexio.errors import StorageError
+from relexio.store.opening import open_store
 from relexio.store.storage import LocalStorage
-from relexio.store.store import open_store
 from tests.support.command import Relexio, in_process, snapshot
 from tests.support.make import BF16, Run, make_run
 from tests.support.steps import fit_run, predict_run, small_blocks, store_run
@@ -167,7 +167,7 @@ from relexio.cli.entry import main
 main()"""
 
 
-@pytest.mark.parametrize("when", ["relexio.cli.main", "click", "relexio.cli.convert", "zarr", "dask.base", "exit"])
+@pytest.mark.parametrize("when", ["relexio.cli.main", "click", "relexio.cli.convert", "numpy", "dask.base", "exit"])
 def test_ctrl_c_while_it_starts_or_ends(run: Run, tmp_path: Path, when: str) -> None:
     command = [sys.executable, "-c", INTERRUPTED, when, "convert", run.steps_path, "--base", run.base_path, "--dry-run"]
     done = subprocess.run([*map(str, command), "-o", tmp_path / "out"], capture_output=True, text=True, timeout=600)

@@ -64,7 +64,7 @@ def test_the_same_result_as_on_the_cpu(
     small_blocks(monkeypatch, 512)
     run = make_run(tmp_path, dtype, steps=(1, 3, 4, 9), shapes={"w": (80, 50), "norm": (7,)})
     resources = Resources(workers=3, device="cuda", device_memory=256 * MB)
-    store_run(run, tmp_path / "run.zarr", "1,4")  # two groups, the second of which leaves some elements alone
+    store_run(run, tmp_path / "run.zarr", "1,4")  # two segments, the second of which leaves some elements alone
     fitted = fit_run(store_run(run, tmp_path / "run.zarr"), solver=solver, resources=resources)
     agree(predict_run(fitted, 40, tmp_path / "out", resources), oracle(run.base, run.steps, 40))
     assert cupy.pool.peak, "the device was used"
@@ -86,17 +86,18 @@ def test_no_tile_takes_more_of_a_device_than_planned(
     """On dense data, the worst case."""
     store, tile = dense(tmp_path, 400_000 // steps, steps, dtype), 1 << 19
     cupy.cuda.Stream(non_blocking=True).use()
-    (block,) = store.blocks(store.tensors[0])
-    x, shape = np.ones((steps, 3)), plan.Shape(block=1, itemsize=4, counts=1, chunks=0)
+    block = store.blocks[0]
+    weights = {"w": 1e-3 * np.ones((steps, targets))}
+    x, shape = np.ones((steps, 3)), plan.Shape(block=1, itemsize=4, pieces=1, chunks=0)
     for need, work in (
         (plan.fit_need(shape, steps, True), lambda: gram_block(store, store.steps, tile, "cuda", block)),
         (
             plan.fit_need(shape, steps, False),
-            lambda: operator_block(store, store.steps, {block.tensor.name: x}, tile, "cuda", block),
+            lambda: operator_block(store, store.steps, {"w": x}, tile, "cuda", block),
         ),
         (
             plan.combine_need(shape, steps, targets),
-            lambda: combine_block(store, store.steps, 1e-3 * np.ones((steps, targets)), tile, "cuda", block),
+            lambda: combine_block(store, store.steps, weights, targets, tile, "cuda", block),
         ),
     ):
         cupy.pool.peak = 0

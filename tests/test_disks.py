@@ -18,8 +18,8 @@ import pytest
 import zarr.storage._local as zarr_local
 
 from relexio import atomic
+from relexio.store.opening import open_store
 from relexio.store.storage import LocalStorage, locate
-from relexio.store.store import open_store
 from tests.support.command import Outcome, Relexio, in_process, in_turn, refused, snapshot, whole, without_progress
 from tests.support.make import BF16, Run, make_run
 from tests.support.steps import small_blocks
@@ -125,7 +125,7 @@ def test_a_full_disk_and_a_prediction(run: Run, tmp_path: Path, disk: Path, rele
     filler.unlink()
     assert relexio("predict", out, "--step", 9, "-o", disk / "out").code == 0
     assert snapshot(disk / "out") == snapshot(tmp_path / "out")
-    assert [p.name for p in sorted((out / "cache").iterdir())] == ["gram-0001"]
+    assert [p.name for p in sorted((out / "cache").iterdir())] == ["gram-0004"]
 
 
 def test_a_disk_that_fills_up_while_predicting(
@@ -168,9 +168,9 @@ def test_a_directory_that_is_not_ours(open_folder: Path) -> None:
     refused(nobody("predict", out, "--step", 9, "-o", open_folder / "out"), str(open_folder), "permission")
     assert nobody("predict", out, "--step", 9, "-o", theirs / "out").code == 0
     assert nobody("verify", out).code == 0
-    (out / "groups/0000/changed/zarr.json").chmod(0)
-    refused(nobody("inspect", out), "groups/0000/changed", "ermission")
-    refused(nobody("verify", out), "groups/0000/changed", "ermission")
+    (out / "segments/0000/changed/zarr.json").chmod(0)
+    refused(nobody("inspect", out), "segments/0000/changed", "ermission")
+    refused(nobody("verify", out), "segments/0000/changed", "ermission")
     assert snapshot(out) == before
     assert sorted(p.name for p in open_folder.iterdir()) == ["base", "run.zarr", "steps", "theirs"]
 
@@ -219,7 +219,7 @@ def test_a_directory_that_goes_while_one_is_made_below_it(tmp_path: Path, monkey
 
     monkeypatch.setattr(os, "mkdir", mkdir)
     with pytest.raises(FileNotFoundError):
-        LocalStorage(str(disk / "run.zarr")).put("groups/0000/c/0", b"")
+        LocalStorage(str(disk / "run.zarr")).put("segments/0000/c/0", b"")
     assert away.exists() and not disk.exists()
 
 
@@ -326,7 +326,7 @@ def test_one_writes_and_others_read(run: Run, tmp_path: Path, relexio: Relexio) 
     command = [sys.executable, "-c", HELD, str(tmp_path / "go"), *map(str, convert), "--workers", "1"]
     writer = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        while not (store / "groups/0001/zarr.json").exists() and writer.poll() is None:
+        while not (store / "segments/0001/zarr.json").exists() and writer.poll() is None:
             time.sleep(0.01)
         second = in_process(*convert)  # while the first is held, so that it cannot have waited for it
         assert writer.poll() is None
@@ -362,7 +362,7 @@ def test_a_kept_fit_that_another_process_finishes_meanwhile(
     real = LocalStorage.names
     monkeypatch.setattr(LocalStorage, "names", lambda where: [*real(where), f"gram-0000-x{atomic.PARTIAL}"])
     assert relexio("predict", store, "--step", 9, "-o", tmp_path / "out").code == 0
-    assert (store / "cache/gram-0001").exists()
+    assert (store / "cache/gram-0004").exists()
 
 
 def test_a_write_that_comes_after_the_error_leaves_nothing(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from relexio.progress import silent
 from relexio.verbs.convert import Request, convert, prepare
 from relexio.verbs.demo.data import TARGET, WINDOW_END, unpack
 from relexio.words import parse_steps
+from tests.support.make import BF16, Run, Tensors, move
+from tests.support.steps import small_blocks, store_run
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -181,7 +183,7 @@ def test_the_example_of_a_method_is_one(table_of_methods: None) -> None:
 
 def test_json_of_the_store_page_is_what_a_store_holds(demo: Path) -> None:
     blocks = re.findall(r"^```json\n(.*?)^```\n", (ROOT / "docs" / "store.md").read_text(encoding="utf-8"), re.M | re.S)
-    codecs, marker, tensors, sources = map(json.loads, blocks)
+    codecs, marker, tensors, source = map(json.loads, blocks)
     store = demo / "relexio-demo" / "run.zarr"
 
     def metadata(path: str) -> dict[str, Any]:
@@ -190,14 +192,42 @@ def test_json_of_the_store_page_is_what_a_store_holds(demo: Path) -> None:
 
     assert codecs == metadata("base/bf16/bits")["codecs"]
     root = metadata("")["attributes"]["relexio"]
-    assert {**marker, "metadata": 0, "seal": 0, "groups": 0} == {**root, "metadata": 0, "seal": 0, "groups": 0}
-    assert [{**g, "metadata": 0} for g in marker["groups"]] == [{**g, "metadata": 0} for g in root["groups"][1:]]
+    assert {**marker, "metadata": 0, "seal": 0, "segments": 0} == {**root, "metadata": 0, "seal": 0, "segments": 0}
+    shown, stored = marker["segments"], root["segments"][1:]
+    assert [{**s, "metadata": 0} for s in shown] == [{**s, "metadata": 0} for s in stored]
     assert marker["metadata"].keys() <= root["metadata"].keys()
-    assert marker["groups"][0]["metadata"].keys() <= root["groups"][1]["metadata"].keys()
+    assert shown[0]["metadata"].keys() <= stored[0]["metadata"].keys()
     assert tensors == metadata("base")["attributes"]["tensors"][:2]
-    made = metadata("groups/0000")["attributes"]["sources"]
-    assert sources.keys() == made.keys()
-    assert sources["base"].keys() == made["base"].keys()
-    assert sources["base"]["shards"][0].keys() == made["base"]["shards"][0].keys()
-    assert sources["base"]["shards"][0]["header"] == made["base"]["shards"][0]["header"]
-    assert sources["base"]["side"].items() <= made["base"]["side"].items()
+    made = metadata("base")["attributes"]["source"]
+    assert source.keys() == made.keys()
+    assert source["shards"][0].keys() == made["shards"][0].keys()
+    assert source["shards"][0]["header"] == made["shards"][0]["header"]
+    assert source["side"].items() <= made["side"].items()
+    (one,) = metadata("segments/0001")["attributes"]["sources"]
+    assert one.keys() == made.keys() and one["step"] == TARGET
+
+
+def test_the_reader_of_the_store_page_reads_any_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All kinds, large and small and empty tensors, more of them than share a block, and steps in any order, merged."""
+    small_blocks(monkeypatch, 1024, 256)
+    rng = np.random.default_rng(0)
+    base: Tensors = {f"small.{i}": rng.standard_normal((i % 3, 5)).astype(BF16) for i in range(100)}
+    base["large"] = rng.standard_normal((50, 70)).astype(BF16)
+    base["half"] = rng.standard_normal(2000).astype(np.float16)
+    base["single"] = rng.standard_normal(9).astype(np.float32)
+    base["ids"], base["mask"] = rng.integers(-9, 9, (5, 3)), np.array([True, False])
+    steps = {step: {**some, "ids": base["ids"] + step // 3} for step, some in move(base, list(range(1, 13))).items()}
+    run, out = Run(tmp_path, base, steps), tmp_path / "run.zarr"
+    for added in ("3,7", "1:2", *map(str, (4, 5, 6, 8, 9, 10)), "12", "11"):
+        store = store_run(run, out, added)
+    assert [segment.steps for segment in store.segments] == [(3, 7, 1, 2, 4, 5, 6, 8, 9, 10), (12,), (11,)]
+    names: dict[str, Any] = {}
+    exec(next(examples(ROOT / "docs" / "store.md"))[1], names)
+    for step, tensors in ((None, base), *((step, steps[step]) for step in (7, 1, 10, 12, 11))):
+        for name in ("large", "half", "single", "ids", "mask", *(f"small.{i}" for i in (0, 2, 70, 95, 98))):
+            assert names["read_tensor"](str(out), name, step).tobytes() == tensors[name].tobytes(), (step, name)
+    one, other = sorted((out / "segments" / store.segments[0].name / "bf16" / "by" / "c").iterdir())[:2]
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(ValueError, match="is damaged"):
+        for name in base:
+            names["read_tensor"](str(out), name, 12)

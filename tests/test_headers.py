@@ -330,6 +330,6 @@ def test_as_many_entries_as_the_largest_models_have() -> None:
     table = b'{"tensors":[%s{}]}'
     for text, entry in (
         (index, b'"k":"model-00001-of-00163.safetensors",'),
-        (table, b'{"name":"k","dtype":"BF16","shape":[128,7168,2048],"first_block":12345678},'),
+        (table, b'{"name":"k","dtype":"BF16","shape":[128,7168,2048],"first":12345678},'),
     ):
         assert loads(text % (entry * many))

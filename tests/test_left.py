@@ -11,7 +11,7 @@ from relexio.checkpoints.layout import open_checkpoint
 from relexio.checkpoints.record import CheckpointRecord, NotStored
 from relexio.errors import CheckpointError, StorageError, StoreError
 from relexio.progress import silent
-from relexio.store.store import open_store
+from relexio.store.opening import open_store
 from relexio.verbs.restore import restore
 from tests.support.command import Relexio, snapshot
 from tests.support.make import Run, make_run, save_checkpoint
@@ -103,8 +103,9 @@ def test_nothing_is_said_of_nothing(tmp_path: Path, relexio: Relexio, monkeypatc
     run = make_run(tmp_path, steps=(1, 2))
     assert "not stored" not in convert(relexio, run)
     assert "not stored" not in relexio("verify", "run.zarr", run.steps_path, "--base", run.base_path).out
-    sources = json.loads(Path("run.zarr/groups/0000/zarr.json").read_text())["attributes"]["sources"]
-    assert not any("not_stored" in record for record in (sources["base"], *sources["steps"]))
+    base, steps = (json.loads(Path(f"run.zarr/{path}/zarr.json").read_text()) for path in ("base", "segments/0000"))
+    records = [base["attributes"]["source"], *steps["attributes"]["sources"]]
+    assert len(records) == 3 and not any("not_stored" in record for record in records)
 
 
 def test_what_a_trainer_writes_around_the_model(
@@ -151,7 +152,7 @@ def test_large_files_are_stored_and_those_of_tensors_named(
     assert relexio("verify", "run.zarr", run.steps_path, "--base", run.base_path).code == 0
     assert relexio("predict", "run.zarr", "--step", 9, "-o", "out").code == 0
     assert Path("out/tokenizer.big").read_bytes() == large
-    (pieces,) = [p for p in Path("run.zarr/groups/0000/files").glob("*/c") if len(list(p.iterdir())) == 6]
+    (pieces,) = [p for p in Path("run.zarr/files").glob("*/c") if len(list(p.iterdir())) == 6]
     one, other = pieces / "1", pieces / "3"
     data = one.read_bytes()
     one.write_bytes(other.read_bytes())
@@ -222,7 +223,7 @@ def test_a_side_file_that_changes_meanwhile_is_an_error(
 
 
 def record(**changes: object) -> dict[str, object]:
-    shard = {"name": "model.safetensors", "size": 9, "mtime_ns": 1, "header": f"groups/0000/files/{'0' * 32}"}
+    shard = {"name": "model.safetensors", "size": 9, "mtime_ns": 1, "header": f"files/{'0' * 32}"}
     return {"step": 1, "source": "/x", "shards": [shard], "index": None, "side": {}, **changes}
 
 
@@ -230,7 +231,7 @@ def record(**changes: object) -> dict[str, object]:
     "name", ["../x", "/x", "a/../../x", "model.safetensors", "/".join("a" * 33), "a//b", "x" * 256, ""]
 )
 def test_names_of_side_files_stay_inside(name: str) -> None:
-    array = f"groups/0000/files/{'0' * 32}"
+    array = f"files/{'0' * 32}"
     assert CheckpointRecord.from_json(record(side={"a/b/c/d.json": array})).side
     with pytest.raises(ValueError):
         CheckpointRecord.from_json(record(side={name: array}))

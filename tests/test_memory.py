@@ -87,7 +87,7 @@ def test_fp32_at_half_a_gigabyte(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_steps_added_one_at_a_time(tmp_path: Path) -> None:
-    """Many groups of one step each: every group's chunk is held at once."""
+    """Many segments are read at once; a merge makes one of eight in the same memory."""
     write_dense_run(tmp_path, 3_000_000, 30, BF16)
     run = tmp_path / "run.zarr"
     for step in range(1, 31):

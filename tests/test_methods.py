@@ -12,7 +12,7 @@ from relexio.errors import RequestError
 from relexio.methods import METHODS, Recipe, Window
 from relexio.methods.curves import read_off
 from relexio.methods.roles import Choice, layer_of, part_of
-from relexio.store.store import open_store
+from relexio.store.opening import open_store
 from tests.support.command import Relexio
 from tests.support.make import BF16, FP8, Run, base_tensors, differing, load_checkpoint, make_run, move
 from tests.support.make import deltas as deltas_of

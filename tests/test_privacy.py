@@ -147,7 +147,7 @@ def damaged_array(files: Any, top: str) -> None:
 
 
 def damaged_chunk(files: Any, top: str) -> None:
-    files.pipe_file(next(name for name in files.find(top) if "/xor/c/" in name), b"no chunk")
+    files.pipe_file(next(name for name in files.find(top) if "/by/c/" in name), b"no chunk")
 
 
 def all_gone(files: Any, top: str) -> None:

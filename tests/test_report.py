@@ -350,7 +350,7 @@ def test_a_run_in_which_nothing_moved_is_refused(relexio: Relexio, tmp_path: Pat
 
 def test_without_the_extra_it_says_what_to_install(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from relexio.progress import silent
-    from relexio.store.store import open_store
+    from relexio.store.opening import open_store
     from tests.support.steps import CPU
 
     monkeypatch.setitem(sys.modules, "vl_convert", None)

@@ -28,9 +28,10 @@ from zarr.core.sync import sync
 import relexio as package
 from relexio.errors import BusyError, ExistsError, MissingError, RequestError, StorageError, StoreError
 from relexio.progress import silent
+from relexio.store.opening import open_store
 from relexio.store.storage import LOCK, ObjectStorage, locate, objects
-from relexio.store.store import Store, open_store
-from relexio.verbs.convert import Request, convert, prepare, write
+from relexio.store.store import Store
+from relexio.verbs.convert import Request, convert, merge, prepare
 from relexio.words import parse_steps
 from tests.support.command import Relexio, snapshot
 from tests.support.make import Run, make_run
@@ -216,8 +217,7 @@ main(sys.argv[1:])
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     left = bucket.objects()
     assert LOCK in left and json.loads(left[LOCK])["host"] == socket.gethostname()
-    digests = {name: data for name, data in left.items() if name.startswith("groups/") and "/digest/c/" in name}
-    assert len(digests) == 1
+    assert len([name for name in left if name.startswith("segments/0000/finished/")]) == 1
     with pytest.raises(StoreError, match="unfinished conversion; run the same relexio convert again"):
         open_store(bucket.url())
     done = relexio(*command, "--json")
@@ -255,7 +255,7 @@ def test_appending_is_taken_up(
 ) -> None:
     bucket.upload(stored)
     before = bucket.objects()
-    monkeypatch.setattr(write, "commit", lambda *_: (_ for _ in ()).throw(StorageError("the network is gone")))
+    monkeypatch.setattr(merge, "commit", lambda *_: (_ for _ in ()).throw(StorageError("the network is gone")))
     with pytest.raises(StorageError):
         store_run(run, bucket.url(), base=False)
     monkeypatch.undo()
@@ -366,7 +366,7 @@ def test_a_kept_fit_is_used_again(stored: Path, bucket: Bucket, monkeypatch: pyt
         patch.setattr("relexio.engine.graph.gram", lambda *_: pytest.fail("the fit is there already"))
         found = fit_run(open_store(bucket.url())).weights_for([100])
     assert all((made[name] == found[name]).all() for name in made)
-    assert {name.split("/")[1] for name in bucket.objects() if name.startswith("cache/")} == {"gram-0001"}
+    assert {name.split("/")[1] for name in bucket.objects() if name.startswith("cache/")} == {"gram-0002"}
 
 
 def test_a_half_written_fit_is_not_used(whole: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,7 +387,7 @@ def test_a_half_written_fit_is_not_used(whole: Path, bucket: Bucket, monkeypatch
     bucket.put(f"run.zarr/{chunk}", b"not a chunk")
     weights = fit_run(open_store(bucket.url())).weights_for([100])
     made = bucket.objects()
-    assert made[chunk] == begun[chunk] and json.loads(made["cache/gram-0001/zarr.json"])["attributes"]["whole"] is True
+    assert made[chunk] == begun[chunk] and json.loads(made["cache/gram-0004/zarr.json"])["attributes"]["whole"] is True
     again = fit_run(open_store(bucket.url())).weights_for([100])
     assert all((weights[name] == again[name]).all() for name in weights)
 
@@ -458,7 +458,7 @@ def test_an_endpoint_that_does_not_answer(
             relexio("predict", bucket.url(), "--step", 50, "-o", tmp_path / "out"), bucket.url(), "Could not connect"
         )
         with pytest.raises(StorageError, match="Could not connect"):  # in the middle of a pass, too
-            store.base_bits(store.blocks(store.fitted()[0])[0])
+            store.base_bits(store.blocks[0])
     finally:
         monkeypatch.undo()
         forget()
@@ -499,14 +499,14 @@ def test_any_other_file_system(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("where", ["s3", "local"])
 def test_single_objects(bucket: Bucket, tmp_path: Path, where: str) -> None:
     there = locate(bucket.url() if where == "s3" else tmp_path / "run.zarr")
-    assert there.get("groups/0000/bf16/xor/c/0/0") is None and there.names() == [] and there.nbytes() == 0
+    assert there.get("segments/0000/bf16/by/c/0") is None and there.names() == [] and there.nbytes() == 0
     there.make()
-    there.put("groups/0000/bf16/xor/c/0/0", b"old")
-    there.put("groups/0000/bf16/xor/c/0/0", bytes(range(256)))
+    there.put("segments/0000/bf16/by/c/0", b"old")
+    there.put("segments/0000/bf16/by/c/0", bytes(range(256)))
     copied = pickle.loads(pickle.dumps(there))  # noqa: S301
-    assert copied.get("groups/0000/bf16/xor/c/0/0") == bytes(range(256))
-    assert there.get("groups/0000") is None and there.get("groups/0000/bf16/xor/c/0/0/0") is None
-    assert (there.names(), there.below("groups").names(), there.nbytes()) == (["groups"], ["0000"], 256)
-    there.below("groups/0000").remove()
-    assert there.nbytes() == 0 and not there.below("groups/0000").exists()
+    assert copied.get("segments/0000/bf16/by/c/0") == bytes(range(256))
+    assert there.get("segments/0000") is None and there.get("segments/0000/bf16/by/c/0/0") is None
+    assert (there.names(), there.below("segments").names(), there.nbytes()) == (["segments"], ["0000"], 256)
+    there.below("segments/0000").remove()
+    assert there.nbytes() == 0 and not there.below("segments/0000").exists()
     assert not list(tmp_path.rglob("*.partial"))

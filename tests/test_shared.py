@@ -22,6 +22,8 @@ NOBODY = """import contextlib, importlib, io, json, os, pkgutil, sys
 import difflib, dask.array, dask.threaded, safetensors.numpy, zarr.codecs, relexio.cli, relexio.sweep, relexio.report
 verbs = [found.name for found in pkgutil.walk_packages(relexio.__path__, "relexio.")]
 for name in verbs:
+    if name.startswith("relexio.loops."):
+        continue  # imported as far as it can be
     if name.split(".")[1] not in ("__main__", "cluster", "demo", "report") or name == "relexio.cli.report":
         importlib.import_module(name)
 if '"report"' in sys.argv[1]:
@@ -66,19 +68,19 @@ def as_umask_022(cache: Path) -> None:
 
 
 def as_older_versions(cache: Path) -> None:
-    (cache / "gram-0001").chmod(0o700)
+    next(cache.glob("gram-*")).chmod(0o700)
 
 
 def listed_only(cache: Path) -> None:
-    (cache / "gram-0001").chmod(0o744)
+    (cache / "gram-0004").chmod(0o744)
 
 
 def one_file(cache: Path) -> None:
-    (cache / "gram-0001" / "gram" / "zarr.json").chmod(0o600)
+    (cache / "gram-0004" / "gram" / "zarr.json").chmod(0o600)
 
 
 def one_chunk(cache: Path) -> None:
-    next(path for path in (cache / "gram-0001" / "gram" / "c").rglob("*") if path.is_file()).chmod(0o600)
+    next(path for path in (cache / "gram-0004" / "gram" / "c").rglob("*") if path.is_file()).chmod(0o600)
 
 
 def all_of_it(cache: Path) -> None:
@@ -133,16 +135,16 @@ def test_a_closed_fit_in_an_open_cache(run: Run, open_folder: Path, relexio: Rel
     assert relexio("predict", store, "--step", 9, "-o", open_folder / "ours").code == 0
     (store / "cache").chmod(0o777)
     as_older_versions(store / "cache")
-    left = store / "cache" / f"gram-0001-left{atomic.PARTIAL}"
+    left = store / "cache" / f"gram-0003-left{atomic.PARTIAL}"
     left.mkdir(0o700)
     (done,) = nobody(theirs, ["predict", store, "--step", 9, "-o", theirs / "out"])
     assert done.code == 0, done.err
     assert snapshot(theirs / "out") == snapshot(open_folder / "ours")
-    assert sorted(path.name for path in (store / "cache").iterdir()) == ["gram-0001", left.name]
+    assert sorted(path.name for path in (store / "cache").iterdir()) == ["gram-0003", left.name]
     assert relexio(*convert).code == 0
     (done,) = nobody(theirs, ["predict", store, "--step", 9, "-o", theirs / "more"])
     assert done.code == 0 and "not kept" not in done.err, done.err
-    assert (store / "cache" / "gram-0002").is_dir() and (store / "cache" / "gram-0001").is_dir()
+    assert (store / "cache" / "gram-0004").is_dir() and (store / "cache" / "gram-0003").is_dir()
 
 
 @pytest.mark.usefixtures("mask")
@@ -191,7 +193,7 @@ def test_a_fit_that_another_user_has_just_finished(
     assert relexio("convert", run.steps_path, "--base", run.base_path, "-o", store).code == 0
     monkeypatch.setattr("relexio.store.storage.LocalStorage.readable", readable)
     done = relexio("predict", store, "--step", 9, "-o", open_folder / "out")
-    assert done.code == 0 and "not kept" in done.err and seen == [locate(store).below("cache/gram-0001")]
+    assert done.code == 0 and "not kept" in done.err and seen == [locate(store).below("cache/gram-0004")]
 
 
 def test_kept_results_on_object_storage_that_may_not_be_read(
@@ -214,7 +216,7 @@ def test_kept_results_on_object_storage_that_may_not_be_read(
         assert done.code == 0 and "not kept" in done.err, done.err
         assert snapshot(open_folder / "one") == snapshot(open_folder / "two")
         verified = relexio("verify", url)
-        assert verified.code == 0 and "not checked: cache/gram-0001;" in verified.err, verified.err
+        assert verified.code == 0 and "not checked: cache/gram-0004;" in verified.err, verified.err
     finally:
         MemoryFileSystem.store.clear()
         MemoryFileSystem.pseudo_dirs[:] = [""]

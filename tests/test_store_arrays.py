@@ -6,14 +6,18 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from relexio.dtypes import Table
 from relexio.errors import StoreError
 from relexio.store.arrays import block_arrays
 from relexio.store.cache import CacheName
-from relexio.store.schema import Layout, lay_out
+from relexio.store.chunks import decode, encode
+from relexio.store.opening import open_store
+from relexio.store.schema import PIECES, Layout, blocks_of, count_blocks, lay_out
 from relexio.store.seal import damage, read_node
 from relexio.store.storage import locate
-from relexio.store.store import open_store
 from tests.support.make import Run, make_run
 from tests.support.steps import fit_run, predict_run, store_run
 
@@ -42,7 +46,7 @@ def test_nothing_is_read_through_zarr(run: Run, tmp_path: Path, monkeypatch: pyt
 def test_arrays_are_laid_out_as_the_table_says(run: Run, tmp_path: Path) -> None:
     """One table is what arrays are made by, and what they are checked against; Zarr sees the same in them."""
     store = store_run(run, tmp_path / "run.zarr")
-    for path, steps in (("base", 0), ("groups/0000", 3)):
+    for path, steps in (("base", 0), ("segments/0000", 3)):
         for kind, arrays in block_arrays(store.tensors, store.block, steps).items():
             for name, layout in arrays.items():
                 made = zarr.open_array(tmp_path / "run.zarr" / path / kind / name, mode="r")
@@ -54,7 +58,7 @@ def test_a_store_that_has_moved_knows_its_arrays(run: Run, tmp_path: Path) -> No
     store = store_run(run, tmp_path / "run.zarr")
     (tmp_path / "run.zarr").rename(tmp_path / "moved.zarr")
     moved = store.moved_to(str(tmp_path / "moved.zarr"))
-    assert moved.changed(moved.groups[0]).shape == (2, 3) and moved.absolute == str(tmp_path / "moved.zarr")
+    assert moved.changed(moved.segments[0]).shape == (2, 3) and moved.absolute == str(tmp_path / "moved.zarr")
 
 
 @pytest.mark.parametrize("error", [AttributeError, IndexError, RuntimeError, ZeroDivisionError])
@@ -98,5 +102,60 @@ def test_shapes_without_a_dimension_are_refused() -> None:
 
 
 def test_tensors_lie_one_after_the_other() -> None:
-    tensors = lay_out({"a": ("BF16", (5000,)), "b": ("F32", (3,)), "c": ("BF16", (1,))}, 1024)
-    assert [tensor.first_block for tensor in tensors] == [0, 0, 5]
+    table: Table = {
+        "a": ("BF16", (5000,)),
+        "b": ("F32", (3,)),
+        "c": ("BF16", (1,)),
+        "d": ("BF16", (0,)),
+        "e": ("F32", ()),
+    }
+    tensors = lay_out(table, 1024)
+    assert [tensor.first for tensor in tensors] == [0, 0, 5000, 5001, 3]
+    assert count_blocks(tensors, 1024) == {"bf16": 5, "f32": 1}
+    *_, shared, last = blocks_of(tensors, 1024)
+    assert [(p.tensor.name, p.start, p.size, p.first) for p in shared.pieces] == [("a", 4096, 904, 0), ("c", 0, 1, 904)]
+    assert [(p.tensor.name, p.start, p.size, p.first) for p in last.pieces] == [("b", 0, 3, 0), ("e", 0, 1, 3)]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(["BF16", "F32", "I64"]), st.integers(0, 70)), max_size=200),
+    st.sampled_from([1, 8, 64, 1024]),
+)
+def test_blocks_hold_each_element_once(shapes: list[tuple[str, int]], block: int) -> None:
+    """In order, in no more than so many parts of tensors to a block, and each part where the table says."""
+    table: Table = {str(number): (dtype, (size,)) for number, (dtype, size) in enumerate(shapes)}
+    tensors = lay_out(table, block)
+    assert [tensor.name for tensor in tensors] == list(table)
+    blocks = blocks_of(tensors, block)
+    held: dict[str, list[tuple[int, int]]] = {name: [] for name in table}
+    for one in blocks:
+        assert 1 <= len(one.pieces) <= PIECES and one.size <= block
+        at = 0
+        for piece in one.pieces:
+            assert piece.first == at and piece.tensor.kind == one.kind
+            assert piece.tensor.first + piece.start == one.index * block + piece.first
+            held[piece.tensor.name].append((piece.start, piece.size))
+            at += piece.size
+    for tensor in tensors:
+        starts = [start for start, _ in held[tensor.name]]
+        assert starts == [sum(size for _, size in held[tensor.name][:i]) for i in range(len(starts))]
+        assert sum(size for _, size in held[tensor.name]) == tensor.size
+    for kind, count in count_blocks(tensors, block).items():
+        assert [one.index for one in blocks if one.kind.name == kind] == list(range(count))
+
+
+@settings(deadline=None)
+@given(st.sampled_from(["u1", "<u2", "<u4"]), st.integers(1, 5000), st.data())
+def test_a_chunk_that_any_bit_of_was_flipped_is_refused(dtype: str, count: int, data: st.DataObject) -> None:
+    values = np.random.default_rng(0).integers(0, 5, count).astype(dtype)
+    stored = bytearray(encode(values))
+    np.testing.assert_array_equal(decode(bytes(stored), values.dtype, count), values)
+    bit = data.draw(st.integers(0, 8 * len(stored) - 1))
+    stored[bit // 8] ^= 1 << bit % 8
+    try:
+        decode(bytes(stored), values.dtype, count)
+    except ValueError as error:
+        assert "checksum" in str(error)
+    else:
+        raise AssertionError("a flipped bit went unseen")

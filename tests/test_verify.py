@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from relexio.loops import Found, find
 from tests.support.command import Relexio, snapshot
 from tests.support.make import BF16, Run, make_run, save_checkpoint
 from tests.support.steps import fit_run, predict_run, small_blocks, store_run
@@ -96,14 +98,13 @@ def test_convert_verifies_what_was_there_before_too(run: Run, relexio: Relexio) 
 def test_convert_can_verify_at_once(run: Run, relexio: Relexio, monkeypatch: pytest.MonkeyPatch) -> None:
     done = relexio("convert", run.steps_path, "--base", run.base_path, "-o", "run.zarr", "--verify")
     assert done.code == 0 and "whole" in done.out and "steps 1, 2, 4, 7" in done.out
-    from relexio.store.moves import find_moves as real
 
-    def wrong(xor: np.ndarray) -> object:
-        moves = real(xor)
-        moves.xor[:1] ^= 1
-        return moves
+    def wrong(*arguments: Any) -> Found:
+        found = find(*arguments)
+        found.by[:1] ^= 1
+        return found
 
-    monkeypatch.setattr("relexio.verbs.convert.encode.find_moves", wrong)
+    monkeypatch.setattr("relexio.verbs.convert.encode.find", wrong)
     done = relexio("convert", run.steps_path, "--base", run.base_path, "-o", "bad.zarr", "--verify")
     assert done.code == 1 and "differs" in done.err and "not the bits that were hashed" in done.err
 
@@ -156,9 +157,10 @@ def test_any_flipped_bit_is_found(run: Run, tmp_path: Path, relexio: Relexio) ->
 
 def test_what_an_interrupted_command_left_is_noted(run: Run, relexio: Relexio) -> None:
     relexio("convert", run.steps_path, "--base", run.base_path, "-o", "run.zarr")
-    shutil.copytree("run.zarr/groups/0000", "run.zarr/groups/0001")
+    shutil.copytree("run.zarr/segments/0000", "run.zarr/segments/0001")
+    shutil.copytree(next(Path("run.zarr/files").glob("*/")), f"run.zarr/files/{'0' * 32}")
     done = relexio("verify", "run.zarr")
-    assert done.code == 0 and "groups/0001" in done.err
+    assert done.code == 0 and f"not read: files/{'0' * 32}, segments/0001" in done.err
 
 
 def test_the_last_step_may_be_unfinished(run: Run, tmp_path: Path, relexio: Relexio) -> None:
@@ -239,7 +241,7 @@ def test_stored_files_that_have_changed_places(run: Run, tmp_path: Path, relexio
     for name in "ab":
         (run.base_path / f"{name}.json").write_text(f'"{name}"')
     relexio("convert", run.steps_path, "--base", run.base_path, "-o", "run.zarr")
-    found = {path.read_bytes(): path for path in Path("run.zarr/groups/0000/files").glob("*/c/0")}
+    found = {path.read_bytes(): path for path in Path("run.zarr/files").glob("*/c/0")}
     one, other = (
         path for path in found.values() if json.loads((path.parents[1] / "zarr.json").read_text())["shape"] == [3]
     )

@@ -12,7 +12,7 @@ from relexio.checkpoints.header import header_of
 from relexio.dtypes import Table, tensor_bytes
 
 Json = dict[str, Any]
-_ARRAY = re.compile(r"groups/\d{4,8}/files/[0-9a-f]{32}")
+_ARRAY = re.compile(r"files/[0-9a-f]{32}")
 _NAMES, _NAME = 20, 200  # names, and letters of one, of what was not stored
 
 
@@ -130,7 +130,7 @@ class CheckpointRecord:
         require(all(name == PurePosixPath(name).name for name in names), "a shard is in no directory below")
         require(record.side.keys().isdisjoint(names), "a side file has a name of its own")
         arrays = [*record.side.values(), *(s.header for s in shards), *([] if record.index is None else [record.index])]
-        require(all(isinstance(a, str) and _ARRAY.fullmatch(a) for a in arrays), "files are arrays of a group")
+        require(all(isinstance(a, str) and _ARRAY.fullmatch(a) for a in arrays), "files are arrays of the store")
         require(all(is_count(s.size) and _is_time(s.mtime_ns) for s in shards), "sizes and times are numbers")
         require(record.step is None or is_count(record.step), "a step is a number")
         return record

@@ -13,7 +13,7 @@ from relexio.cli.options import Decorator, together
 from relexio.cli.show import printable
 from relexio.engine.resources import Resources
 from relexio.fit.fit import choose_window
-from relexio.store.store import open_store
+from relexio.store.opening import open_store
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """``relexio convert``."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from dataclasses import replace as evolve
 from functools import partial
 
 import click
@@ -47,6 +48,11 @@ def _named(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
         "--steps", type=options.STEPS, help="Steps to convert, e.g. 1:75, 80:, 10:300:10 or 1,2,5.  [default: all]"
     ),
     click.option(
+        "--replace",
+        type=options.STEPS,
+        help="Steps that were written again, e.g. 21: after training was resumed from step 20: the new ones replace the stored.",
+    ),
+    click.option(
         "--checkpoint", "named", multiple=True, metavar=_NAMED, callback=_named, help="One more checkpoint. Repeatable."
     ),
     click.option("--verify", is_flag=True, help="Then read the trajectory back and compare it with the checkpoints."),
@@ -58,6 +64,7 @@ def convert(
     base: str | None,
     out: str,
     steps: Selection | None,
+    replace: Selection | None,
     named: dict[int, str],
     verify: bool,
     dry_run: bool,
@@ -66,13 +73,13 @@ def convert(
 
     CHECKPOINTS is a directory of step directories (global_step_N, global_stepN_hf, checkpoint-N, step_N or step-N)
     with safetensors weights in Hugging Face layout. The model's files are stored; what is not stored (such as a trainer's
-    state) is listed at the end. When run again, it adds new steps and rewrites nothing. It reports stored steps that have
-    been written again since. After an interruption it continues where it stopped.
+    state) is listed at the end. When run again, it adds new steps. It reports stored steps that have
+    been written again since; --replace takes the new ones. After an interruption it continues where it stopped.
     """
     if checkpoints is None and not named:
         raise click.UsageError("Give CHECKPOINTS, or --checkpoint STEP=PATH.")
     root, model = (local(path) if path is not None else None for path in (checkpoints, base))
-    request = verb.Request(out, model, root, {step: local(path) for step, path in named.items()}, steps)
+    request = verb.Request(out, model, root, {step: local(path) for step, path in named.items()}, steps, replace)
     conversion = verb.prepare(request, resources, stages)
     for text in conversion.notes:
         note(text)
@@ -88,18 +95,22 @@ def convert(
             partial(_facts, conversion, done), partial(_show, conversion, done, not_stored(recorded(done.store)))
         )
     originals = find_originals(done.store, root, model)
-    originals = replace(originals, steps={**originals.steps, **conversion.by_step})
+    originals = evolve(originals, steps={**originals.steps, **conversion.by_step})
     checked = report(done.store, check(done.store, originals, resources, stages))
 
     def show_both() -> None:
         _show(conversion, done, [])  # ``checked`` lists what is not stored
         checked.show()
 
-    return replace(checked, show=show_both)
+    return evolve(checked, show=show_both)
 
 
 def _added(conversion: verb.Conversion) -> str:
     return describe_steps(conversion.steps) if conversion.steps else "nothing: all steps are stored already"
+
+
+def _replaced(conversion: verb.Conversion) -> list[tuple[str, str]]:
+    return [("replaced", describe_steps(conversion.forgotten))] if conversion.forgotten else []
 
 
 def _plan(conversion: verb.Conversion) -> Result:
@@ -108,6 +119,7 @@ def _plan(conversion: verb.Conversion) -> Result:
         "out": conversion.out.shown,
         "steps": list(conversion.steps),
         "present": list(conversion.present),
+        "replaced": list(conversion.forgotten),
         "bytes_read": conversion.bytes_read,
         "bytes_written_at_most": conversion.bytes_written_at_most,
         "bytes_free": free,
@@ -115,6 +127,7 @@ def _plan(conversion: verb.Conversion) -> Result:
     }
     room = "" if free is None else f", {show(free)} free"
     rows = [
+        *_replaced(conversion),
         ("to add", _added(conversion)),
         ("to read", show(conversion.bytes_read)),
         ("disk", f"{show(conversion.bytes_written_at_most)} at most{room}"),
@@ -127,6 +140,7 @@ def _facts(conversion: verb.Conversion, done: verb.ConversionResult) -> object:
     return {
         "out": conversion.out.shown,
         "added": list(conversion.steps),
+        "replaced": list(conversion.forgotten),
         "steps": list(done.store.steps),
         "resumed": done.resumed,
         "bytes": asdict(sizes(done.store)),
@@ -140,6 +154,7 @@ def _show(conversion: verb.Conversion, done: verb.ConversionResult, left: list[t
     table(
         [
             ("trajectory", conversion.out.shown),
+            *_replaced(conversion),
             ("added", _added(conversion)),
             ("holds", describe_steps(done.store.steps)),
             ("size", f"{show(size.steps)} for {smaller}, and {show(size.base)} for the base"),

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -10,8 +10,10 @@ import numpy as np
 
 from relexio.dtypes import Array, from_float64, nonfinite, to_float64
 from relexio.engine.device import out_of_memory, to_device, to_host, zeros
-from relexio.engine.tiles import Rows, tiles
+from relexio.engine.tiles import Rows, compact, on_device, pieces, window_tiles
 from relexio.errors import BudgetError, RelexioWarning, RequestError
+from relexio.loops import Moves, dense, gram, increments, plain, predict
+from relexio.store.read import dense_width
 from relexio.store.schema import Block
 from relexio.store.store import Store
 
@@ -50,60 +52,109 @@ def _shrinking(kernel: Callable[..., T]) -> Callable[..., T]:
 
 
 @_shrinking
-def gram_block(store: Store, steps: tuple[int, ...], tile_bytes: int, device: str, block: Block) -> np.ndarray:
-    """M M^T over one block: float64 [T, T]."""
-    rows = Rows.of(store, steps)
-    total = zeros((rows.count, rows.count), device)
-    for tile in tiles(store, block, steps, tile_bytes):
-        total += tile.gram(tile_bytes, device)
-    return rows.sum_up(rows.sum_up(to_host(total)).T)
+def gram_block(store: Store, steps: tuple[int, ...], tile_bytes: int, device: str, block: Block) -> list[np.ndarray]:
+    """M M^T over one block, for the part of each of its tensors: float64 [T, T]."""
+    rows, base = Rows.of(store, steps), store.base_bits(block)
+    totals = [zeros((rows.count, rows.count), device) for _ in block.pieces]
+    for place, span, moves in window_tiles(store, block, rows, tile_bytes):
+        if device == "cpu":
+            gram(moves, base[span], block.kind, totals[place])
+            continue
+        for f in _dense(moves, base[span], block, rows.count, tile_bytes, device):
+            with np.errstate(over="ignore", invalid="ignore"):
+                totals[place] += f.T @ f
+    return [rows.sum_up(rows.sum_up(to_host(total)).T) for total in totals]
+
+
+def _dense(moves: Moves, bits: np.ndarray, block: Block, rows: int, nbytes: int, device: str) -> Iterator[Array]:
+    """F, some elements at a time: float64 [n, R]. On a device, only of those that move, about ``nbytes``."""
+    if device == "cpu":
+        for _, some, base in pieces(moves, bits, dense_width(rows)):
+            if len(some.row):
+                yield dense(some, increments(some, base, block.kind), rows)
+        return
+    _, moving, start = compact(moves, bits)
+    for _, some, base in pieces(moving, start, max(64, nbytes // (8 * rows))):
+        there, on = on_device(some, base, device)
+        yield plain.dense(there, plain.increments(there, on, block.kind), rows)
 
 
 @_shrinking
 def operator_block(
     store: Store, steps: tuple[int, ...], x: dict[str, np.ndarray], tile_bytes: int, device: str, block: Block
-) -> np.ndarray:
-    """M (M^T x) over one block, for its tensor's x [T, k]: float64 [T, k], without ever holding T x T."""
-    rows = Rows.of(store, steps)
-    vectors = to_device(rows.spread(x[block.tensor.name]), device)
-    total = zeros(vectors.shape, device)
-    for tile in tiles(store, block, steps, tile_bytes):
-        for piece in tile.pieces(tile_bytes):
-            increments = piece.increments(device)
-            total += increments.T @ (increments @ vectors)
-    return rows.sum_up(to_host(total))
+) -> list[np.ndarray | None]:
+    """M (M^T x) over one block, for the part of each tensor in x [T, k]: float64 [T, k], without ever holding T x T."""
+    rows, base = Rows.of(store, steps), store.base_bits(block)
+    wanted = [x.get(piece.tensor.name) for piece in block.pieces]
+    vectors = [None if some is None else to_device(rows.spread(some), device) for some in wanted]
+    totals = [None if some is None else zeros(some.shape, device) for some in vectors]
+    for place, span, moves in window_tiles(store, block, rows, tile_bytes):
+        if vectors[place] is not None:
+            for f in _dense(moves, base[span], block, rows.count, tile_bytes, device):
+                with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told where it is used
+                    totals[place] += f.T @ (f @ vectors[place])
+    return [None if total is None else rows.sum_up(to_host(total)) for total in totals]
 
 
 @_shrinking
 def combine_block(
-    store: Store, steps: tuple[int, ...], weights: np.ndarray, tile_bytes: int, device: str, block: Block
+    store: Store,
+    steps: tuple[int, ...],
+    weights: dict[str, np.ndarray],
+    targets: int,
+    tile_bytes: int,
+    device: str,
+    block: Block,
 ) -> list[np.ndarray]:
-    """theta_0 + M^T w over one block for weights [T, S]: element bits [size] for each of the S targets.
+    """theta_0 + M^T w over one block for weights [T, S] by tensor: element bits [size] for each of the S targets.
 
-    Raises RequestError where a prediction is not finite though the base is.
+    Tensors without weights are as in the base. Raises RequestError where a prediction is not finite though the base is.
     """
-    base = store.base_bits(block)
-    results = [base.copy() for _ in range(weights.shape[1])]
-    if not weights.any():
+    rows, base = Rows.of(store, steps), store.base_bits(block)
+    results = [base.copy() for _ in range(targets)]
+    wanted = [weights.get(piece.tensor.name) for piece in block.pieces]
+    spread = [None if w is None or not w.any() else rows.spread(w) for w in wanted]
+    if all(w is None for w in spread):
         return results
-    spread = Rows.of(store, steps).spread(weights)
-    for tile in tiles(store, block, steps, tile_bytes, base):
-        for piece in (tile,) if device == "cpu" else tile.pieces(tile_bytes):
-            start = to_device(piece.base.reshape(-1, 1), device)
-            with np.errstate(over="ignore", invalid="ignore"):  # refused below, by name
-                values = piece.weigh(spread, device)
-            values += to_float64(start, block.kind)
-            bits = from_float64(values, block.kind)
-            _check_finite(bits, start, block)
-            for result, column in zip(results, to_host(bits).T, strict=True):
-                result[piece.elements] = column
+    weigh = _weigh if device == "cpu" else _weigh_on_device
+    for place, span, moves in window_tiles(store, block, rows, tile_bytes):
+        weight = spread[place]
+        if weight is not None and len(moves.row):
+            bad = weigh(moves, base[span], weight, block, [r[span] for r in results], tile_bytes, device)
+            if bad:
+                raise RequestError(
+                    f"tensor {block.pieces[place].tensor.name}: the prediction overflows "
+                    f"{block.pieces[place].tensor.dtype} in {bad} elements; predict a nearer step or give a smaller --strength"
+                )
     return results
 
 
-def _check_finite(bits: Array, base: Array, block: Block) -> None:
-    bad = nonfinite(bits, block.kind) & ~nonfinite(base, block.kind)
-    if bool(bad.any()):
-        raise RequestError(
-            f"tensor {block.tensor.name}: the prediction overflows {block.tensor.dtype} in {int(bad.sum())} elements; "
-            f"predict a nearer step or give a smaller --strength"
-        )
+def _weigh(moves: Moves, base: np.ndarray, weight: np.ndarray, block: Block, results: list[np.ndarray], *_: Any) -> int:
+    """Put base + F w into results; how many are not finite though the base is."""
+    bits, bad = predict(moves, base, weight, block.kind)
+    for result, line in zip(results, bits, strict=True):
+        result[:] = line
+    return bad
+
+
+def _weigh_on_device(
+    moves: Moves,
+    base: np.ndarray,
+    weight: np.ndarray,
+    block: Block,
+    results: list[np.ndarray],
+    nbytes: int,
+    device: str,
+) -> int:
+    places, moving, start = compact(moves, base)
+    on, bad = to_device(weight, device), 0
+    for span, some, bits in pieces(moving, start, max(64, nbytes // (8 * len(weight)))):
+        there, before = on_device(some, bits, device)
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = plain.dense(there, plain.increments(there, before, block.kind), len(weight)) @ on
+            values += to_float64(before.reshape(-1, 1), block.kind)
+        after = from_float64(values, block.kind)
+        bad += int((nonfinite(after, block.kind) & ~nonfinite(before, block.kind).reshape(-1, 1)).sum())
+        for result, column in zip(results, to_host(after).T, strict=True):
+            result[places[span]] = column
+    return bad

@@ -5,7 +5,7 @@ blocks to a sink. So tasks can run in any order, in any process, and again. A ke
 bound once, and travels to workers on its own.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from operator import methodcaller
 from typing import TypeVar
@@ -34,12 +34,20 @@ def _add(terms: list[np.ndarray]) -> np.ndarray:
     return np.sum(terms, axis=0) if len(terms) > 1 else terms[0]
 
 
-def _fold(nodes: Pass, terms: list[Delayed], name: str) -> Delayed:
-    """The sum of the terms as a tree of fixed shape: the same digits for any number of workers."""
-    level = 0
-    while len(terms) > 1:
+def _add_of(places: list[int], results: list[list[np.ndarray]]) -> np.ndarray:
+    """The sum of one tensor's results among those of some blocks."""
+    return _add([result[place] for place, result in zip(places, results, strict=True)])
+
+
+def _fold(nodes: Pass, terms: list[Delayed], places: list[int], name: str) -> Delayed:
+    """The sum of a tensor's results, at these places of what blocks give, as a tree of fixed shape: the same digits for any
+    number of workers."""
+    level, adds = 0, [partial(_add_of, places[i : i + _FOLD]) for i in range(0, len(terms), _FOLD)]
+    while level == 0 or len(terms) > 1:
+        parts = [terms[i : i + _FOLD] for i in range(0, len(terms), _FOLD)]
         terms = [
-            nodes.task(_add, terms[i : i + _FOLD], key=f"add-{name}-{level}-{i}") for i in range(0, len(terms), _FOLD)
+            nodes.task(adds[i] if level == 0 else _add, part, key=f"add-{name}-{level}-{i}")
+            for i, part in enumerate(parts)
         ]
         level += 1
     return terms[0]
@@ -48,24 +56,32 @@ def _fold(nodes: Pass, terms: list[Delayed], name: str) -> Delayed:
 def sums(
     store: Store,
     steps: int,
-    kernel: Callable[[Block], np.ndarray],
+    kernel: Callable[[Block], Sequence[np.ndarray | None]],
     executor: Executor,
     progress: Progress,
-    tensors: Iterable[Tensor] | None = None,
+    tensors: Iterable[Tensor],
     keep: Keep | None = None,
 ) -> dict[str, np.ndarray]:
-    """Run a kernel over every block of the given tensors, or of the store; for every tensor with blocks the sum of its results.
+    """Run a kernel, which gives a result for each piece, over every block of tensors; for each that is not empty the sum.
 
     With ``keep`` a sum is handed over, with the place of its tensor, as soon as its last block is in, and not held.
     """
-    chosen = [tensor for tensor in (store.tensors if tensors is None else tensors) if store.blocks(tensor)]
+    chosen = [tensor for tensor in tensors if tensor.size]
     nodes = executor.begin()
     shared = nodes.shared(kernel)
-    tasks = (
-        _fold(nodes, [_node(nodes, block, steps, shared) for block in store.blocks(tensor)], tensor.name)
-        for tensor in chosen
-    )
-    results = executor.run(nodes, tasks, progress, keep)
+    last: dict[str, tuple[Block, Delayed]] = {}  # of each kind: the next tensor may share the block
+
+    def node(block: Block) -> Delayed:
+        held = last.get(block.kind.name)
+        if held is None or held[0] != block:
+            held = last[block.kind.name] = block, _node(nodes, block, steps, shared)
+        return held[1]
+
+    def fold(tensor: Tensor) -> Delayed:
+        parts = store.parts[tensor.name]
+        return _fold(nodes, [node(block) for block, _ in parts], [place for _, place in parts], tensor.name)
+
+    results = executor.run(nodes, map(fold, chosen), progress, keep)
     return {tensor.name: result for tensor, result in zip(chosen, results, strict=True)}
 
 
@@ -74,13 +90,10 @@ def each(
 ) -> Iterator[tuple[Block, T]]:
     """Run a kernel over every block of the store; the blocks and its results, in order."""
 
-    def blocks() -> Iterator[Block]:
-        return (block for tensor in store.tensors for block in store.blocks(tensor))
-
     nodes = executor.begin()
     shared = nodes.shared(kernel)
-    results = executor.run(nodes, (_node(nodes, block, steps, shared) for block in blocks()), progress)
-    return zip(blocks(), results, strict=True)
+    results = executor.run(nodes, (_node(nodes, block, steps, shared) for block in store.blocks), progress)
+    return zip(store.blocks, results, strict=True)
 
 
 def gram(
@@ -131,9 +144,11 @@ def _write_block(
     device: str,
     block: Block,
 ) -> None:
-    if block.tensor.name in weights:
-        results = combine_block(store, steps, weights[block.tensor.name], tile_bytes, device, block)
-    else:
-        results = [observed(store, block, steps[-1])] * targets
+    results = combine_block(store, steps, weights, targets, tile_bytes, device, block)
+    rest = [piece for piece in block.pieces if piece.tensor.name not in weights]
+    if rest:
+        bits = observed(store, block, steps[-1])
+        for result, piece in ((result, piece) for result in results for piece in rest):
+            result[piece.span] = bits[piece.span]
     for target, bits in enumerate(results):
         sink(block, target, bits)

@@ -7,11 +7,9 @@ on what RL did to the model. Peak resident size = what the process holds already
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from relexio.engine.process import cores
 from relexio.errors import BudgetError
-from relexio.store.schema import count_type, moves_chunk
+from relexio.store.schema import MOVES_CHUNK, moves_chunk
 from relexio.words import show
 
 if TYPE_CHECKING:
@@ -73,42 +71,44 @@ class Need:
         return int(self.device_fixed + self.device_per_tile * tile)
 
 
-def convert_need(block: int, itemsize: int, steps: int, chunk: int) -> Need:
-    """A block of ``convert``: base bits and counts; chunks of ``chunk`` moves; per tile its bits, and 36 bytes a move."""
-    return Need(block * (2 * itemsize + 4) + 2 * chunk * (itemsize + 4) + steps * 4096, 6.0 + 36.0 / itemsize)
+def convert_need(block: int, itemsize: int, steps: int, segments: int) -> Need:
+    """A block of ``convert``: bits of the base, the step before and one more, chunks, notes; per tile its bits and moves.
+
+    So many ``segments`` are read at once: to have the step before, or to make them one.
+    """
+    streams = (segments + 3) * MOVES_CHUNK * (1 + itemsize)  # one is written; two copies of it, as it is packed
+    return Need(block * 3 * itemsize + streams + steps * 4096, 8.0 + 48.0 / itemsize)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The largest block of a store, in elements and bytes an element; over all groups, bytes of the counts of one
-    element, and of one decoded chunk of moves (and of the largest twice more, while it is decoded)."""
+    """The largest block of a store, in elements and bytes an element; how many tensors share one at most; and bytes of a
+    decoded chunk of moves of every segment (and of the largest twice more, while it is decoded)."""
 
     block: int
     itemsize: int
-    counts: int
+    pieces: int
     chunks: int
 
     @classmethod
     def of(cls, store: "Store") -> "Shape":
         """That of a store."""
         itemsize = max((tensor.kind.itemsize for tensor in store.tensors if tensor.size), default=1)
-        block = min(store.block, max((tensor.size for tensor in store.tensors), default=1))
-        numbers = [np.dtype(count_type(len(group.steps))).itemsize for group in store.groups]
-        chunks = [
-            moves_chunk(store.block, len(group.steps)) * (number + itemsize)
-            for group, number in zip(store.groups, numbers, strict=True)
-        ]
-        return cls(block, itemsize, sum(numbers), sum(chunks) + 2 * max(chunks))
+        block = max((block.size for block in store.blocks), default=1)
+        chunks = [moves_chunk(store.block, segment.columns) * (1 + itemsize) for segment in store.segments]
+        pieces = max((len(block.pieces) for block in store.blocks if block.kind.is_float), default=1)
+        return cls(block, itemsize, pieces, sum(chunks) + 2 * max(chunks))
 
     @property
     def bytes(self) -> int:
-        """A block with its base bits, counts and places, and the decoded chunks."""
-        return self.block * (2 * self.itemsize + self.counts + 2 + 8 + 8) + self.chunks
+        """A block with its base bits, and the decoded chunks."""
+        return self.block * 2 * self.itemsize + self.chunks
 
 
 def fit_need(shape: Shape, steps: int, whole: bool) -> Need:
     """A block of a fit, and T x T numbers if ``whole``."""
-    square = 4 * 8 * steps * steps if whole else 64 * 8 * steps  # the Krylov space: a few columns a pass
+    each = 8 * steps * steps if whole else 64 * 8 * steps  # the Krylov space: a few columns a pass
+    square = (3 + shape.pieces) * each
     return Need(shape.bytes + square, _PER_TILE, square, _PER_DEVICE_TILE)
 
 

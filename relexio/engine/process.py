@@ -23,7 +23,7 @@ def resident_bytes() -> int:
 def use_one_heap() -> None:
     """Let all threads of this process share one heap that keeps its pages. Call it before threads are started.
 
-    The C library gives every thread a heap of its own, and each keeps what it once needed: on a trajectory of 30 groups
+    The C library gives every thread a heap of its own, and each keeps what it once needed: on a trajectory of 30 segments
     that was 100 MB more than with one heap. And it gives freed tiles back to the system, which has to clear every page
     anew for the next tile: with large tiles that took a fifth of the time of a pass.
     """

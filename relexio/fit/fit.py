@@ -197,7 +197,7 @@ class Fit:
 
 def changed_shares(store: Store, steps: tuple[int, ...]) -> dict[str, float]:
     """The largest share of each tensor's elements that differ from the base at any one of ``steps``."""
-    counts = np.max([store.changed(group)[:, held].max(axis=1) for group, held, _ in store.columns(steps)], axis=0)
+    counts = store.changed_counts(steps).max(axis=1)
     return {t.name: float(n) / t.size if t.size else 0.0 for t, n in zip(store.tensors, counts, strict=True)}
 
 

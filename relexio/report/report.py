@@ -16,7 +16,7 @@ from relexio.progress import Stages
 from relexio.report.data import Facts, default_target
 from relexio.store.store import Store
 from relexio.verbs.findings import findings
-from relexio.verbs.inspect import changed_counts, sizes
+from relexio.verbs.inspect import sizes
 from relexio.words import show, stem
 
 #: What the drawing library holds, whatever is drawn: a JavaScript engine (measured: 205 to 240 MB).
@@ -87,7 +87,7 @@ def report(store: Store, request: ReportRequest, resources: Resources, stages: S
         )
     measured = findings(store, request.window, request.rank, resources, stages)
     target = default_target(measured) if request.target is None else request.target
-    facts = Facts(measured, sizes(store), changed_counts(store, request.window), target)
+    facts = Facts(measured, sizes(store), store.changed_counts(request.window), target)
     text, pictures = render(facts, request)
     page = text.encode()
     _write({**pictures, request.page: page})

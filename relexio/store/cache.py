@@ -1,6 +1,6 @@
 """Results kept beside the data, in ``cache/`` of the store, so that they are computed once.
 
-A result that exists is complete (it got its name or its mark last), and covers the committed groups that its name counts. It
+A result that exists is complete (it got its name or its mark last), and covers the committed steps that its name counts. It
 says whose content it was computed from: one of other data, as a copy over a store may leave it, counts as missing. A store
 that cannot be written keeps them in a temporary directory for the length of the run.
 """
@@ -14,20 +14,21 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import zarr
 
 from relexio.atomic import PARTIAL
 from relexio.errors import BusyError, StoreError
-from relexio.store.chunks import read_chunk, write_chunk
+from relexio.store.chunks import chunk_key, read_chunk, write_chunk
 from relexio.store.schema import Layout, hashes_from_json
 from relexio.store.seal import damage, metadata_hashes, read_node, seal, unseal
 from relexio.store.storage import METADATA, LocalStorage, Location, locate
 from relexio.store.store import Store
-from relexio.store.zarrs import create, open_group
+from relexio.store.zarrs import create, has_array, open_group
 from relexio.words import shown
 
 #: Bytes up to which an array is kept as one chunk and held in memory.
@@ -50,16 +51,16 @@ class CacheName:
     """What a result is about; as text, the name of its directory. ``rank`` and ``window`` are those of ``blocks`` only."""
 
     solver: str
-    groups: int
+    steps: int
     rank: int = 0
     window: str = ""
 
     @classmethod
     def of(cls, store: Store, solver: str, window: tuple[int, ...], rank: int) -> "CacheName":
-        """The name of a solver's result on the committed groups of a store."""
+        """The name of a solver's result on the committed steps of a store."""
         if solver == "gram":
-            return cls("gram", len(store.groups))
-        return cls("blocks", len(store.groups), rank, hashlib.sha256(repr(window).encode()).hexdigest()[:16])
+            return cls("gram", len(store.steps))
+        return cls("blocks", len(store.steps), rank, hashlib.sha256(repr(window).encode()).hexdigest()[:16])
 
     @classmethod
     def parse(cls, name: str) -> "CacheName | None":
@@ -68,7 +69,7 @@ class CacheName:
         return cls(match[1], int(match[2]), int(match[3] or 0), match[4] or "") if match else None
 
     def __str__(self) -> str:
-        name = f"{self.solver}-{self.groups:04d}"
+        name = f"{self.solver}-{self.steps:04d}"
         return f"{name}-rank{self.rank}-{self.window}" if self.window else name
 
 
@@ -103,9 +104,8 @@ class CachedResult:
         axes = ("tensor", *(f"axis{i}" for i in range(1, len(shape))))
         layout = Layout(shape, tuple(max(1, size) for size in (shape if small else (1, *shape[1:]))), _NUMBER, axes)
         group = open_group(self.address, "r+")
-        begun = group.get(name)  # by another build of the same in this place
-        if not isinstance(begun, zarr.Array) or (begun.shape, begun.chunks) != (shape, layout.chunks):
-            create(group, name, layout, overwrite=begun is not None)
+        if not has_array(group, name, layout):  # another build of the same in this place may have made it
+            create(group, name, layout, overwrite=name in group)
         entries = _Entries(locate(self.address), name, layout)
         if not small:
             yield entries
@@ -118,7 +118,7 @@ class CachedResult:
     def check(self, tensors: int, steps: int) -> None:
         """Read and check all of it, for this many tensors and steps. Raises StoreError where it is damaged."""
         with damage(self.shown, _REMOVE):
-            names = sorted(self._hashes())
+            names = sorted(name for name in self._hashes if "/" not in name)
         for name in names:
             with damage(f"{self.shown}: {name}", _REMOVE):
                 layout = self._layout(name)
@@ -126,14 +126,19 @@ class CachedResult:
                 if shape[0] != tensors or any(size > steps for size in shape[1:]):
                     raise ValueError(f"its shape {list(shape)[:4]} is not of {tensors} tensors and {steps} steps")
                 for number in range(-(-tensors // layout.chunks[0])):
-                    read_chunk(locate(self.address), name, layout, number)
+                    self._chunk(name, layout, number)
 
+    def _chunk(self, name: str, layout: Layout, number: int) -> np.ndarray:
+        known = self._hashes[chunk_key(name, layout, number)]
+        return read_chunk(locate(self.address), name, layout, number, known=known)
+
+    @cached_property
     def _hashes(self) -> dict[str, str]:
         return hashes_from_json(unseal(locate(self.address).get(METADATA) or b"")["relexio"]["metadata"])
 
     def _layout(self, name: str) -> Layout:
         """All in one chunk, or one for each tensor. Raises ValueError for what this module does not write."""
-        layout = Layout.from_json(read_node(locate(self.address), name, self._hashes()[name]))
+        layout = Layout.from_json(read_node(locate(self.address), name, self._hashes[name]))
         if layout.dtype != _NUMBER or layout.chunks not in (layout.shape, (1, *layout.shape[1:])):
             raise ValueError(f"its chunks {list(layout.chunks)[:4]} are neither all of it nor those of a tensor")
         return layout
@@ -146,11 +151,9 @@ class CachedResult:
                 if layout.shape != shape:
                     raise ValueError(f"its shape is {list(layout.shape)[:4]}, not {list(shape)}")
                 whole = layout.chunks == shape
-                self._opened[name] = read_chunk(locate(self.address), name, layout, 0) if whole else layout
+                self._opened[name] = self._chunk(name, layout, 0) if whole else layout
             held = self._opened[name]
-            numbers = (
-                held[entry] if isinstance(held, np.ndarray) else read_chunk(locate(self.address), name, held, entry)[0]
-            )
+            numbers = held[entry] if isinstance(held, np.ndarray) else self._chunk(name, held, entry)[0]
             if not (np.abs(numbers) < _LARGE).all():  # false for NaN too
                 raise ValueError("it holds numbers that no weights make")
             return numbers
@@ -187,7 +190,7 @@ def _is_there(final: Location) -> bool:
 
 def _content(store: Store) -> str:
     """A hash of all that a result depends on: the content hashes of the base and of every step."""
-    hashes = (store.base_content, *(content for group in store.groups for content in group.content))
+    hashes = (store.base_content, *sorted(store.contents.items()))
     return hashlib.sha256(repr(hashes).encode()).hexdigest()
 
 
@@ -211,9 +214,10 @@ def check(store: Store) -> tuple[list[str], list[str], list[str]]:
                 try:
                     if name.endswith("partial") or not _is_there(cache.below(name)):
                         continue
-                    known = CacheName.parse(name)
-                    if known is not None and known.groups == len(store.groups) and not _is_of(cache.below(name), store):
-                        others.append(f"cache/{name}")
+                    if not _is_of(cache.below(name), store):
+                        known = CacheName.parse(name)  # one of fewer steps is what the next fit clears away
+                        if known is not None and known.steps >= len(store.steps):
+                            others.append(f"cache/{name}")
                         continue
                     CachedResult(cache.below(name).address).check(len(store.fitted()), len(store.steps))
                 except StoreError as error:
@@ -248,7 +252,7 @@ def keep(store: Store, name: CacheName, build: Callable[[CachedResult], None]) -
             return CachedResult(final.address)
         if isinstance(cache, LocalStorage) and cache.path.is_symlink():  # to write there is not what was asked for
             raise NotADirectoryError(errno.ENOTDIR, "a link", cache.address)
-        _clear_away(cache, name)
+        _clear_away(cache, name, store)
         if there:
             final.remove()
         _build(final, store, build)
@@ -268,12 +272,20 @@ def _build(final: Location, store: Store, build: Callable[[CachedResult], None])
     with final.building() as building:
         group = open_group(building.address, "a")
         build(CachedResult(building.address))
-        hashes = metadata_hashes(building, sorted(group.array_keys()))
+        names = sorted(group.array_keys())
+        chunks = [f"{name}/c/{chunk}" for name in names for chunk in _chunks_of(group[name])]
+        hashes = metadata_hashes(building, [*names, *chunks])
         building.put(METADATA, seal({"metadata": hashes, "content": _content(store)}, whole=True))
 
 
-def _clear_away(cache: Location, wanted: CacheName) -> None:
-    """Remove what nobody will ask for again: results on fewer groups, and what a killed process left unfinished."""
+def _chunks_of(array: Any) -> Iterator[str]:
+    """The places of an array's chunks: one, or one for each tensor."""
+    behind = "/".join("0" for _ in array.shape[1:])
+    return (f"{number}/{behind}" for number in range(-(-array.shape[0] // array.chunks[0])))
+
+
+def _clear_away(cache: Location, wanted: CacheName, store: Store) -> None:
+    """Remove what nobody will ask for again: results on other steps, and what a killed process left unfinished."""
     for name in cache.names():
         other = CacheName.parse(name)
         # another process may finish it, or clear it away, meanwhile; another user's may not be ours to remove
@@ -281,5 +293,7 @@ def _clear_away(cache: Location, wanted: CacheName) -> None:
             if name.endswith(PARTIAL):
                 with cache.below(name).locked():
                     cache.below(name).remove()
-            elif other is not None and other.solver == wanted.solver and other.groups < wanted.groups:
-                cache.below(name).remove()
+            elif other is not None and other.solver == wanted.solver:
+                fewer, more = other.steps < wanted.steps, other.steps > wanted.steps
+                if fewer or (more and not _is_of(cache.below(name), store)):
+                    cache.below(name).remove()

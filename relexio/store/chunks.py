@@ -10,8 +10,10 @@ from typing import Final
 import google_crc32c
 import numpy as np
 from numcodecs import blosc
+from xxhash import xxh3_64_intdigest
 
 from relexio.store.schema import Layout
+from relexio.store.seal import hash_of
 from relexio.store.storage import Location
 
 CNAME: Final = "zstd"
@@ -50,15 +52,38 @@ def chunk_key(path: str, layout: Layout, *index: int) -> str:
     return "/".join(map(str, (path, "c", *index, *[0] * (len(layout.shape) - len(index)))))
 
 
-def read_chunk(location: Location, path: str, layout: Layout, *index: int) -> np.ndarray:
-    """One whole chunk of an array. Raises ValueError where it is missing or damaged."""
-    count = prod(layout.chunks)
-    data = location.get(chunk_key(path, layout, *index), count * layout.dtype.itemsize + _HEADER + 4)
+def short_hash(data: bytes) -> int:
+    """What binds a chunk of bits or moves to its place: XXH3 of its file, 64 bits."""
+    return xxh3_64_intdigest(data)
+
+
+def load_chunk(location: Location, path: str, layout: Layout, *index: int) -> bytes:
+    """The file of one chunk. Raises ValueError where it is missing."""
+    most = prod(layout.chunks) * layout.dtype.itemsize + _HEADER + 4
+    data = location.get(chunk_key(path, layout, *index), most)
     if data is None:
         raise ValueError("it is missing")
-    return decode(data, layout.dtype, count).reshape(layout.chunks)
+    return data
 
 
-def write_chunk(location: Location, path: str, layout: Layout, values: np.ndarray, *index: int) -> None:
-    """Write one whole chunk of an array."""
-    location.put(chunk_key(path, layout, *index), encode(values.astype(layout.dtype, copy=False)))
+def require_chunk(location: Location, path: str, layout: Layout, *index: int, known: str | int | None) -> bytes:
+    """The file of one chunk. Raises ValueError where it is missing, or has not the hash that is known."""
+    data = load_chunk(location, path, layout, *index)
+    if known is not None and known != (hash_of(data) if isinstance(known, str) else short_hash(data)):
+        raise ValueError("it is not the one that was written there")
+    return data
+
+
+def read_chunk(
+    location: Location, path: str, layout: Layout, *index: int, known: str | int | None = None
+) -> np.ndarray:
+    """One whole chunk of an array. Raises ValueError where it is missing or damaged, or has not the hash that is known."""
+    data = require_chunk(location, path, layout, *index, known=known)
+    return decode(data, layout.dtype, prod(layout.chunks)).reshape(layout.chunks)
+
+
+def write_chunk(location: Location, path: str, layout: Layout, values: np.ndarray, *index: int) -> int:
+    """Write one whole chunk of an array, and give its hash."""
+    data = encode(values.astype(layout.dtype, copy=False))
+    location.put(chunk_key(path, layout, *index), data)
+    return short_hash(data)

@@ -11,58 +11,86 @@ from relexio.checkpoints.record import is_count, is_text, require
 from relexio.dtypes import BITS, KINDS, Kind, Table, kind_of, tensor_bytes
 from relexio.errors import StoreError
 
-FORMAT = 2
-#: Elements of one block, for models whose largest tensor is at least that large.
-BLOCK = 1 << 20
-#: Elements of one chunk of the base: the padding of a tensor's last chunk is never longer.
+FORMAT = 3
+#: Elements of a block: of large models, and of small ones.
+BLOCK, SMALLEST_BLOCK = 1 << 20, 1 << 16
+#: A model has as many blocks of each kind, if they are not smaller than that: enough for many workers.
+_BLOCKS = 16
+#: Tensors that share a block at most: each has a Gram matrix of its own, held at once.
+PIECES = 64
+#: Elements of one chunk of the base: the padding of a block is never longer.
 BASE_CHUNK = 1 << 17
 #: Bytes of a block's digest.
 DIGEST = 16
-#: Moves that one chunk holds at most: enough for a large read, little enough to be held by every worker.
+#: Entries of moves that one chunk holds at most: enough for a large read, little enough to be held by every worker.
 MOVES_CHUNK = 1 << 18
+#: Entries of one chunk of what a segment says about its blocks: 1 MiB.
+SMALL_CHUNK = 1 << 20
+#: Steps of a trajectory: its rows are numbered in 16 bits.
+MOST_STEPS = (1 << 16) - 1
 #: Blocks of one kind: 4 T elements. A store that says it has more is a lie that would only fill the memory.
 MOST_BLOCKS = 1 << 22
 #: Bytes of a stored file that are one chunk.
 FILE_CHUNK = 16 << 20
 _MOST_DIMENSIONS, _MOST_CHUNK = 64, (1 << 31) - 1  # as in safetensors; Blosc's limit
-_NODE = re.compile(r"[0-9A-Za-z_]{1,64}(/[0-9A-Za-z_]{1,64}){0,4}")
+_NODE = re.compile(r"[0-9A-Za-z_]{1,64}(/[0-9A-Za-z_]{1,64}){0,7}")
 _CODECS = ["bytes", "blosc", "crc32c"]
-_TYPES = ("uint8", "uint16", "uint32", "int64", "float64")
+_TYPES = ("uint8", "uint16", "uint32", "uint64", "int64", "float64")
 
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Block:
-    """A run of elements of one tensor: the unit of work. ``index`` counts blocks of the tensor's kind."""
+class Piece:
+    """What a block holds of one tensor: ``size`` elements, from ``start`` in the tensor and ``first`` in the block."""
 
     tensor: "Tensor"
-    index: int
     start: int
     size: int
+    first: int
 
     @property
-    def kind(self) -> Kind:
-        """How its elements are stored."""
-        return self.tensor.kind
+    def span(self) -> slice:
+        """Its elements in the block."""
+        return slice(self.first, self.first + self.size)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of elements of one kind, of one tensor or of several: the unit of work. ``index`` counts blocks of the kind."""
+
+    kind: Kind
+    index: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def size(self) -> int:
+        """Elements, up to the end of its last tensor."""
+        return self.pieces[-1].span.stop
+
+    @property
+    def names(self) -> str:
+        """Its tensors, for messages."""
+        more = f" (or one of the {len(self.pieces) - 1} behind it)" if len(self.pieces) > 1 else ""
+        return f"tensor {self.pieces[0].tensor.name}{more}"
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of the base: dtype in safetensors' words, and its first block among those of its kind."""
+    """One tensor of the base: dtype in safetensors' words, and its first element among those of its kind."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    first_block: int
+    first: int
 
     @classmethod
     def from_json(cls, value: Json) -> "Tensor":
         """From Zarr attributes. Raises ValueError for anything that a writer would not write."""
-        tensor = cls(value["name"], value["dtype"], tuple(value["shape"]), value["first_block"])
+        tensor = cls(value["name"], value["dtype"], tuple(value["shape"]), value["first"])
         require(is_text(tensor.name) and tensor.dtype in BITS, "a tensor has a name and a known dtype")
         require(len(tensor.shape) <= _MOST_DIMENSIONS, f"a shape has at most {_MOST_DIMENSIONS} dimensions")
-        require(all(map(is_count, (*tensor.shape, tensor.first_block))), "a shape is a list of sizes")
+        require(all(map(is_count, (*tensor.shape, tensor.first))), "a shape is a list of sizes")
         return tensor
 
     @property
@@ -80,60 +108,66 @@ class Tensor:
         """Bytes of the tensor in a checkpoint."""
         return tensor_bytes(self.dtype, self.shape)
 
-    def count(self, block: int) -> int:
-        """How many blocks of ``block`` elements it has."""
-        return -(-self.size // block)
-
-    def blocks(self, block: int) -> list[Block]:
-        """Its blocks of ``block`` elements, the last one shorter; none for an empty tensor."""
-        return [
-            Block(self, self.first_block + i, start, min(block, self.size - start))
-            for i, start in enumerate(range(0, self.size, block))
-        ]
-
 
 def lay_out(table: Table, block: int) -> tuple[Tensor, ...]:
-    """Give every tensor its blocks, one tensor after the other within each kind."""
-    blocks = dict.fromkeys(KINDS, 0)
+    """Put the elements of each kind one after the other, tensor by tensor; a block has parts of PIECES tensors at most."""
+    ends, sharing = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
     tensors = []
     for name, (dtype, shape) in table.items():
-        tensor = Tensor(name, dtype, shape, blocks[kind_of(dtype).name])
-        blocks[tensor.kind.name] += tensor.count(block)
+        kind = kind_of(dtype).name
+        if sharing[kind] == PIECES:
+            ends[kind], sharing[kind] = -(-ends[kind] // block) * block, 0
+        tensor = Tensor(name, dtype, shape, ends[kind])
+        if tensor.size:
+            ends[kind] += tensor.size
+            new_block = (tensor.first % block) + tensor.size > block
+            sharing[kind] = (1 if new_block else sharing[kind] + 1) if ends[kind] % block else 0
         tensors.append(tensor)
     return tuple(tensors)
 
 
+def blocks_of(tensors: tuple[Tensor, ...], block: int) -> tuple[Block, ...]:
+    """The blocks of ``block`` elements that tensors lie in, kind by kind, by index."""
+    pieces: dict[tuple[str, int], list[Piece]] = {}
+    for tensor in tensors:
+        start = 0
+        while start < tensor.size:
+            index, first = divmod(tensor.first + start, block)
+            piece = Piece(tensor, start, min(block - first, tensor.size - start), first)
+            pieces.setdefault((tensor.kind.name, index), []).append(piece)
+            start += piece.size
+    order = {name: place for place, name in enumerate(KINDS)}
+    keys = sorted(pieces, key=lambda key: (order[key[0]], key[1]))
+    return tuple(Block(KINDS[kind], index, tuple(pieces[kind, index])) for kind, index in keys)
+
+
 def count_blocks(tensors: tuple[Tensor, ...], block: int) -> dict[str, int]:
     """The number of blocks of every kind that has any."""
-    counts = {name: sum(t.count(block) for t in tensors if t.kind.name == name) for name in KINDS}
-    return {name: count for name, count in counts.items() if count}
+    ends = {name: max((t.first + t.size for t in tensors if t.kind.name == name), default=0) for name in KINDS}
+    return {name: -(-end // block) for name, end in ends.items() if end}
 
 
-def block_elements(largest: int) -> int:
-    """Elements of a block for a model whose largest tensor has ``largest``: a power of two, at most BLOCK."""
-    return min(BLOCK, max(1024, 1 << max(largest - 1, 0).bit_length()))
+def block_elements(most: int) -> int:
+    """Elements of a block, a power of two, for a model that has ``most`` elements of one kind."""
+    return min(BLOCK, max(SMALLEST_BLOCK, 1 << max((most // _BLOCKS).bit_length() - 1, 0)))
 
 
-def moves_room(block: int, steps: int) -> int:
-    """Room for the moves of one block in a group's arrays: one for every element and step, K rounded up to 2^k."""
-    return block << (max(steps, 1) - 1).bit_length()
+def moves_room(block: int, columns: int) -> int:
+    """Room for the moves of one block in a segment's arrays: one for every element and step, K rounded up to 2^k."""
+    return block << (columns - 1).bit_length()
 
 
-def moves_chunk(block: int, steps: int) -> int:
+def moves_chunk(block: int, columns: int) -> int:
     """Moves in one chunk: a power of two, so that no chunk holds moves of two blocks."""
-    return min(MOVES_CHUNK, moves_room(block, steps))
-
-
-def count_type(steps: int) -> str:
-    """The smallest unsigned type (of Zarr's) that holds numbers up to K: of moves, and of columns."""
-    return np.min_scalar_type(max(steps, 1)).str
+    return min(MOVES_CHUNK, moves_room(block, columns))
 
 
 @dataclass(frozen=True)
-class Group:
-    """The steps that one ``convert`` added, side by side in its arrays.
+class Segment:
+    """Some steps of the chain of states, each stored as moves from the one before; the first from the last of the segment before.
 
-    ``content`` holds a hash for each step, ``metadata`` one for the ``zarr.json`` of each group and array, by path.
+    ``content`` holds a hash of each state, ``metadata`` one of the ``zarr.json`` of each group and array and of each chunk
+    of what is small, by path.
     """
 
     name: str
@@ -144,28 +178,32 @@ class Group:
     @property
     def path(self) -> str:
         """Its Zarr path."""
-        return f"groups/{self.name}"
+        return f"segments/{self.name}"
+
+    @property
+    def columns(self) -> int:
+        """How many steps it has: K."""
+        return len(self.steps)
 
     @classmethod
-    def from_json(cls, value: Json) -> "Group":
+    def from_json(cls, value: Json) -> "Segment":
         """From Zarr attributes. Raises ValueError for anything that a writer would not write."""
         name, steps, content = value["name"], tuple(value["steps"]), tuple(value["content"])
-        require(isinstance(name, str) and re.fullmatch(r"\d{4,8}", name), "a group's name is a number")
-        require(steps and all(map(is_count, steps)), "a group has steps, and they are numbers")
-        require(list(steps) == sorted({*steps}), "steps ascend")
+        require(isinstance(name, str) and re.fullmatch(r"\d{4,8}", name), "a segment's name is a number")
+        require(steps and all(map(is_count, steps)), "a segment has steps, and they are numbers")
         require([type(text) for text in content] == [str] * len(steps), "every step has a content hash")
         return cls(name, steps, content, hashes_from_json(value["metadata"]))
 
 
-def groups_from_json(values: list[Json]) -> tuple[Group, ...]:
-    """The groups of a store. Raises ValueError for anything that a writer would not write."""
-    groups = tuple(map(Group.from_json, values))
-    steps = [step for group in groups for step in group.steps]
-    require(
-        [group.name for group in groups] == [f"{i:04d}" for i in range(len(groups))], "groups are numbered in order"
-    )
-    require(len({*steps}) == len(steps), "no step is in two groups")
-    return groups
+def segments_from_json(values: list[Json]) -> tuple[Segment, ...]:
+    """The segments of a store. Raises ValueError for anything that a writer would not write."""
+    segments = tuple(map(Segment.from_json, values))
+    steps = [step for segment in segments for step in segment.steps]
+    names = [segment.name for segment in segments]
+    require(len({*names}) == len(names), "segments have names of their own")
+    require(len({*steps}) == len(steps), "no step is stored twice")
+    require(len(steps) <= MOST_STEPS, f"there are at most {MOST_STEPS} steps")
+    return segments
 
 
 def tensors_from_json(values: list[Json], block: int) -> tuple[Tensor, ...]:
@@ -173,8 +211,9 @@ def tensors_from_json(values: list[Json], block: int) -> tuple[Tensor, ...]:
     tensors = tuple(map(Tensor.from_json, values))
     table = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
     require(len(table) == len(tensors), "no two tensors have one name")
+    ends = [tensor.first + tensor.size for tensor in tensors]
+    require(max(ends, default=0) <= MOST_BLOCKS * block, "no model has so many blocks")
     require(lay_out(table, block) == tensors, "tensors lie one after the other")
-    require(max(count_blocks(tensors, block).values(), default=0) <= MOST_BLOCKS, "no model has so many blocks")
     return tensors
 
 

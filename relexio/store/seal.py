@@ -63,9 +63,14 @@ def _parse(data: bytes) -> Json:
     return node
 
 
-def metadata_hashes(location: Location, nodes: Iterable[str]) -> dict[str, str]:
-    """The hash of the ``zarr.json`` of groups and arrays, by their paths from the root."""
-    return {node: hash_of(location.get(f"{node}/{METADATA}") or b"") for node in nodes}
+def metadata_hashes(location: Location, paths: Iterable[str]) -> dict[str, str]:
+    """The hash of the ``zarr.json`` of groups and arrays, and of the files of chunks, by their paths from the root."""
+    return {path: hash_of(location.get(file_of(path)) or b"") for path in paths}
+
+
+def file_of(path: str) -> str:
+    """The file that stands for a path: a chunk's own, or the ``zarr.json`` of a group or array."""
+    return path if "/c/" in path else f"{path}/{METADATA}"
 
 
 @contextmanager

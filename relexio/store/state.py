@@ -1,7 +1,7 @@
-"""The state of a block at every step of a group, put together again from its moves, and its digests."""
+"""The state of a block in every column of the chain, put together again from its moves, and its digests."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from shlex import quote
 
 import numpy as np
@@ -9,13 +9,13 @@ from xxhash import xxh3_128
 
 from relexio.dtypes import KINDS
 from relexio.errors import StoreError
-from relexio.store.moves import count_changed, expand
-from relexio.store.read import TILE, Cursor
-from relexio.store.schema import DIGEST, Block, Group
+from relexio.loops import expand
+from relexio.store.read import TILE, tiles
+from relexio.store.schema import DIGEST, Block
 from relexio.store.store import Store
 
-#: Told the first element and the element bits [K, w] of a tile.
-See = Callable[[int, np.ndarray], None]
+#: Told the place of a piece, the first element of a tile in it, and the element bits [R, w].
+See = Callable[[int, int, np.ndarray], None]
 
 
 def digest_of(bits: np.ndarray) -> bytes:
@@ -28,62 +28,39 @@ def check_content(store: Store, step: int | None, digests: Iterable[tuple[Block,
 
     Raises StoreError naming the step, and a tensor whose bits are not those that were hashed.
     """
-    order = {kind: index for index, kind in enumerate(KINDS)}
-    ordered = sorted(digests, key=lambda pair: (order[pair[0].kind.name], pair[0].index))
-    group, column = (None, 0) if step is None else store.find(step)
-    content = store.base_content if group is None else group.content[column]
+    order_of = {kind: index for index, kind in enumerate(KINDS)}
+    ordered = sorted(digests, key=lambda pair: (order_of[pair[0].kind.name], pair[0].index))
+    segment, column = (None, 0) if step is None else store.find(step)
+    content = store.base_content if step is None else store.contents[step]
     if hashlib.sha256(b"".join(digest for _, digest in ordered)).hexdigest() == content:
         return
-    path = "base" if group is None else group.path
+    path = "base" if segment is None else segment.path
     what = f"{store.shown}: {'the base' if step is None else f'step {step}'}"
     advice = (
         f"the store is damaged; relexio verify {quote(store.shown)} lists all damage; take the trajectory from a copy"
     )
     for block, digest in ordered:
         if store.digests(path, block).reshape(-1, DIGEST)[column].tobytes() != digest:
-            raise StoreError(f"{what}: tensor {block.tensor.name}: not the bits that were hashed; {advice}")
+            raise StoreError(f"{what}: {block.names}: not the bits that were hashed; {advice}")
     raise StoreError(f"{what}: its blocks are not those that were committed; {advice}")
 
 
-def tile_width(steps: int, itemsize: int, nbytes: int = TILE) -> int:
-    """Elements of a block that are worked on at K steps at once: as many as moves can be sorted by, and ``nbytes`` hold."""
-    return min(1 << 16, max(64, nbytes // (max(steps, 1) * itemsize)))
-
-
-def block_state(
-    store: Store, group: Group, block: Block, nbytes: int = TILE, see: See | None = None
+def block_states(
+    store: Store, block: Block, nbytes: int = TILE, see: See | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Digests [K, 16] of a block at every step, and how many of its elements differ from the base: int64 [K].
+    """Digests [R, 16] of a block in every column, and how many elements of each piece differ from the base: int64 [pieces, R].
 
-    Raises StoreError where chunks are damaged, or counts and moves do not fit each other.
+    Raises StoreError where chunks are damaged, or moves do not fit each other.
     """
-    steps = len(group.steps)
-    hashes, changed = [xxh3_128() for _ in range(steps)], np.zeros(steps, np.int64)
-    for first, bits, counts in _tiles(store, group, block, nbytes):
-        changed += counts
+    rows = len(store.steps)
+    hashes, changed = [xxh3_128() for _ in range(rows)], np.zeros((len(block.pieces), rows), np.int64)
+    base, width = store.base_bits(block), max(64, nbytes // (rows * block.kind.itemsize))
+    for place, span, moves in tiles(store, block, width):
+        bits = expand(moves, rows, base[span], block.kind)
+        changed[place] += np.count_nonzero(bits != base[span], axis=1)
         for row, hashed in zip(bits, hashes, strict=True):
             hashed.update(row.data)
         if see is not None:
-            see(first, bits)
+            see(place, span.start - block.pieces[place].first, bits)
     joined = b"".join(hashed.digest() for hashed in hashes)
-    return np.frombuffer(joined, np.uint8).reshape(steps, DIGEST), changed
-
-
-def _tiles(store: Store, group: Group, block: Block, nbytes: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    base, count, cursor = store.base_bits(block), store.move_counts(group, block), Cursor(store, group, block)
-    steps, tile = len(group.steps), tile_width(len(group.steps), block.kind.itemsize, nbytes)
-    for first in range(0, block.size, tile):
-        counts = count[first : first + tile]
-        elements = np.flatnonzero(counts != 0)
-        moves = cursor.take(counts[elements])
-        later = np.ones(len(moves.step), bool)
-        later[1:] = moves.step[1:] > moves.step[:-1]
-        later[moves.first] = True
-        if not later.all() or (moves.step >= steps).any():
-            raise StoreError(
-                f"{store.shown}: {group.path}: moves of tensor {block.tensor.name} are not in the order of time; "
-                f"the store is damaged"
-            )
-        bits = np.repeat(base[None, first : first + tile], steps, axis=0)
-        bits[:, elements] ^= expand(moves, steps)
-        yield first, bits, count_changed(moves, steps)
+    return np.frombuffer(joined, np.uint8).reshape(rows, DIGEST), changed

@@ -1,7 +1,8 @@
-"""Opening a trajectory store, and reading its blocks. What the commit marker does not list does not exist."""
+"""A trajectory store that was opened, and what it holds: blocks, moves, records, files."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,23 +12,21 @@ import numpy as np
 
 from relexio.checkpoints.record import CheckpointRecord
 from relexio.dtypes import Table
-from relexio.errors import MissingError, RequestError, StoreError
-from relexio.store.arrays import check_layout
-from relexio.store.chunks import chunk_key, read_chunk, write_chunk
+from relexio.errors import RequestError, StoreError
+from relexio.loops import Reader, Stream
+from relexio.store.arrays import MOVES, check_layout
+from relexio.store.chunks import chunk_key, read_chunk, require_chunk, write_chunk
 from relexio.store.schema import (
     Block,
-    Group,
     Layout,
+    Segment,
     Tensor,
-    block_from_json,
-    check_format,
+    blocks_of,
     count_blocks,
-    groups_from_json,
-    hashes_from_json,
-    tensors_from_json,
+    moves_room,
 )
-from relexio.store.seal import damage, read_node, unseal
-from relexio.store.storage import METADATA, LocalStorage, Location, attributes, locate
+from relexio.store.seal import damage, read_node
+from relexio.store.storage import METADATA, LocalStorage, attributes, locate
 from relexio.words import describe_steps, shown
 
 T = TypeVar("T")
@@ -37,21 +36,28 @@ FILE_DIGITS = 32
 
 @dataclass(frozen=True)
 class Store:
-    """A trajectory store at an address. Cheap to copy and pickle: layouts are read where they are first needed."""
+    """A trajectory store at an address. Cheap to copy and pickle: layouts are read where they are first needed.
+
+    ``metadata`` has a hash of the ``zarr.json`` of the base's groups and arrays and of the files', and of the chunks of what
+    is small, by path. ``next`` numbers the next segment; ``seal`` is that of the commit marker.
+    """
 
     address: str
     block: int
     tensors: tuple[Tensor, ...]
-    groups: tuple[Group, ...]
+    segments: tuple[Segment, ...]
     base_content: str
-    base_metadata: dict[str, str] = field(default_factory=dict)
-    _layouts: dict[str, Layout] = field(default_factory=dict, init=False, compare=False, repr=False)
+    metadata: dict[str, str] = field(default_factory=dict)
+    next: int = 0
+    seal: str = ""
+    _held: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __repr__(self) -> str:  # it stands in what Dask logs of a task that failed
         return f"<Store {self.shown}>"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "address": self.absolute, "_layouts": {}}
+        fields = ("block", "tensors", "segments", "base_content", "metadata", "next", "seal")
+        return {name: getattr(self, name) for name in fields} | {"address": self.absolute, "_held": {}}
 
     @property
     def shown(self) -> str:
@@ -76,7 +82,21 @@ class Store:
     @cached_property
     def steps(self) -> tuple[int, ...]:
         """All committed steps, ascending."""
-        return tuple(sorted(step for group in self.groups for step in group.steps))
+        return tuple(sorted(step for segment in self.segments for step in segment.steps))
+
+    @cached_property
+    def contents(self) -> dict[int, str]:
+        """The content hash of every committed step."""
+        return {
+            step: content
+            for segment in self.segments
+            for step, content in zip(segment.steps, segment.content, strict=True)
+        }
+
+    @cached_property
+    def chain(self) -> dict[int, int]:
+        """The place of every committed step in the chain: the row of F that leads to it."""
+        return {step: row for row, step in enumerate(self.contents)}
 
     @cached_property
     def table(self) -> Table:
@@ -90,101 +110,175 @@ class Store:
                 return tensor
         raise RequestError(f"{self.shown}: no tensor named {name!r}")
 
-    def blocks(self, tensor: Tensor) -> list[Block]:
-        """The blocks of a tensor."""
-        return tensor.blocks(self.block)
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """All blocks, kind by kind."""
+        return blocks_of(self.tensors, self.block)
+
+    @cached_property
+    def block_counts(self) -> dict[str, int]:
+        """The number of blocks of every kind that has any."""
+        return count_blocks(self.tensors, self.block)
+
+    @cached_property
+    def parts(self) -> dict[str, list[tuple[Block, int]]]:
+        """Where each tensor lies: blocks, and its place among the pieces of each."""
+        parts: dict[str, list[tuple[Block, int]]] = {tensor.name: [] for tensor in self.tensors}
+        for block in self.blocks:
+            for place, piece in enumerate(block.pieces):
+                parts[piece.tensor.name].append((block, place))
+        return parts
 
     def fitted(self) -> list[Tensor]:
         """The tensors that a fit is about: floats with at least one element."""
         return [tensor for tensor in self.tensors if tensor.kind.is_float and tensor.size]
 
-    def find(self, step: int) -> tuple[Group, int]:
-        """The group and column that hold a step. Raises RequestError if it is not stored."""
-        for group in self.groups:
-            if step in group.steps:
-                return group, group.steps.index(step)
+    def find(self, step: int) -> tuple[Segment, int]:
+        """The segment and column that hold a step. Raises RequestError if it is not stored."""
+        for segment in self.segments:
+            if step in segment.steps:
+                return segment, segment.steps.index(step)
         raise RequestError(f"{self.shown}: step {step} is not stored; it holds {describe_steps(self.steps)}")
-
-    def columns(self, steps: tuple[int, ...]) -> list[tuple[Group, np.ndarray, np.ndarray]]:
-        """For each group that holds any of ``steps``: the group, its columns, and their places in ``steps``."""
-        concerned, wanted = [], {step: i for i, step in enumerate(steps)}
-        for group in self.groups:
-            columns = {wanted[step]: column for column, step in enumerate(group.steps) if step in wanted}
-            if columns:
-                indices = sorted(columns)
-                concerned.append((group, np.array([columns[i] for i in indices]), np.array(indices)))
-        return concerned
 
     def array(self, path: str) -> Layout:
         """How an array is laid out. Raises StoreError if it is missing, or not as large as its tensors and steps ask."""
-        if path not in self._layouts:
-            node = self.metadata(path)
-            with damage(f"{self.shown}: {path}"):
+        if path not in self._held:
+            node = self.node(path)
+            with self._damage(path):
                 layout = Layout.from_json(node)
-                check_layout(layout, path, self.tensors, self.block, self.groups)
-            self._layouts[path] = layout
-        return self._layouts[path]
+                check_layout(layout, path, self.tensors, self.block, self.segments)
+            self._held[path] = layout
+        return self._held[path]
 
-    def metadata(self, path: str) -> Any:
+    def node(self, path: str) -> Any:
         """The ``zarr.json`` of a group or array. Raises StoreError if it is not the one that was committed."""
-        with damage(f"{self.shown}: {path}/{METADATA}"):
+        with self._damage(f"{path}/{METADATA}"):
             return read_node(locate(self.address), path, self.sealed.get(path))
 
     @cached_property
     def sealed(self) -> dict[str, str]:
-        """The hash of the ``zarr.json`` of every group and array that was committed, by its path."""
-        hashes = dict(self.base_metadata)
-        for group in self.groups:
-            hashes |= group.metadata
+        """The hash of all that was committed but bits, moves, and the contents of files, by its path."""
+        hashes = dict(self.metadata)
+        for segment in self.segments:
+            hashes |= segment.metadata
         return hashes
 
     def chunk(self, path: str, *index: int) -> np.ndarray:
-        """One whole chunk of an array. Raises StoreError, naming it, where it is missing or damaged."""
-        layout = self.array(path)
-        with damage(f"{self.shown}: chunk {chunk_key(path, layout, *index)}"):
-            return read_chunk(locate(self.address), path, layout, *index)
+        """One whole chunk of an array. Raises StoreError, naming it, where it is missing, damaged, or another one."""
+        layout, known = self.array(path), self._known(path, *index)
+        with self._damage(f"chunk {chunk_key(path, layout, *index)}"):
+            return read_chunk(locate(self.address), path, layout, *index, known=known)
 
-    def write_chunk(self, path: str, values: np.ndarray, *index: int) -> None:
-        """Write one whole chunk of an array."""
-        write_chunk(locate(self.address), path, self.array(path), values, *index)
+    def _known(self, path: str, *index: int) -> str | int | None:
+        """The hash of a chunk that was committed."""
+        top, _, name = path.rpartition("/")
+        if name in ("bits", *MOVES) and top in self.sealed:
+            return self._bound(top, name, self.array(path), *index)
+        return self.sealed.get(chunk_key(path, self.array(path), *index))
+
+    def _bound(self, top: str, name: str, layout: Layout, number: int) -> int:
+        """The hash of a chunk of bits or moves: arrays side by side, block by block, have one for each chunk that may be."""
+        names = MOVES if name in MOVES else (name,)
+        blocks = self.block_counts[top.rpartition("/")[2]]
+        each = layout.shape[0] // (blocks * layout.chunks[0])
+        if self.array(f"{top}/hashes").shape != (blocks * len(names) * each,):
+            raise StoreError(f"{self.shown}: {top}/hashes: has not one for each chunk of {name}; the store is damaged")
+        place = (number // each * len(names) + names.index(name)) * each + number % each
+        return int(self.small(f"{top}/hashes", place))
+
+    def small(self, path: str, place: int) -> np.ndarray:
+        """One entry, along the first axis, of an array of something small, of which a chunk is held."""
+        number, entry = divmod(place, self.array(path).chunks[0])
+        key = f"{path}/c"
+        held = self._held.get(key)
+        if held is None or held[0] != number:
+            held = self._held[key] = number, self.chunk(path, number)
+        return held[1][entry]
+
+    @contextmanager
+    def _damage(self, what: str) -> Iterator[None]:
+        """Tell what is wrong with a file of the store, or that it is not damage but a newer commit."""
+        try:
+            with damage(f"{self.shown}: {what}"):
+                yield
+        except StoreError as error:
+            marker = attributes(locate(self.address)).get("relexio") if self.seal else None
+            if isinstance(marker, dict) and marker.get("seal") != self.seal:
+                raise StoreError(f"{self.shown}: was written to while it was read; run the command again") from error
+            raise
+
+    def write_chunk(self, path: str, values: np.ndarray, *index: int) -> int:
+        """Write one whole chunk of an array, and give its hash."""
+        return write_chunk(locate(self.address), path, self.array(path), values, *index)
 
     def base_bits(self, block: Block) -> np.ndarray:
         """The base's element bits in a block [size]."""
+        path, numbers = self._base_chunks(block)
+        parts = [self.chunk(path, number) for number in numbers]
+        return (np.concatenate(parts) if len(parts) > 1 else parts[0])[: block.size]
+
+    def check_base_bits(self, block: Block) -> None:
+        """Raise StoreError as ``base_bits`` does, in a fraction of the time: files are compared with their hashes."""
+        path, numbers = self._base_chunks(block)
+        for number in numbers:
+            with self._damage(f"chunk {chunk_key(path, self.array(path), number)}"):
+                require_chunk(locate(self.address), path, self.array(path), number, known=self._known(path, number))
+
+    def _base_chunks(self, block: Block) -> tuple[str, range]:
         path = f"base/{block.kind.name}/bits"
         chunk = self.array(path).chunks[0]
         first = block.index * self.block // chunk
-        count = -(-block.size // chunk)
-        parts = [self.chunk(path, first + i) for i in range(count)]
-        return (np.concatenate(parts) if count > 1 else parts[0])[: block.size]
+        return path, range(first, first - (-block.size // chunk))
 
-    def move_counts(self, group: Group, block: Block) -> np.ndarray:
-        """How often each element of a block moves in a group, 0 for those that never differ from the base: [size]."""
-        path = f"{group.path}/{block.kind.name}/count"
-        counts = self.chunk(path, block.index)[: block.size]
-        if counts.max(initial=0) > len(group.steps):
-            raise StoreError(
-                f"{self.shown}: {path}: an element moves more often than there are steps; the store is damaged"
-            )
-        return counts
+    def stream(self, segment: Segment, block: Block) -> Stream:
+        """The moves of a segment in a block, a chunk at a time."""
+        top = f"{segment.path}/{block.kind.name}"
+        counts = [int(count) for count in self.small(f"{top}/index", block.index)]
+        room = moves_room(self.block, segment.columns)
+        if not all(0 <= count <= room for count in counts):
+            raise StoreError(f"{self.shown}: {top}/index: more moves than elements and steps; the store is damaged")
+        return Stream(
+            segment.columns, *(self._chunks(f"{top}/{n}", block, c) for n, c in zip(MOVES, counts, strict=True))
+        )
+
+    def _chunks(self, path: str, block: Block, count: int) -> Iterator[np.ndarray]:
+        layout = self.array(path)
+        chunk, room = layout.chunks[0], layout.shape[0] // self.block_counts[block.kind.name]
+        for done in range(0, count, chunk):
+            yield self.chunk(path, (block.index * room + done) // chunk)[: count - done]
+
+    def reader(self, block: Block, segments: Iterable[Segment] | None = None) -> Reader:
+        """The moves of a block in a chain of segments, of all by default."""
+        chain = self.segments if segments is None else segments
+        return Reader([self.stream(segment, block) for segment in chain], block.kind)
 
     def digests(self, path: str, block: Block) -> np.ndarray:
-        """The digests of a block in the base [16] or in a group [K, 16], by its Zarr path."""
-        return self.chunk(f"{path}/{block.kind.name}/digest", block.index)[0]
+        """The digests of a block in the base [16] or in a segment [K, 16], by its Zarr path."""
+        return self.small(f"{path}/{block.kind.name}/digest", block.index)
 
-    def changed(self, group: Group) -> np.ndarray:
-        """How many elements of each tensor differ from the base at each step of a group: int64 [tensors, K]."""
-        return self.chunk(f"{group.path}/changed")
+    def changed(self, segment: Segment) -> np.ndarray:
+        """How many elements of each tensor differ from the base in each state of a segment: int64 [tensors, K]."""
+        return self.chunk(f"{segment.path}/changed")
 
-    def checkpoints(self, group: Group) -> dict[int, CheckpointRecord]:
-        """The source checkpoints of a group, by step."""
-        records = self._sources(group, lambda value: list(map(CheckpointRecord.from_json, value["steps"])))
-        if tuple(record.step for record in records) != group.steps:
-            raise StoreError(f"{self.shown}: sources of {group.path} do not fit its steps; the store is damaged")
+    def changed_counts(self, steps: tuple[int, ...]) -> np.ndarray:
+        """How many elements of each tensor differ from the base at each of ``steps``: int64 [tensors, T]."""
+        counts = np.zeros((len(self.tensors), len(steps)), np.int64)
+        for segment in self.segments:
+            places = [place for place, step in enumerate(steps) if step in segment.steps]
+            if places:
+                counts[:, places] = self.changed(segment)[:, [segment.steps.index(steps[place]) for place in places]]
+        return counts
+
+    def checkpoints(self, segment: Segment) -> dict[int, CheckpointRecord]:
+        """The source checkpoints of a segment, by step."""
+        records = self._source(segment.path, "sources", lambda value: list(map(CheckpointRecord.from_json, value)))
+        if tuple(record.step for record in records) != segment.steps:
+            raise StoreError(f"{self.shown}: sources of {segment.path} do not fit its steps; the store is damaged")
         return {record.step: record for record in records if record.step is not None}
 
     def base(self) -> CheckpointRecord:
         """The base's source checkpoint."""
-        return self._sources(self.groups[0], lambda value: CheckpointRecord.from_json(value["base"]))
+        return self._source("base", "source", CheckpointRecord.from_json)
 
     def file(self, path: str) -> bytes:
         """The bytes of a stored file (a header, an index, or a side file). Raises StoreError if their hash is wrong."""
@@ -205,9 +299,10 @@ class Store:
         """The source checkpoint of a step, or of the base (None). Raises RequestError for a step that is not stored."""
         return self.base() if step is None else self.checkpoints(self.find(step)[0])[step]
 
-    def _sources(self, group: Group, parse: Callable[[Any], T]) -> T:
-        with damage(f"{self.shown}: attributes of {group.path}"):
-            return parse(self.metadata(group.path)["attributes"]["sources"])
+    def _source(self, path: str, name: str, parse: Callable[[Any], T]) -> T:
+        node = self.node(path)
+        with damage(f"{self.shown}: attributes of {path}"):
+            return parse(node["attributes"][name])
 
 
 def file_digest(data: bytes | Path) -> str:
@@ -216,56 +311,3 @@ def file_digest(data: bytes | Path) -> str:
         return hashlib.sha256(data).hexdigest()[:FILE_DIGITS]
     with open(data, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:FILE_DIGITS]
-
-
-def open_store(path: str | Path) -> Store:
-    """Open a trajectory store at its last commit.
-
-    Raises MissingError if nothing exists, StoreError if it is not a finished trajectory, or of a newer format.
-    """
-    location = locate(path)
-    address = location.shown
-    if not location.exists():
-        if location.staged.exists():
-            raise MissingError(
-                f"{address}: its convert was interrupted; run the same relexio convert again to finish it"
-            )
-        raise MissingError(f"{address}: no such trajectory; make one with relexio convert")
-    if location.get(METADATA) is None:
-        raise StoreError(f"{address}: not a relexio trajectory (it has no zarr.json)")
-    store = None if has_begun(location) else _open(location)
-    if store is None or not store.groups:
-        raise StoreError(f"{address}: an unfinished conversion; run the same relexio convert again to finish it")
-    return store
-
-
-def has_begun(location: Location) -> bool:
-    """Whether a conversion has begun right at a location that cannot be renamed, and has committed nothing."""
-    if location.staged != location:
-        return False
-    marker = attributes(location).get("relexio")
-    return isinstance(marker, dict) and marker.get("groups") == []
-
-
-def unfinished_store(location: Location) -> Store | None:
-    """The store that an interrupted ``convert`` left where it was staged; None if there is none to continue."""
-    try:
-        store = _open(location) if location.get(METADATA) is not None else None
-    except StoreError:
-        return None
-    return store if store is not None and not store.groups else None
-
-
-def _open(location: Location) -> Store:
-    with damage(f"{location.shown}/{METADATA}"):
-        record = check_format(unseal(location.get(METADATA) or b""), location.shown)
-    with damage(location.shown):
-        groups, hashes = groups_from_json(record["groups"]), hashes_from_json(record["metadata"])
-        store = Store(
-            location.address, block_from_json(record["block"]), (), groups, str(record["base_content"]), hashes
-        )
-        table = store.metadata("base")["attributes"]["tensors"]
-        store = replace(store, tensors=tensors_from_json(table, store.block))
-    for kind in count_blocks(store.tensors, store.block):  # one look here, or every block would find it out by itself
-        store.array(f"base/{kind}/bits")
-    return store

@@ -1,22 +1,25 @@
-"""Building a trajectory store: base, groups of steps, files, and the commit marker, in that order."""
+"""Building a trajectory store: base, segments of steps, files, and the commit marker, in that order."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 
-from relexio.dtypes import KINDS, Table
-from relexio.errors import CheckpointError
-from relexio.store.arrays import block_arrays, changed_array, file_array
-from relexio.store.schema import DIGEST, FILE_CHUNK, Group, lay_out
-from relexio.store.seal import metadata_hashes, seal
+from relexio.dtypes import Table
+from relexio.errors import CheckpointError, StoreError
+from relexio.store.arrays import MOVES, block_arrays, changed_array, file_array
+from relexio.store.chunks import chunk_key
+from relexio.store.schema import DIGEST, FILE_CHUNK, Segment, lay_out
+from relexio.store.seal import metadata_hashes, seal, unseal
 from relexio.store.storage import METADATA, attributes, locate
 from relexio.store.store import FILE_DIGITS, Store, file_digest
 from relexio.store.zarrs import create, open_group
+
+if TYPE_CHECKING:
+    import zarr
 
 
 def create_store(address: str, block: int, table: Table) -> Store:
@@ -28,7 +31,8 @@ def create_store(address: str, block: int, table: Table) -> Store:
     store = Store(address, block, tensors, (), "")
     locate(address).put(METADATA, _marker(store))  # whatever is written after that is a conversion that began
     root = open_group(address, "r+")
-    root.create_group("groups")
+    root.create_group("segments")
+    root.create_group("files")
     base = root.create_group("base")
     _create_arrays(base, store, 0)
     base.attrs["tensors"] = [{**asdict(t), "shape": list(t.shape)} for t in tensors]
@@ -39,62 +43,83 @@ def _marker(store: Store) -> bytes:
     record = {
         "block": store.block,
         "base_content": store.base_content,
-        "metadata": store.base_metadata,
-        "groups": [asdict(group) for group in store.groups],
+        "metadata": store.metadata,
+        "next": store.next,
+        "segments": [asdict(segment) for segment in store.segments],
     }
     return seal(record)
 
 
-def _create_arrays(parent: zarr.Group, store: Store, steps: int) -> None:
-    for kind, arrays in block_arrays(store.tensors, store.block, steps).items():
+def _create_arrays(parent: "zarr.Group", store: Store, columns: int) -> None:
+    for kind, arrays in block_arrays(store.tensors, store.block, columns).items():
         group = parent.create_group(kind)
         for name, layout in arrays.items():
             create(group, name, layout)
 
 
-def _nodes(store: Store, path: str, steps: int) -> list[str]:
-    kinds = block_arrays(store.tensors, store.block, steps)
-    below = [*kinds, *(f"{kind}/{name}" for kind, arrays in kinds.items() for name in arrays)]
-    return [path, *(f"{path}/{node}" for node in below)]
+def _sealed(store: Store, path: str, columns: int) -> list[str]:
+    """The paths of the groups and arrays of the base or a segment, and of the chunks that only the marker binds."""
+    arrays = {
+        f"{path}/{kind}/{name}": layout
+        for kind, own in block_arrays(store.tensors, store.block, columns).items()
+        for name, layout in own.items()
+    }
+    if columns:
+        arrays[f"{path}/changed"] = changed_array(len(store.tensors), columns)
+    chunks = [
+        chunk_key(array, layout, number)
+        for array, layout in arrays.items()
+        if array.rpartition("/")[2] not in ("bits", *MOVES)
+        for number in range(-(-layout.shape[0] // layout.chunks[0]))
+    ]
+    return [path, *(f"{path}/{kind}" for kind in store.block_counts), *arrays, *chunks]
 
 
-def create_steps_group(store: Store, group: Group) -> None:
-    """The empty arrays of a new group; nothing refers to it yet."""
-    parent = open_group(store.address, "r+").create_group(group.path)
-    _create_arrays(parent, store, len(group.steps))
-    create(parent, "changed", changed_array(len(store.tensors), len(group.steps)))
+def create_segment(store: Store, segment: Segment) -> None:
+    """The empty arrays of a new segment; nothing refers to it yet."""
+    parent = open_group(store.address, "r+").create_group(segment.path)
+    _create_arrays(parent, store, segment.columns)
+    create(parent, "changed", changed_array(len(store.tensors), segment.columns))
 
 
 class Files:
-    """Names for file contents below a group, each content once; contents that earlier groups hold keep their name."""
+    """Names for file contents, each stored once."""
 
-    def __init__(self, store: Store, path: str, known: Iterable[str]) -> None:
-        self._store, self._path = store, path
-        self._names = {name.rsplit("/", 1)[1]: name for name in known}
+    def __init__(self, store: Store) -> None:
+        self._store = store
         self._new: dict[str, bytes | Path] = {}
 
     def name(self, data: bytes | Path) -> str:
         """The name of the array that holds, or after ``write`` will hold, these bytes or this file's."""
-        digest = file_digest(data)
-        if digest not in self._names:
-            self._names[digest] = f"{self._path}/files/{digest}"
-            self._new[digest] = data
-        return self._names[digest]
+        name = f"files/{file_digest(data)}"
+        if name not in self._store.metadata:
+            self._new[name] = data
+        return name
 
     def write(self) -> None:
         """Store all new contents, a chunk in memory at a time. Raises CheckpointError for one that changed meanwhile."""
-        group = open_group(self._store.address, "r+").require_group(f"{self._path}/files")
-        for digest, data in self._new.items():
+        group = open_group(self._store.address, "r+")
+        for name, data in self._new.items():
+            if self._is_whole(name):  # an interrupted conversion wrote it
+                continue
             size = len(data) if isinstance(data, bytes) else data.stat().st_size
             layout, hashed = file_array(size), hashlib.sha256()
-            create(group, digest, layout)
+            create(group, name, layout, overwrite=True)
             for number, piece in enumerate(_pieces(data, size)):
                 hashed.update(piece)
                 chunk = np.zeros(layout.chunks, layout.dtype)
                 chunk[: len(piece)] = np.frombuffer(piece, np.uint8)
-                self._store.write_chunk(f"{self._path}/files/{digest}", chunk, number)
-            if hashed.hexdigest()[:FILE_DIGITS] != digest:
+                self._store.write_chunk(name, chunk, number)
+            if f"files/{hashed.hexdigest()[:FILE_DIGITS]}" != name:
                 raise CheckpointError(f"{data!s}: changed while it was read; run again once nothing writes to it")
+
+    def _is_whole(self, name: str) -> bool:
+        try:
+            for _ in self._store.pieces(name):
+                pass
+        except StoreError:
+            return False
+        return True
 
 
 def _pieces(data: bytes | Path, size: int) -> Iterator[bytes]:
@@ -106,22 +131,17 @@ def _pieces(data: bytes | Path, size: int) -> Iterator[bytes]:
             yield file.read(min(FILE_CHUNK, size - first))
 
 
-def write_changed(store: Store, group: Group, counts: dict[str, np.ndarray]) -> None:
-    """Store how many elements of each tensor changed at each step of a group: int64 [K] by tensor, absent for none."""
-    table = np.zeros((len(store.tensors), len(group.steps)), np.int64)
-    for row, tensor in zip(table, store.tensors, strict=True):
-        row[:] = counts.get(tensor.name, 0)
-    store.write_chunk(f"{group.path}/changed", table)
+def write_changed(store: Store, segment: Segment, table: np.ndarray) -> None:
+    """Store how many elements of each tensor differ from the base in each state of a segment: int64 [tensors, K]."""
+    store.write_chunk(f"{segment.path}/changed", table)
 
 
-def content_hashes(store: Store, path: str, steps: int) -> list[str]:
-    """SHA-256 over the digests of all blocks, kind by kind, for the base (``steps`` = 0: one hash) or each step."""
-    hashes = [hashlib.sha256() for _ in range(max(steps, 1))]
-    for kind in KINDS:
-        for tensor in (tensor for tensor in store.tensors if tensor.kind.name == kind):
-            for block in store.blocks(tensor):
-                for hashed, digest in zip(hashes, store.digests(path, block).reshape(-1, DIGEST), strict=True):
-                    hashed.update(digest.data)
+def content_hashes(store: Store, path: str, columns: int) -> list[str]:
+    """SHA-256 over the digests of all blocks, kind by kind, for the base (0 columns: one hash) or each column."""
+    hashes = [hashlib.sha256() for _ in range(max(columns, 1))]
+    for block in store.blocks:
+        for hashed, digest in zip(hashes, store.digests(path, block).reshape(-1, DIGEST), strict=True):
+            hashed.update(digest.tobytes())
     return [hashed.hexdigest() for hashed in hashes]
 
 
@@ -135,14 +155,34 @@ def attribute(store: Store, path: str, name: str) -> Any:
     return attributes(locate(store.address).below(path)).get(name)
 
 
-def commit(store: Store, group: Group, files: Iterable[str], base_content: str) -> Store:
-    """Write the commit marker with one more group; from here on its steps exist. ``files`` are those that it names."""
-    location, base = locate(store.address), store.base_metadata
-    if not base:
-        base = metadata_hashes(location, ["groups", *_nodes(store, "base", 0)])
-    own = sorted({name for name in files if name.startswith(f"{group.path}/")})
-    nodes = [*_nodes(store, group.path, len(group.steps)), f"{group.path}/changed", f"{group.path}/files", *own]
-    group = replace(group, metadata=metadata_hashes(location, nodes))
-    committed = Store(store.address, store.block, store.tensors, (*store.groups, group), base_content, base)
-    location.commit(_marker(committed))
-    return committed
+def commit(store: Store, segments: Iterable[Segment], files: Iterable[str], base_content: str) -> Store:
+    """Write the commit marker with these segments: those that the store has, cut or not, and new ones that are whole.
+
+    From here on their steps exist, and no others. ``files`` are those that the records of all of them name.
+    """
+    location, chosen = locate(store.address), []
+    for segment in segments:
+        if not segment.metadata:
+            metadata = metadata_hashes(location, _sealed(store, segment.path, segment.columns))
+            segment = replace(segment, metadata=metadata)
+        chosen.append(segment)
+    wanted = ["segments", "files", *_sealed(store, "base", 0), *sorted({*files})]
+    metadata = metadata_hashes(location, [name for name in wanted if name not in store.metadata])
+    metadata |= {name: store.metadata[name] for name in wanted if name in store.metadata}
+    number = max(store.next, *(int(segment.name) + 1 for segment in chosen))
+    done = replace(store, segments=tuple(chosen), base_content=base_content, metadata=metadata, next=number)
+    marker = _marker(done)
+    location.commit(marker)
+    return replace(done, seal=unseal(marker)["relexio"]["seal"])
+
+
+def sweep(store: Store) -> None:
+    """Remove segments that the marker no longer lists, and files that no record names. Killed in between, the next one does."""
+    location = locate(store.address)
+    known = {METADATA, *(segment.name for segment in store.segments)}
+    for name in location.below("segments").names():
+        if name not in known:
+            location.below(f"segments/{name}").remove()
+    for name in location.below("files").names():
+        if name != METADATA and f"files/{name}" not in store.metadata:
+            location.below(f"files/{name}").remove()

@@ -1,21 +1,30 @@
-"""Making groups and arrays with Zarr: standard codecs, checksums. (``chunks`` reads and writes what is in them.)"""
+"""Making groups and arrays with Zarr: standard codecs, checksums. (``chunks`` reads and writes what is in them.)
 
-import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec
+Zarr is imported where it is needed: it takes a while, and what only reads does without it.
+"""
+
+from typing import TYPE_CHECKING
 
 from relexio.store.chunks import BLOCKSIZE, CNAME, LEVEL
 from relexio.store.schema import Layout
 from relexio.store.storage import locate
 
+if TYPE_CHECKING:
+    import zarr
 
-def open_group(address: str, mode: str) -> zarr.Group:
+
+def open_group(address: str, mode: str) -> "zarr.Group":
     """The root group at ``address``, to be written to: ``r+`` for an existing one, ``a`` to create it if needed."""
+    import zarr
+
     store = locate(address).zarr_store()
     return zarr.open_group(store, mode=mode, zarr_format=3, use_consolidated=False)  # type: ignore[arg-type]
 
 
-def create(group: zarr.Group, name: str, layout: Layout, overwrite: bool = False) -> None:
+def create(group: "zarr.Group", name: str, layout: Layout, overwrite: bool = False) -> None:
     """A new array without chunks: little-endian, Blosc (zstd 1, byte shuffle), crc32c."""
+    from zarr.codecs import BloscCodec, Crc32cCodec
+
     item = layout.dtype.itemsize
     group.create_array(
         name,
@@ -35,4 +44,13 @@ def create(group: zarr.Group, name: str, layout: Layout, overwrite: bool = False
             Crc32cCodec(),
         ],
         overwrite=overwrite,
+    )
+
+
+def has_array(group: "zarr.Group", name: str, layout: Layout) -> bool:
+    """Whether a group has an array of that name and layout."""
+    found = group.get(name)
+    return found is not None and (getattr(found, "shape", None), getattr(found, "chunks", None)) == (
+        layout.shape,
+        layout.chunks,
     )

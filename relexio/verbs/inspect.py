@@ -119,22 +119,14 @@ def inspect(store: Store, window: tuple[int, ...], rank: int, resources: Resourc
         tensors = [TensorFit(t.name, t.size, shares[t.name], errors=Errors()) for t in store.tensors]
         backtest = straight = doubt = None
     elements = max(sum(tensor.size for tensor in store.tensors), 1)
-    counts = changed_counts(store, store.steps).sum(axis=0)
+    counts = store.changed_counts(store.steps).sum(axis=0)
     changed = {step: float(count) / elements for step, count in zip(store.steps, counts, strict=True)}
     return Inspection(store, window, rank, sizes(store), changed, tensors, backtest, straight, doubt)
 
 
-def changed_counts(store: Store, steps: tuple[int, ...]) -> np.ndarray:
-    """How many elements of each tensor differ from the base at each of ``steps``: int64 [tensors, T]."""
-    counts = np.zeros((len(store.tensors), len(steps)), np.int64)
-    for group, columns, rows in store.columns(steps):
-        counts[:, rows] = store.changed(group)[:, columns]
-    return counts
-
-
 def sizes(store: Store) -> Sizes:
     """How large a store is, and what it stands for."""
-    checkpoints = sum(c.nbytes(store.table) for g in store.groups for c in store.checkpoints(g).values())
+    checkpoints = sum(c.nbytes(store.table) for s in store.segments for c in store.checkpoints(s).values())
     root = locate(store.address)
-    steps = sum(root.below(group.path).nbytes() for group in store.groups)
+    steps = sum(root.below(name).nbytes() for name in ("files", *(segment.path for segment in store.segments)))
     return Sizes(checkpoints, steps, root.below("base").nbytes(), root.below("cache").nbytes())

@@ -35,8 +35,10 @@ class Sink:
 
     def __call__(self, block: Block, target: int, bits: np.ndarray) -> None:
         """Write one block of one target at its place."""
-        data = np.ascontiguousarray(bits).data.cast("B")
-        self.outputs[target].write(block.tensor.name, block.start * block.kind.itemsize, data)
+        data, itemsize = np.ascontiguousarray(bits), block.kind.itemsize
+        for piece in block.pieces:
+            part = data[piece.span].data.cast("B")
+            self.outputs[target].write(piece.tensor.name, piece.start * itemsize, part)
 
 
 def check_targets(store: Store, targets: list[Target]) -> None:

@@ -89,7 +89,7 @@ def run(job: PredictJob, stages: Stages, note: Callable[[str], None]) -> Fit:
 def stored_bytes(store: Store) -> int:
     """Bytes of base and committed steps in the store."""
     top = locate(store.address)
-    return sum(top.below(name).nbytes() for name in ("base", *(group.path for group in store.groups)))
+    return sum(top.below(name).nbytes() for name in ("base", "files", *(segment.path for segment in store.segments)))
 
 
 def predict(fit: Fit, targets: list[Target], resources: Resources, stages: Stages) -> None:

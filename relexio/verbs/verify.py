@@ -17,8 +17,9 @@ from relexio.engine.resources import Resources
 from relexio.errors import CheckpointError, StoreError
 from relexio.progress import Stages
 from relexio.store import cache
-from relexio.store.schema import Block, Group, moves_chunk
-from relexio.store.state import block_state, digest_of
+from relexio.store.schema import Block, Segment
+from relexio.store.seal import file_of, hash_of
+from relexio.store.state import block_states, digest_of
 from relexio.store.storage import METADATA, locate
 from relexio.store.store import Store, file_digest
 from relexio.store.write import content_hashes
@@ -26,9 +27,8 @@ from relexio.verbs.convert.encode import held, read_block
 from relexio.verbs.convert.left import NotStoredSummary, present
 from relexio.words import describe_steps
 
-_UNKNOWN = ""  # in place of a group: of that tensor a block could not be read
-#: How many elements differ from the base at each step, int64 [K], by the names of group and tensor.
-Changed = dict[tuple[str, str], np.ndarray | int]
+#: How many elements differ from the base in each state of the chain, int64 [R], by tensor; None: a block could not be read.
+Changed = dict[str, np.ndarray | None]
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class Verification:
 
 @dataclass
 class _BlockFindings:
-    """What one block gave: problems, and by group how many elements differ from the base at each step."""
+    """What one block gave: problems, and how many elements of each piece differ from the base in each state: [pieces, R]."""
 
     problems: list[str] = field(default_factory=list)
-    changed: dict[str, np.ndarray] = field(default_factory=dict)
+    changed: np.ndarray | None = None
 
 
 def find_originals(
@@ -99,23 +99,21 @@ def find_originals(
 
 def verify(store: Store, originals: Originals, resources: Resources, stages: Stages) -> Verification:
     """Read all of a store: checksums, hashes, structure; and compare it bit for bit with the checkpoints given."""
-    most = max(len(group.steps) for group in store.groups)
-    need = plan.convert_need(store.block, 4, most, moves_chunk(store.block, most))
+    need = plan.convert_need(store.block, 4, len(store.steps), len(store.segments))
     executor = resources.on_cpu(need)
     executor.require(store.files(METADATA))
     total = sum(tensor.nbytes for tensor in store.tensors) * (1 + len(store.steps))
     kernel = partial(_check_block, store, originals, executor.plan.tile_bytes)
     with stages("verify", total) as advance:
         blocks = graph.each(store, 1 + len(store.steps), kernel, executor, advance)
-    changed: Changed = {}
+    changed: Changed = {tensor.name: np.zeros(len(store.steps), np.int64) for tensor in store.tensors}
     problems = list(originals.problems)
     for block, findings in blocks:
         problems += findings.problems
-        if findings.problems:
-            changed[_UNKNOWN, block.tensor.name] = 1
-        for group, counts in findings.changed.items():
-            key = group, block.tensor.name
-            changed[key] = changed.get(key, 0) + counts
+        for place, piece in enumerate(block.pieces):
+            so_far, counted = changed[piece.tensor.name], None if findings.problems else findings.changed
+            known = so_far is not None and counted is not None
+            changed[piece.tensor.name] = so_far + counted[place] if known else None  # type: ignore[index]
     for check in _checks(store, originals, changed):
         try:
             problems += check()
@@ -131,63 +129,65 @@ def verify(store: Store, originals: Originals, resources: Resources, stages: Sta
 
 def _check_block(store: Store, originals: Originals, nbytes: int, block: Block) -> _BlockFindings:
     findings = _BlockFindings()
-    try:
-        findings.problems += _check_base(store, originals.base, block)
-        for group in store.groups:
-            findings.problems += _check_group(store, originals.steps, nbytes, group, block, findings.changed)
-    except (StoreError, CheckpointError) as error:
-        findings.problems.append(str(error))
+    for check in (_check_base, _check_states):
+        try:
+            findings.problems += check(store, originals, nbytes, block, findings)
+        except (StoreError, CheckpointError) as error:
+            findings.problems.append(str(error))
     return findings
 
 
-def _check_base(store: Store, original: Checkpoint | None, block: Block) -> Iterator[str]:
-    bits = store.base_bits(block)
+def _check_base(store: Store, originals: Originals, _nbytes: int, block: Block, _: _BlockFindings) -> Iterator[str]:
+    bits, original = store.base_bits(block), originals.base
     if digest_of(bits) != store.digests("base", block).tobytes():
-        yield f"{store.shown}: base: tensor {block.tensor.name}: not the bits that were hashed; the store is damaged"
-    if original is not None and (read_block(original, block) != bits).any():
-        yield f"{original.label}: tensor {block.tensor.name}: differs from what {store.shown} holds"
+        yield f"{store.shown}: base: {block.names}: not the bits that were hashed; the store is damaged"
+    if original is not None:
+        differs = read_block(original, block) != bits
+        for piece in block.pieces:
+            if differs[piece.span].any():
+                yield f"{original.label}: tensor {piece.tensor.name}: differs from what {store.shown} holds"
 
 
-def _check_group(
-    store: Store,
-    originals: dict[int, Checkpoint],
-    nbytes: int,
-    group: Group,
-    block: Block,
-    changed: dict[str, np.ndarray],
+def _check_states(
+    store: Store, originals: Originals, nbytes: int, block: Block, findings: _BlockFindings
 ) -> Iterator[str]:
-    compared = {column: originals[step] for column, step in enumerate(group.steps) if step in originals}
-    unlike: set[int] = set()
+    compared = {row: originals.steps[step] for step, row in store.chain.items() if step in originals.steps}
+    unlike: set[tuple[int, int]] = set()
     with ExitStack() as stack:
-        readers = {column: held(original, block, stack) for column, original in compared.items()}
+        readers = {
+            (row, place): held(original, piece, stack)
+            for row, original in compared.items()
+            for place, piece in enumerate(block.pieces)
+        }
 
-        def see(first: int, bits: np.ndarray) -> None:
-            row = np.empty(bits.shape[1], bits.dtype)
-            for column, read in readers.items():
-                read(first, row)
-                if (row != bits[column]).any():
-                    unlike.add(column)
+        def see(place: int, first: int, bits: np.ndarray) -> None:
+            row_bits = np.empty(bits.shape[1], bits.dtype)
+            for row in compared:
+                readers[row, place](first, row_bits)
+                if (row_bits != bits[row]).any():
+                    unlike.add((row, place))
 
-        digests, changed[group.name] = block_state(store, group, block, nbytes, see)
-    for column in np.flatnonzero((digests != store.digests(group.path, block)).any(axis=1)):
+        digests, findings.changed = block_states(store, block, nbytes, see)
+    stored = np.concatenate([store.digests(segment.path, block) for segment in store.segments])
+    steps = [*store.chain]
+    for other in np.flatnonzero((digests != stored).any(axis=1)):
+        yield f"{store.shown}: step {steps[other]}: {block.names}: not the bits that were hashed; the store is damaged"
+    for row, place in sorted(unlike):
         yield (
-            f"{store.shown}: step {group.steps[column]}: tensor {block.tensor.name}: "
-            f"not the bits that were hashed; the store is damaged"
+            f"{compared[row].label}: tensor {block.pieces[place].tensor.name}: differs from what {store.shown} holds"
         )
-    for label in (compared[column].label for column in sorted(unlike)):
-        yield f"{label}: tensor {block.tensor.name}: differs from what {store.shown} holds"
 
 
 def _checks(store: Store, originals: Originals, changed: Changed) -> Iterator[Callable[[], list[str]]]:
     """What is checked besides blocks: each check by itself, so that one that fails does not hide another."""
     yield partial(_check_content, store, "base", (store.base_content,), 0)
-    for node in store.sealed:
-        yield partial(_check_node, store, node)
-    for group in store.groups:
-        yield partial(_check_content, store, group.path, group.content, len(group.steps))
-        yield partial(_check_changed, store, group, changed)
-        yield partial(_check_files, store, group)
-        for step, record in store.checkpoints(group).items():
+    for path in store.sealed:
+        yield partial(_check_sealed, store, path)
+    for segment in store.segments:
+        yield partial(_check_content, store, segment.path, segment.content, segment.columns)
+        yield partial(_check_changed, store, segment, changed)
+        yield partial(_check_files, store, segment)
+        for step, record in store.checkpoints(segment).items():
             if step in originals.steps:
                 yield partial(_check_side, store, record, originals.steps[step])
     if originals.base is not None:
@@ -199,22 +199,24 @@ def _check_content(store: Store, path: str, content: tuple[str, ...], steps: int
     return [] if same else [f"{store.shown}: {path}: content hashes are not those of its blocks; the store is damaged"]
 
 
-def _check_node(store: Store, node: str) -> list[str]:
-    store.metadata(node)
+def _check_sealed(store: Store, path: str) -> list[str]:
+    data = locate(store.address).get(file_of(path))
+    if data is None or hash_of(data) != store.sealed[path]:
+        return [f"{store.shown}: {file_of(path)}: damaged (it is not the one that was committed); the store is damaged"]
     return []
 
 
-def _check_changed(store: Store, group: Group, changed: Changed) -> list[str]:
-    table = store.changed(group)
-    for row, tensor in zip(table, store.tensors, strict=True):
-        known = (_UNKNOWN, tensor.name) not in changed
-        if known and (row != changed.get((group.name, tensor.name), 0)).any():
-            return [f"{store.shown}: {group.path}/changed: wrong for tensor {tensor.name}; the store is damaged"]
+def _check_changed(store: Store, segment: Segment, changed: Changed) -> list[str]:
+    first = store.chain[segment.steps[0]]
+    for row, tensor in zip(store.changed(segment), store.tensors, strict=False):
+        counted = changed[tensor.name]
+        if counted is not None and (row != counted[first : first + segment.columns]).any():
+            return [f"{store.shown}: {segment.path}/changed: wrong for tensor {tensor.name}; the store is damaged"]
     return []
 
 
-def _check_files(store: Store, group: Group) -> list[str]:
-    records = [store.base(), *store.checkpoints(group).values()]
+def _check_files(store: Store, segment: Segment) -> list[str]:
+    records = [store.base(), *store.checkpoints(segment).values()]
     names = {name for record in records for name in record.files}
     problems = []
     for name in sorted(names):
@@ -247,8 +249,10 @@ def _of_others(names: list[str]) -> Iterator[str]:
 
 def _leftovers(store: Store) -> Iterator[str]:
     """What an interrupted command left; nothing reads it, and the next one removes it or goes on with it."""
-    known = {group.name for group in store.groups} | {METADATA}
-    left = [f"groups/{name}" for name in locate(store.address).below("groups").names() if name not in known]
+    known = {segment.name for segment in store.segments} | {METADATA}
+    left = [f"segments/{name}" for name in locate(store.address).below("segments").names() if name not in known]
+    files = (f"files/{name}" for name in locate(store.address).below("files").names() if name != METADATA)
+    left += [name for name in files if name not in store.metadata]
     left += [name for name in locate(store.address).names() if name.endswith(".partial")]
     left += [f"cache/{name}" for name in cache.left(store)]
     if left:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from relexio.store.store import open_store
+from relexio.store.opening import open_store
 
 #: A line of progress. There are some where a pass takes longer than a second.
 PROGRESS = re.compile(r"^[^\n]*: \S+ \S+ of \S+ \S+, \S+ \S+/s, [\d:]+ left\n", re.MULTILINE)

@@ -20,7 +20,7 @@ UFUNCS = (
     "add", "subtract", "multiply", "matmul", "absolute", "isnan", "invert", "bitwise_and", "bitwise_or", "bitwise_xor",
     "left_shift", "right_shift", "equal", "not_equal", "greater",
 )  # fmt: skip
-FUNCTIONS = ("where", "zeros_like", "cumsum")
+FUNCTIONS = ("where", "zeros_like", "cumsum", "searchsorted")
 METHODS = ("astype", "view", "copy", "reshape", "any", "sum", "get")
 OPERATORS = {
     "add": "add", "sub": "subtract", "mul": "multiply", "matmul": "matmul", "and": "bitwise_and", "or": "bitwise_or",

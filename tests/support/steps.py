@@ -21,7 +21,7 @@ CPU = Resources(device="cpu")
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch, block: int, chunk: int = schema.MOVES_CHUNK) -> None:
     """Let new stores have blocks of at most ``block`` elements and chunks of ``chunk`` moves."""
-    monkeypatch.setattr("relexio.verbs.convert.request.block_elements", lambda largest: block)
+    monkeypatch.setattr("relexio.verbs.convert.request.block_elements", lambda most: block)
     monkeypatch.setattr(schema, "MOVES_CHUNK", chunk)
 
 

@@ -25,8 +25,9 @@ from relexio.fit.fit import fit
 from relexio.methods import Recipe
 from relexio.progress import silent
 from relexio.store import chunks
+from relexio.store.arrays import MOVES
+from relexio.store.opening import open_store
 from relexio.store.seal import hash_of
-from relexio.store.store import open_store
 from relexio.verbs import convert as verb
 from relexio.verbs.inspect import inspect
 from relexio.verbs.output import Target
@@ -160,14 +161,14 @@ class World:
             self.mend()
 
 
-def sealed(text: bytes, node: str | None = None, data: bytes = b"") -> bytes:
-    """A root's zarr.json with its hashes made right; that of a node in it, if one is given, for new contents."""
+def sealed(text: bytes, changed: dict[str, bytes] | None = None) -> bytes:
+    """A root's zarr.json with its hashes made right: its own, and those of files that have other contents."""
+    hashes = {name.removesuffix("/zarr.json"): hash_of(data) for name, data in (changed or {}).items()}
     try:
         value = json.loads(text)
         record = value["attributes"]["relexio"]
-        for table in (record["metadata"], *(group["metadata"] for group in record.get("groups", []) if node)):
-            if node in table:
-                table[node] = hash_of(data)
+        for table in (record["metadata"], *(segment["metadata"] for segment in record.get("segments", []) if changed)):
+            table.update({name: hashes[name] for name in hashes if name in table})
         record["seal"] = BLANK
         text = json.dumps(value).encode()
         return text.replace(BLANK.encode(), hash_of(text).encode())
@@ -263,7 +264,24 @@ def metadata(world: World, data: bytes) -> None:
     nodes = [f for f in world.files if f.endswith("/zarr.json") and not f.startswith("cache/")]
     name, data = pick(nodes, data)
     root = world.good[world.store / "zarr.json"]
-    world.use({name: data, "zarr.json": sealed(root, name.removesuffix("/zarr.json"), data)})
+    world.use({name: data, "zarr.json": sealed(root, {name: data})})
+
+
+def bound(world: World, changed: dict[str, bytes]) -> dict[str, bytes]:
+    """Chunks with the hashes that bind them to their places made right, so that what is in them is read."""
+    made = dict(changed)
+    for name, data in changed.items():
+        array, _, number = name.partition("/c/")
+        top, _, what = array.rpartition("/")
+        if what in ("bits", *MOVES):
+            names = MOVES if what in MOVES else ("bits",)
+            hashes = f"{top}/hashes/c/0"
+            (count,) = json.loads(world.good[world.store / top / "hashes" / "zarr.json"])["shape"]
+            with suppress(ValueError):  # they are fuzzed themselves
+                table = chunks.decode(made.get(hashes, world.good[world.store / hashes]), np.dtype("<u8"), count)
+                table[names.index(what) * (count // len(names)) + int(number)] = chunks.short_hash(data)
+                made[hashes] = chunks.encode(table)
+    return {**made, "zarr.json": sealed(world.good[world.store / "zarr.json"], made)}
 
 
 def _with_crc(data: bytes) -> bytes:
@@ -276,12 +294,12 @@ def chunk(world: World, data: bytes) -> None:
     for dtype, count in (("u1", 64), ("<u2", 1024), ("<u4", 4096)):
         with suppress(ValueError, RuntimeError):  # what the store makes a StoreError
             chunks.decode(_with_crc(data), np.dtype(dtype), count)
-    world.use({name: _with_crc(data)})
+    world.use(bound(world, {name: _with_crc(data)}))
 
 
 def moves(world: World, data: bytes) -> None:
-    """The elements of some chunks of count, step, xor, bits or changed, repeated until they fill it."""
-    names = [f for f in world.files if "/c/" in f and not f.startswith("cache/") and "/files/" not in f]
+    """The elements of some chunks of when, by, bits or what is small, repeated until they fill it."""
+    names = [f for f in world.files if "/c/" in f and f.startswith(("base/", "segments/"))]
     changed = {}
     for piece in data.split(b"\xfe\xfe")[:3]:
         name, piece = pick(names, piece)
@@ -289,7 +307,7 @@ def moves(world: World, data: bytes) -> None:
         dtype, shape = np.dtype(meta["data_type"]), meta["chunk_grid"]["configuration"]["chunk_shape"]
         filled = np.resize(np.frombuffer(piece or b"\0", np.uint8), int(np.prod(shape)) * dtype.itemsize)
         changed[name] = chunks.encode(filled.view(dtype))
-    world.use(changed)
+    world.use(bound(world, changed))
 
 
 def kept(world: World, data: bytes) -> None:
@@ -303,7 +321,7 @@ def kept(world: World, data: bytes) -> None:
     if name == root:
         return world.use({name: sealed(data)}, kept=True)
     node = name.removesuffix("/zarr.json").rsplit("/", 1)[1]
-    return world.use({name: data, root: sealed(world.good[world.store / root], node, data)}, kept=True)
+    return world.use({name: data, root: sealed(world.good[world.store / root], {node: data})}, kept=True)
 
 
 def cli(world: World, data: bytes) -> None:

@@ -15,6 +15,7 @@ import traceback
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,19 +31,26 @@ from relexio.verbs import (
     inspect,  # noqa: F401  so that copies of this process need not
     predict,  # noqa: F401  so that copies of this process need not
 )
+from relexio.verbs.convert import merge
 
 #: Calls that change the disk, besides those that write bytes.
 CALLS = ("mkdir", "rename", "replace", "link", "unlink", "rmdir", "fsync", "posix_fallocate")
-SHAPES = {"model.embed_tokens.weight": (90, 40), "model.layers.0.w": (80, 60), "model.layers.1.w": (80, 60), "n": (40,)}
+#: Two blocks of 65,536 elements, the second of which tensors share.
+SHAPES = {
+    "model.embed_tokens.weight": (90, 40),
+    "model.layers.0.w": (300, 250),
+    "model.layers.1.w": (80, 60),
+    "n": (40,),
+}
 Files = dict[str, bytes]
 
 
 def make_run(root: Path, seed: int) -> None:
-    """A base and seven steps of F16 tensors in two shards."""
+    """A base and eight steps of F16 tensors in two shards."""
     rng = np.random.default_rng(seed)
     base = {name: (rng.standard_normal(shape) / 50).astype("f2") for name, shape in SHAPES.items()}
     drift = {name: rng.standard_normal(shape) for name, shape in SHAPES.items()}
-    for step, folder in ((0, root / "base"), *((n, root / f"steps/global_step_{n}") for n in range(1, 8))):
+    for step, folder in ((0, root / "base"), *((n, root / f"steps/global_step_{n}") for n in range(1, 9))):
         folder.mkdir(parents=True)
         now = {name: (base[name] + step * 5e-6 * drift[name]).astype("f2") for name in base}
         files = [f"model-0000{i + 1}-of-00002.safetensors" for i in range(2)]
@@ -119,12 +127,13 @@ def snapshot(directory: Path) -> Files:
 
 @dataclass
 class Scene:
-    """A command, the store that it begins with (or none), and what has to be there when it is done."""
+    """A command, the store that it begins with (or none), and what has to be there when it is done, or after an earlier commit."""
 
     name: str
     arguments: list[Any]
     begin: Path | None
     work: Path
+    between: Path | None = None
     want: dict[str, Files] = field(default_factory=dict)
     points: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
@@ -152,7 +161,7 @@ class Scene:
             found = {} if path.name.endswith(atomic.PARTIAL) else snapshot(path)
             allowed = [self.want.get(path.name, {"no such name": b""})] if found else [{}]
             if path.name == "run.zarr" and before:
-                allowed = [before, *allowed]
+                allowed = [before, *allowed, *([snapshot(self.between)] if self.between else [])]
             marker = found.get("zarr.json")
             if not any(
                 marker == whole.get("zarr.json")
@@ -229,16 +238,32 @@ class Scene:
 
 
 def scenes(root: Path) -> Iterator[Scene]:
-    """convert, append and predict, on a run made here."""
+    """convert, append, an append with a merge, and predict, on a run made here."""
     work, first = root / "work", ["convert", root / "steps", "--base", root / "base", "--steps", "1:4", "-o"]
     options = ["--step", 20, "-o", work / "out"]
     yield Scene("convert", [*first, work / "run.zarr"], None, work)
     for arguments in ([*first, root / "one.zarr"], ["predict", root / "one.zarr", "--step", 9, "-o", root / "nine"]):
         must(arguments)
     yield Scene("append", ["convert", root / "steps", "-o", work / "run.zarr"], root / "one.zarr", work)
+    for step in range(1, 8):
+        base = ["--base", root / "base"] if step == 1 else []
+        must(["convert", root / "steps", *base, "--steps", step, "-o", root / "seven.zarr"])
+    shutil.copytree(root / "seven.zarr", root / "eight.zarr")
+    with unmerged():
+        must(["convert", root / "steps", "-o", root / "eight.zarr"])
+    append = ["convert", root / "steps", "-o", work / "run.zarr"]
+    yield Scene("append and merge", append, root / "seven.zarr", work, root / "eight.zarr")
     shutil.copytree(root / "one.zarr", root / "two.zarr")
     must(["convert", root / "steps", "-o", root / "two.zarr"])
     yield Scene("predict", ["predict", work / "run.zarr", *options], root / "two.zarr", work)
+
+
+@contextmanager
+def unmerged() -> Iterator[None]:
+    """What is converted meanwhile stays in as many segments as it was added in."""
+    real, merge.count_to_merge = merge.count_to_merge, lambda columns: 0
+    yield
+    merge.count_to_merge = real
 
 
 def must(arguments: list[Any]) -> None:

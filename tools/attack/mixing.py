@@ -14,8 +14,10 @@ from safetensors.numpy import save_file
 
 Command = Callable[..., tuple[int, str, str]]
 #: The ways in which stores are mixed.
-WAYS = ("cut off", "some chunks", "one block", "another block", "a group", "a table")
-SHAPES = {"model.embed_tokens.weight": (60, 40), "w": (40, 60), "v": (40, 60), "half": (48, 50), "n": (48, 50)}
+WAYS = ("cut off", "some chunks", "one block", "another block", "a segment", "a table")
+SHAPES = {"model.embed_tokens.weight": (300, 240), "w": (240, 300), "v": (240, 300), "half": (48, 50), "n": (90, 90)}
+#: Blocks of the float32 tensors: 65,536 elements each.
+BLOCKS = 4
 STEPS = (1, 2, 3, 5)
 _TIME = (10**18, 10**18)
 
@@ -69,24 +71,18 @@ class Mixing:
             return {n: theirs[n] for n in some} | {some[-1]: data[: self.rng.choice((len(data), len(data) // 2))]}
         if way == "some chunks":
             return {name: theirs[name] for name in self.rng.sample(chunks, self.rng.randrange(1, 6))}
-        if way == "a group":
-            name = self.rng.choice(("groups/0000/", "groups/0001/", "groups/0000/f32/", "groups/0001/f32/", "groups/"))
+        if way == "a segment":
+            segments = ("segments/0000/", "segments/0001/")
+            name = self.rng.choice((*segments, *(f"{segment}f32/" for segment in segments), "segments/"))
             return {n: data for n, data in theirs.items() if n.startswith(name)}
         if way == "a table":
-            name = self.rng.choice(("zarr.json", "digest", "count", "changed"))
+            name = self.rng.choice(("zarr.json", "digest", "index", "hashes", "changed"))
             return {n: data for n, data in theirs.items() if n == name or f"/{name}/c/" in n}
-        group, one, other = (f"groups/000{self.rng.randrange(2)}/f32", *self.rng.sample(range(4), 2))
+        segment, one, other = (f"segments/000{self.rng.randrange(2)}/f32", *self.rng.sample(range(BLOCKS), 2))
         held, where = (theirs, one) if way == "one block" else (ours, other)
-        parts = [
-            p
-            for p in ("count/c/{}", "digest/c/{}/0/0", "step/c/{}", "xor/c/{}")
-            if p != "digest" or self.rng.random() < 0.8
-        ]
-        return {
-            f"{group}/{p.format(where)}": held[f"{group}/{p.format(one)}"]
-            for p in parts
-            if f"{group}/{p.format(one)}" in held
-        }
+        moved = {f"{segment}/{name}/c/{where}": held[f"{segment}/{name}/c/{one}"] for name in ("when", "by")}
+        tables = [f"{segment}/{name}" for name in ("index/c/0/0", "hashes/c/0", "digest/c/0/0/0")]
+        return moved | {name: held[name] for name in tables if self.rng.random() < 0.8}
 
     def once(self) -> None:
         """Mix, restore every step, and see what came."""

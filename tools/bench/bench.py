@@ -165,8 +165,8 @@ def compare(data: Data, number: int, whole: bool) -> None:
             ["sh", "-c", WRITE + READ, str(first.stat().st_size), work / "zeros", work / "store"],
         )
         data.took["unlike"].append({"share": differing(first, dense)})
-        groups = sum(path.stat().st_size for path in (work / "store" / "groups").rglob("*") if path.is_file())
-        data.took["store"].append({"share": groups / (2 * data.parameters * data.steps)})
+        segments = sum(path.stat().st_size for path in (work / "store" / "segments").rglob("*") if path.is_file())
+        data.took["store"].append({"share": segments / (2 * data.parameters * data.steps)})
     shutil.rmtree(work)
 
 

@@ -30,7 +30,7 @@ from relexio.engine.resources import Resources
 from relexio.fit.fit import fit
 from relexio.methods import Recipe
 from relexio.progress import silent
-from relexio.store.store import open_store
+from relexio.store.opening import open_store
 from relexio.verbs.convert import Request, convert, prepare
 from relexio.verbs.output import Target
 from relexio.verbs.predict import predict

@@ -5,6 +5,7 @@ renamed: they are written under their final names at once, and the commit marker
 """
 
 import re
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -19,6 +20,7 @@ __all__ = ["LOCK", "METADATA", "LocalStorage", "Location", "ObjectStorage", "att
 _URL = re.compile(r"[A-Za-z][\w+.:-]*://")
 
 
+@lru_cache(maxsize=256)
 def locate(address: str | Path) -> Location:
     """The location of an address: a URL for fsspec, else a path. Raises RequestError for a URL that cannot be one."""
     text = str(address)

@@ -7,15 +7,16 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
+from typing import TYPE_CHECKING
 from uuid import uuid4
-
-from zarr.abc.store import Store as ZarrStore
-from zarr.storage import LocalStore
 
 from relexio import atomic
 from relexio.errors import BusyError, StoreError
 from relexio.store.storage.protocol import METADATA, METADATA_BYTES, Location
 from relexio.words import shown
+
+if TYPE_CHECKING:
+    from zarr.abc.store import Store as ZarrStore
 
 _TRIES, _WAIT = 20, 0.05  # times, seconds
 
@@ -57,23 +58,22 @@ class LocalStorage:
 
     def get(self, key: str, most: int = METADATA_BYTES) -> bytes | None:
         try:
-            with open(os.open(self.path / key, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # no waiting for a pipe
+            name = f"{self.address}/{key}"  # a Path takes longer to make than a small file to read
+            with open(os.open(name, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # no waiting for a pipe
                 stat = os.fstat(file.fileno())
                 if not S_ISREG(stat.st_mode):
                     return None
                 if stat.st_size > most:
-                    raise StoreError(
-                        f"{self.path / key}: {stat.st_size:,} bytes, which is too many; the store is damaged"
-                    )
+                    raise StoreError(f"{name}: {stat.st_size:,} bytes, which is too many; the store is damaged")
                 return file.read(most)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
 
     def put(self, key: str, data: bytes) -> None:
-        self._put(self.path / key, data, durable=False)
+        self._put(key, data, durable=False)
 
-    def _put(self, final: Path, data: bytes, durable: bool) -> None:
-        staged = final.with_name(f"{final.name}.{uuid4().hex}.partial")
+    def _put(self, key: str, data: bytes, durable: bool) -> None:
+        staged, final = Path(f"{self.address}/{key}.{uuid4().hex}.partial"), Path(f"{self.address}/{key}")
         try:
             atomic.write_file(staged, final, data, durable)
         except FileNotFoundError:
@@ -87,6 +87,9 @@ class LocalStorage:
             made = made / name
             made.mkdir(exist_ok=True)
 
+    def discard(self, key: str) -> None:
+        (self.path / key).unlink(missing_ok=True)
+
     def make(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
 
@@ -96,7 +99,9 @@ class LocalStorage:
     def remove(self) -> None:
         atomic.remove_tree(self.path)
 
-    def zarr_store(self) -> ZarrStore:
+    def zarr_store(self) -> "ZarrStore":
+        from zarr.storage import LocalStore  # Zarr takes a while to import, and only what writes metadata needs it
+
         self.path.stat()  # Zarr would make a directory that has gone
         return LocalStore(self.address)
 
@@ -116,7 +121,7 @@ class LocalStorage:
         """Sync the new marker before it takes the old one's name: a power loss in between could leave an empty file."""
         for leftover in self.path.glob("*.partial"):
             leftover.unlink()
-        self._put(self.path / METADATA, marker, durable=True)
+        self._put(METADATA, marker, durable=True)
 
     def publish(self, final: Location) -> None:
         atomic.publish(self.path, Path(final.address))

@@ -4,37 +4,26 @@ import getpass
 import json
 import os
 import socket
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from errno import EACCES, EROFS
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-from zarr.abc.store import ByteRequest, OffsetByteRequest
-from zarr.abc.store import Store as ZarrStore
-from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import FsspecStore
+from typing import TYPE_CHECKING, Any
 
 from relexio import atomic
-from relexio.errors import BusyError, RelexioError, RequestError, StorageError
+from relexio.errors import BusyError, RequestError, StorageError
+from relexio.store.storage.network import storage_errors_of
 from relexio.store.storage.protocol import METADATA, METADATA_BYTES, Location, attributes, parse_record
 from relexio.words import shown, without_secrets
 
+if TYPE_CHECKING:
+    from zarr.abc.store import Store as ZarrStore
+
 #: The object that one writer of a remote store holds.
 LOCK = ".relexio-lock"
-#: What the network may raise besides OSError, by the module that has it; where that is not loaded, none can come.
-_NETWORK = {
-    "botocore.exceptions": ("BotoCoreError", "ClientError"),
-    "aiohttp": ("ClientError",),
-    "gcsfs.retry": ("HttpError",),
-    "google.auth.exceptions": ("GoogleAuthError",),
-    "azure.core.exceptions": ("AzureError",),
-}
 
 
 @dataclass(frozen=True)
@@ -63,7 +52,7 @@ class ObjectStorage:
 
     def names(self) -> list[str]:
         files, path = self._files()
-        with _storage_errors(self.address), suppress(FileNotFoundError):
+        with storage_errors_of(self.address), suppress(FileNotFoundError):
             files.invalidate_cache()  # another process may have written since
             entries = [entry.rstrip("/") for entry in files.ls(path, detail=False)]
             return [entry.rsplit("/", 1)[-1] for entry in entries if entry != path]
@@ -71,7 +60,7 @@ class ObjectStorage:
 
     def nbytes(self) -> int:
         files, path = self._files()
-        with _storage_errors(self.address), suppress(FileNotFoundError):
+        with storage_errors_of(self.address), suppress(FileNotFoundError):
             files.invalidate_cache()
             found = {name: entry["size"] for name, entry in files.find(path, detail=True).items()}
             untold = [name for name, size in found.items() if size is None]  # a listing over http:// has names alone
@@ -84,21 +73,26 @@ class ObjectStorage:
 
     def get(self, key: str, most: int = METADATA_BYTES) -> bytes | None:
         files, path = self._files(key)
-        with _storage_errors(self.address), suppress(FileNotFoundError):
+        with storage_errors_of(self.address), suppress(FileNotFoundError):
             return bytes(files.cat_file(path, start=0))  # s3fs asks for the size first where it is not told a range
         return None
 
     def put(self, key: str, data: bytes) -> None:
         files, path = self._files(key)
-        with _storage_errors(self.address):
+        with storage_errors_of(self.address):
             files.pipe_file(path, data)
+
+    def discard(self, key: str) -> None:
+        files, path = self._files(key)
+        with storage_errors_of(self.address), suppress(FileNotFoundError):
+            files.rm_file(path)
 
     def make(self) -> None:
         """Nothing: there are no directories."""
 
     def empty(self) -> None:
         files, path = self._files()
-        with _storage_errors(self.address), suppress(FileNotFoundError):
+        with storage_errors_of(self.address), suppress(FileNotFoundError):
             files.invalidate_cache()
             entries, last = files.find(path), f"{path}/{METADATA}"
             first = [e for e in entries if e.startswith(f"{path}/") and e not in (last, f"{path}/{LOCK}")]
@@ -111,7 +105,9 @@ class ObjectStorage:
         """Remove all objects but the lock, which goes when it is given back."""
         self.empty()
 
-    def zarr_store(self) -> ZarrStore:
+    def zarr_store(self) -> "ZarrStore":
+        from relexio.store.storage.zarr_objects import Objects
+
         files, path = _asynchronous(self.address)
         return Objects(files, path=path)
 
@@ -168,7 +164,7 @@ class ObjectStorage:
         files, path = self._files(LOCK)
         held = self._held()
         if held is None:
-            with _storage_errors(self.address):
+            with storage_errors_of(self.address):
                 try:
                     files.pipe_file(path, mine, mode="create")
                 except OSError:  # servers say in different words that it is there already
@@ -194,38 +190,15 @@ class ObjectStorage:
         """Remove the lock, if it is that owner's."""
         files, path = self._files(LOCK)
         if self.get(LOCK) == owner:
-            with _storage_errors(self.address), suppress(FileNotFoundError):
+            with storage_errors_of(self.address), suppress(FileNotFoundError):
                 files.rm_file(path)
-
-
-class Objects(FsspecStore):
-    """Zarr's store over fsspec, which turns network errors into StorageErrors."""
-
-    @property
-    def root(self) -> str:
-        return str(self.fs.unstrip_protocol(self.path))
-
-    def __str__(self) -> str:  # it stands in what Zarr says of damage
-        return shown(self.root)
-
-    __repr__ = __str__
-
-    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        with _storage_errors(self.root):
-            return await super().get(key, prototype, byte_range or OffsetByteRequest(0))  # as in ObjectStorage.get
-
-    async def set(self, key: str, value: Buffer, byte_range: tuple[int, int] | None = None) -> None:
-        with _storage_errors(self.root):
-            await super().set(key, value, byte_range)
-
-    async def exists(self, key: str) -> bool:
-        with _storage_errors(self.root):
-            return await super().exists(key)
 
 
 @lru_cache(maxsize=64)
 def _asynchronous(address: str) -> tuple[Any, str]:
     """The asynchronous file system of an address, and its path there: one for all threads, as fsspec keeps one for each."""
+    from zarr.storage import FsspecStore
+
     with _installed(address):
         store = FsspecStore.from_url(address)
     return store.fs, store.path
@@ -239,44 +212,6 @@ def _installed(address: str) -> Iterator[None]:
     except (ImportError, ValueError) as error:
         advice = "; for s3:// that is pip install 'relexio[s3]'" if isinstance(error, ImportError) else ""
         raise RequestError(without_secrets(f"{address}: {error}", address) + advice) from error
-
-
-@contextmanager
-def _storage_errors(address: str) -> Iterator[None]:
-    """Turn what the network and the storage say into one StorageError. A missing object is for the caller to judge."""
-    try:
-        yield
-    except RelexioError:
-        raise
-    except _network() as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        code = _code(error)
-        advice = "check the address, the credentials and the network, and run the same command again"
-        if code == EROFS:
-            reason, advice = "can be read, not written", "give another place"
-        reason = without_secrets(f"{address}: {reason}", address)
-        failure = StorageError(f"{reason}; {advice}")
-        failure.errno = code
-        raise failure from error
-
-
-def _code(error: Exception) -> int | None:
-    """The system's number for an error: also where it came over HTTP, or as a way to write that fsspec has not got."""
-    status = getattr(error, "status", None)
-    if isinstance(error, PermissionError) or status in (401, 403):
-        return EACCES
-    if isinstance(error, NotImplementedError) or status in (405, 501):
-        return EROFS
-    return getattr(error, "errno", None)
-
-
-def _network() -> tuple[type[Exception], ...]:
-    loaded = {sys.modules[module]: names for module, names in _NETWORK.items() if module in sys.modules}
-    return (
-        OSError,
-        NotImplementedError,
-        *(getattr(module, name) for module, names in loaded.items() for name in names),
-    )
 
 
 def _owner() -> bytes:

@@ -1,11 +1,12 @@
 """What a store needs of its location, local or not."""
 
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
-
-from zarr.abc.store import Store as ZarrStore
+from typing import TYPE_CHECKING, Any, Protocol
 
 from relexio.bounded import loads
+
+if TYPE_CHECKING:
+    from zarr.abc.store import Store as ZarrStore
 
 #: Metadata of a Zarr group. That of a store's root carries the commit marker.
 METADATA = "zarr.json"
@@ -52,6 +53,9 @@ class Location(Protocol):
     def put(self, key: str, data: bytes) -> None:
         """Write one file or object below, of at least a byte: whole, or not at all. A directory must have been made."""
 
+    def discard(self, key: str) -> None:
+        """Remove one file or object below, if it exists."""
+
     def make(self) -> None:
         """Create the directory, and those above it, where directories exist at all."""
 
@@ -61,7 +65,7 @@ class Location(Protocol):
     def remove(self) -> None:
         """Remove everything here, if it exists."""
 
-    def zarr_store(self) -> ZarrStore:
+    def zarr_store(self) -> "ZarrStore":
         """A Zarr store over what is below, to be written to. Raises OSError for a missing directory."""
 
     def locked(self, make: bool = False) -> AbstractContextManager[None]:

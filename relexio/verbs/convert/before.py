@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -86,15 +87,15 @@ def _spread(base: Checkpoint) -> list[tuple[str, Kind, int, int]]:
     return [(name, kind, first, count) for (name, first), (kind, count) in pieces.items()]
 
 
-def written_again(store: Store, sources: Mapping[int, Source]) -> str | None:
+def written_again(store: Store, sources: Mapping[int, Source], root: Path | None) -> str | None:
     """A note on stored steps whose files have changed since they were stored; None if there are none.
 
     Names, sizes and times of files are compared. Where only times differ, as in a copy of a run, so are hashes of some
     blocks. A checkpoint that is no longer complete, or cannot be read, is not compared.
     """
     again = []
-    for group in store.groups:
-        records = store.checkpoints(group) if any(step in sources for step in group.steps) else {}
+    for segment in store.segments:
+        records = store.checkpoints(segment) if any(step in sources for step in segment.steps) else {}
         again += [s for s, record in records.items() if s in sources and _is_other(store, record, sources[s])]
     if not again:
         return None
@@ -102,9 +103,12 @@ def written_again(store: Store, sources: Mapping[int, Source]) -> str | None:
     steps, have, they, one = (
         ("steps", "have", "they were", "ones") if len(again) > 1 else ("step", "has", "it was", "one")
     )
+    later = [step for step in store.steps if step >= min(again)]
+    which = f"{min(again)}:" if later == sorted(again) and len(later) > 1 else ",".join(map(str, sorted(again)))
+    where = quote(str(root)) if root else " ".join(f"--checkpoint {s}={quote(str(sources[s]))}" for s in sorted(again))
     return (
-        f"{steps} {named} {have} been written again since {they} stored: the store has the old {one}; to have the new {one}, "
-        f"convert into another trajectory, with another -o and --base"
+        f"{steps} {named} {have} been written again since {they} stored: the store has the old {one}; to have the new {one}: "
+        f"relexio convert {where} -o {quote(store.shown)} --replace {which}"
     )
 
 
@@ -128,12 +132,11 @@ def _is_other(store: Store, record: CheckpointRecord, source: Source) -> bool:
 
 def _telling(store: Store, step: int) -> list[Block]:
     """Blocks in which a step that was trained again would differ: the first of each tensor that had changed most."""
-    group, column = store.find(step)
-    changed = store.changed(group)[:, column]
+    changed = store.changed_counts((step,))[:, 0]
     most = [place for place in np.argsort(-changed, kind="stable") if changed[place]][:_BLOCKS]
-    return [store.blocks(store.tensors[place])[0] for place in most]
+    return list(dict.fromkeys(store.parts[store.tensors[place].name][0][0] for place in most))
 
 
 def _differs(store: Store, checkpoint: Checkpoint, block: Block) -> bool:
-    group, column = store.find(checkpoint.step or 0)
-    return digest_of(read_block(checkpoint, block)) != store.digests(group.path, block)[column].tobytes()
+    segment, column = store.find(checkpoint.step or 0)
+    return digest_of(read_block(checkpoint, block)) != store.digests(segment.path, block)[column].tobytes()

@@ -1,11 +1,11 @@
-"""One block of ``convert``: read it at every step, XOR with the base, find the moves, hash, check, write.
+"""One block of ``convert``: read it at every step, find the moves from one to the next, hash, check, write.
 
-A task knows its checkpoints and the store's address, writes whole chunks at fixed places, and its digest last; so it can
-run in any order or process, and again. A block whose digest is there is whole.
+A task knows its checkpoints and the store's address, writes whole chunks at fixed places, and its record last; so it can
+run in any order or process, and again.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,183 +13,202 @@ from xxhash import xxh3_128
 
 from relexio.checkpoints.protocol import Checkpoint
 from relexio.dtypes import Kind, nonfinite
-from relexio.errors import CheckpointError, StoreError
-from relexio.store.moves import Moves, changed, count_changed, find_moves
-from relexio.store.schema import DIGEST, Block, Group, moves_room
-from relexio.store.state import block_state, digest_of, tile_width
+from relexio.errors import CheckpointError
+from relexio.loops import find
+from relexio.store.blocks import BaseWriter, MovesWriter, Written, finished, mark_finished
+from relexio.store.read import observed
+from relexio.store.schema import DIGEST, Block, Piece, Segment
 from relexio.store.store import Store
 
-#: So many tiles are read at a time: a read of a few hundred kB costs little more than one of a few ten.
-_READ = 4
+#: Bytes of all states of the elements that are compared at once: they are read, hashed and compared in the cache.
+_CACHED = 3 << 18
+#: Elements that are read at once where there are many states: a read of a hundred kB costs little more than one of ten.
+_READ = 1 << 16
+BASE = "base"
+#: Fills an array with element bits of a piece, from an element of it on.
+Fill = Callable[[int, np.ndarray], None]
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a block's task needs: the store, the group being written, its checkpoints, and the base's if it is new."""
+    """All that a block's task needs: the store, the segment being written, its checkpoints, and the base's, if that is new.
+
+    ``stored`` has checkpoints of the base and of the last stored step, where their files are still those that were stored.
+    """
 
     store: Store
-    group: Group
+    segment: Segment
     checkpoints: tuple[Checkpoint, ...]
     base: Checkpoint | None
+    stored: tuple[Checkpoint | None, Checkpoint | None]
     tile_bytes: int
     resumed: bool
 
-    @property
-    def path(self) -> str:
-        """The group's Zarr path."""
-        return self.group.path
 
+def encode_block(job: Job, block: Block) -> tuple[Written, Written | None]:
+    """Write one block of the segment, and of a new base; say what was written of both.
 
-def encode_block(job: Job, block: Block) -> np.ndarray:
-    """Write one block of the group and return how many elements changed at each step, int64 [K].
-
-    What an earlier run wrote whole is checked against its digests and kept.
+    What an earlier run wrote whole is kept.
     Raises CheckpointError for a file that ends early, or NaN and Inf that the base lacks.
     """
-    counts = _finished(job, block) if job.resumed else None
-    return _Encoder(job, block).run() if counts is None else counts
+    if job.resumed:
+        base = finished(job.store, BASE, block) if job.base else None
+        done = finished(job.store, job.segment.path, block)
+        if done is not None and (base is not None or job.base is None):
+            return done, base
+    encoder = _Encoder(job, block, job.stored)
+    try:
+        return encoder.run()
+    except _OtherBits:
+        encoder.writer.discard()
+        return _Encoder(job, block, (None, None)).run()
+
+
+class _OtherBits(Exception):  # noqa: N818  it is no error: there is another way
+    """A checkpoint that was stored has gone, or its files are no longer those that were."""
+
+
+@contextmanager
+def _going() -> Iterator[None]:
+    """A trainer may remove a stored checkpoint at any time."""
+    try:
+        yield
+    except (CheckpointError, OSError) as error:
+        raise _OtherBits from error
 
 
 class _Encoder:
-    def __init__(self, job: Job, block: Block) -> None:
-        self.job, self.block = job, block
-        self.path = f"{job.path}/{block.kind.name}"
-        self.steps = len(job.checkpoints)
-        self.streams = [_Stream(job, block, name) for name in ("step", "xor")]
-        self.count = np.zeros(job.store.block, job.store.array(f"{self.path}/count").dtype)
-        self.changed = np.zeros(self.steps, np.int64)
-        self.digests = [xxh3_128() for _ in range(self.steps)]
+    """Goes through the states of a block, a tile at a time: the base, the step before, the new steps."""
 
-    def run(self) -> np.ndarray:
+    def __init__(self, job: Job, block: Block, stored: tuple[Checkpoint | None, Checkpoint | None]) -> None:
+        self.job, self.block, self.kind, self.stored = job, block, block.kind, stored
+        self.columns = len(job.checkpoints)
+        self.writer = MovesWriter(job.store, job.segment.path, block)
+        self.base_writer = BaseWriter(job.store, block) if job.base else None
+        self.changed = np.zeros((len(block.pieces), self.columns), np.int64)
+        self.hashes = [xxh3_128() for _ in range(self.columns + 2)]
+        self.last = -1
+
+    def run(self) -> tuple[Written, Written | None]:
+        """Write the block. Raises _OtherBits where a stored checkpoint is not as it was."""
         job, block = self.job, self.block
-        base, tile = self._base(), tile_width(self.steps, block.kind.itemsize, job.tile_bytes)
-        wide = min(_READ * tile, block.size)
-        buffer = np.empty((self.steps, wide), block.kind.bits)
-        with ExitStack() as stack:
-            readers = [held(checkpoint, block, stack) for checkpoint in job.checkpoints]
-            for first in range(0, block.size, wide):
-                rows = buffer[:, : block.size - first]
-                for row, read, digest in zip(rows, readers, self.digests, strict=True):
-                    read(first, row)
-                    digest.update(row.data)
-                for at in range(0, rows.shape[1], tile):
-                    self._take(rows[:, at : at + tile], base[first + at :][:tile], first + at)
-        for stream in self.streams:
-            stream.flush()
-        joined = np.frombuffer(b"".join(d.digest() for d in self.digests), np.uint8).reshape(1, self.steps, DIGEST)
-        job.store.write_chunk(f"{self.path}/count", self.count, block.index)
-        job.store.write_chunk(f"{self.path}/digest", joined, block.index, 0, 0)
-        return self.changed
+        sources = self._base(), self._before(), *job.checkpoints
+        element = len(sources) * self.kind.itemsize
+        tile = max(64, min(job.tile_bytes, _CACHED) // element)
+        wide = min(max(tile, min(_READ, 4 * job.tile_bytes // element)), block.size)
+        buffer = np.empty((len(sources), wide), self.kind.bits)
+        for place, piece in enumerate(block.pieces):
+            with ExitStack() as stack:
+                fills = [self._fill(source, piece, stack) for source in sources]
+                for first in range(0, piece.size, wide):
+                    rows = buffer[:, : piece.size - first]
+                    self._read(rows, fills, first)
+                    for at in range(0, rows.shape[1], tile):
+                        self._take(place, rows[:, at : at + tile], piece.first + first + at)
+        self._require_stored()
+        of_base = self.base_writer.close(_joined(self.hashes[:1])) if self.base_writer else None
+        if of_base is not None:
+            mark_finished(job.store, BASE, block, of_base)
+        written = self.writer.close(_joined(self.hashes[2:]), self.changed)
+        mark_finished(job.store, job.segment.path, block, written)
+        return written, of_base
 
-    def _take(self, rows: np.ndarray, base: np.ndarray, first: int) -> None:
-        """Append the moves in element bits [K, n], which begin at element ``first`` of the block; ``rows`` is used up."""
-        rows ^= base
-        elements = changed(rows)
-        moves = find_moves(np.take(rows, elements, axis=1))
-        self._check(moves, base[elements])
-        self.count[first + elements] = moves.count
-        self.changed += count_changed(moves, self.steps)
-        for stream, entries in zip(self.streams, (moves.step, moves.xor), strict=True):
-            stream.append(entries)
+    def _base(self) -> Checkpoint | np.ndarray:
+        """Where the base's bits come from: its files, if it is new or they still are what was stored; else the store."""
+        job, block = self.job, self.block
+        if job.base is None and self.stored[0] is not None:
+            job.store.check_base_bits(block)  # a damaged base takes no more steps: nobody could restore them
+        return job.base or self.stored[0] or job.store.base_bits(block)
 
-    def _base(self) -> np.ndarray:
-        """The base's bits: from its files into the store for a new store, else from the store."""
-        store, block, kind = self.job.store, self.block, self.block.kind
-        if self.job.base is None:
-            return _stored_base(store, block)
-        path = f"base/{kind.name}"
-        chunk = store.array(f"{path}/bits").chunks[0]
-        whole = np.zeros(-(-block.size // chunk) * chunk, kind.bits)
-        bits = whole[: block.size]
-        self.job.base.read(block.tensor.name, block.start * kind.itemsize, bits.data.cast("B"))
-        first = block.index * store.block // chunk
-        for i, part in enumerate(whole.reshape(-1, chunk)):
-            store.write_chunk(f"{path}/bits", part, first + i)
-        store.write_chunk(f"{path}/digest", np.frombuffer(digest_of(bits), np.uint8).reshape(1, -1), block.index, 0)
-        return bits
+    def _before(self) -> Checkpoint | np.ndarray | None:
+        """Where those of the last stored step come from; None: they are the base's."""
+        store = self.job.store
+        if not store.segments:
+            return None
+        return self.stored[1] or observed(store, self.block, store.segments[-1].steps[-1])
 
-    def _check(self, moves: Moves, base: np.ndarray) -> None:
-        kind = self.block.kind
-        if not kind.is_float:
-            return
-        if nonfinite(base, kind).any():
+    def _fill(self, source: Checkpoint | np.ndarray | None, piece: Piece, stack: ExitStack) -> Fill | None:
+        if source is None:
+            return None
+        if isinstance(source, np.ndarray):
+            part = source[piece.span]
+            return lambda first, row: np.copyto(row, part[first : first + len(row)])
+        if not any(source is stored for stored in self.stored):
+            return held(source, piece, stack)
+        with _going():
+            return _going()(held(source, piece, stack))
+
+    def _read(self, rows: np.ndarray, fills: list[Fill | None], first: int) -> None:
+        for row, fill, hashed in zip(rows, fills, self.hashes, strict=True):
+            if fill is None:
+                row[:] = rows[0]
+            else:
+                fill(first, row)
+                hashed.update(row.data)
+        if self.base_writer:
+            self.base_writer.append(rows[0])
+
+    def _take(self, place: int, rows: np.ndarray, first: int) -> None:
+        """Append the moves in states [K + 2, n], which begin at element ``first`` of the block."""
+        found = find(rows[1:], rows[0], self.kind, first, self.last)
+        self.last = found.last
+        self.writer.append(found.when, found.by)
+        self.changed[place] += found.changed
+        if found.lost:
+            if any(self.stored):  # whose bits nobody has compared yet
+                raise _OtherBits
+            self._refuse(place, rows[1:])
+
+    def _require_stored(self) -> None:
+        """Raise _OtherBits where bits that were taken from stored checkpoints are not those that were stored."""
+        store = self.job.store
+        paths = BASE, store.segments[-1].path if store.segments else BASE
+        for stored, path, hashed in zip(self.stored, paths, self.hashes, strict=False):
+            known = store.digests(path, self.block).reshape(-1, DIGEST)[-1] if stored else None
+            if known is not None and hashed.digest() != known.tobytes():
+                raise _OtherBits
+
+    def _refuse(self, place: int, rows: np.ndarray) -> None:
+        name = self.block.pieces[place].tensor.name
+        moved = rows[1:] != rows[:-1]
+        if (nonfinite(rows[0], self.kind) & moved.any(axis=0)).any():
             raise CheckpointError(
-                f"base: tensor {self.block.tensor.name}: NaN or Inf in an element that training changes; give another --base"
+                f"base: tensor {name}: NaN or Inf in an element that training changes; give another --base"
             )
-        bad = nonfinite(moves.xor ^ base[moves.owner], kind)
-        if bad.any():
-            checkpoint = self.job.checkpoints[int(moves.step[bad].min())]
-            raise CheckpointError(
-                f"{checkpoint.label}: tensor {self.block.tensor.name}: NaN or Inf where the base has numbers; "
-                f"leave this step out with --steps"
-            )
+        first = int(np.argmax((nonfinite(rows[1:], self.kind) & moved).any(axis=1)))
+        raise CheckpointError(
+            f"{self.job.checkpoints[first].label}: tensor {name}: NaN or Inf where the base has numbers; "
+            f"leave this step out with --steps"
+        )
 
 
-class _Stream:
-    """Fills the chunks of one array of moves, from the block's first place on."""
-
-    def __init__(self, job: Job, block: Block, name: str) -> None:
-        self.store, self.path = job.store, f"{job.path}/{block.kind.name}/{name}"
-        array = job.store.array(self.path)
-        self.chunk = np.zeros(array.chunks, array.dtype)
-        self.filled = 0
-        self.next = block.index * moves_room(job.store.block, len(job.checkpoints)) // len(self.chunk)
-
-    def append(self, entries: np.ndarray) -> None:
-        while len(entries):
-            taken, entries = np.split(entries, [len(self.chunk) - self.filled])
-            self.chunk[self.filled : self.filled + len(taken)] = taken
-            self.filled += len(taken)
-            if self.filled == len(self.chunk):
-                self.flush()
-
-    def flush(self) -> None:
-        """Write the chunk, the rest of it zero, if there is anything in it."""
-        if self.filled:
-            self.chunk[self.filled :] = 0
-            self.store.write_chunk(self.path, self.chunk, self.next)
-            self.next, self.filled = self.next + 1, 0
+def _joined(hashes: list[xxh3_128]) -> np.ndarray:
+    return np.frombuffer(b"".join(hashed.digest() for hashed in hashes), np.uint8).reshape(-1, DIGEST)
 
 
-def held(checkpoint: Checkpoint, block: Block, stack: ExitStack) -> Callable[[int, np.ndarray], None]:
-    """What fills an array with a checkpoint's element bits, from an element of the block on; open until the stack ends."""
-    itemsize = block.kind.itemsize
-    first, nbytes = block.start * itemsize, block.size * itemsize
-    read = stack.enter_context(checkpoint.held(block.tensor.name, first, nbytes))
+def held(checkpoint: Checkpoint, piece: Piece, stack: ExitStack) -> Fill:
+    """What fills an array with a checkpoint's element bits, from an element of the piece on; open until the stack ends."""
+    itemsize = piece.tensor.kind.itemsize
+    first, nbytes = piece.start * itemsize, piece.size * itemsize
+    read = stack.enter_context(checkpoint.held(piece.tensor.name, first, nbytes))
     return lambda element, bits: read(first + element * itemsize, bits.data.cast("B"))
 
 
 def read_block(checkpoint: Checkpoint, block: Block) -> np.ndarray:
     """The element bits [size] of a block in a checkpoint."""
-    return read_bits(checkpoint, block.tensor.name, block.kind, block.start, block.size)
+    bits = np.empty(block.size, block.kind.bits)
+    for piece in block.pieces:
+        read_into(checkpoint, piece, bits[piece.span])
+    return bits
+
+
+def read_into(checkpoint: Checkpoint, piece: Piece, bits: np.ndarray) -> None:
+    """Fill an array [size] with the element bits of a piece in a checkpoint."""
+    checkpoint.read(piece.tensor.name, piece.start * piece.tensor.kind.itemsize, bits.data.cast("B"))
 
 
 def read_bits(checkpoint: Checkpoint, name: str, kind: Kind, first: int, count: int) -> np.ndarray:
-    """``count`` element bits of a tensor in a checkpoint, from element ``first`` on."""
+    """Some element bits [count] of a tensor in a checkpoint."""
     bits = np.empty(count, kind.bits)
     checkpoint.read(name, first * kind.itemsize, bits.data.cast("B"))
     return bits
-
-
-def _stored_base(store: Store, block: Block) -> np.ndarray:
-    """The base's bits out of the store: moves from other bits than its own would be worth nothing once it is mended."""
-    bits = store.base_bits(block)
-    if digest_of(bits) != store.digests("base", block).tobytes():
-        raise StoreError(
-            f"{store.shown}: base: tensor {block.tensor.name}: not the bits that were hashed; the store is damaged; "
-            f"take the trajectory from a copy"
-        )
-    return bits
-
-
-def _finished(job: Job, block: Block) -> np.ndarray | None:
-    """Changed elements [K] of a block that an interrupted run wrote, if it is whole and fits its digests; else None."""
-    try:
-        digests = job.store.digests(job.path, block)
-        base = job.store.base_bits(block)
-        if digest_of(base) != job.store.digests("base", block).tobytes():
-            return None
-        state, counts = block_state(job.store, job.group, block, job.tile_bytes)
-        return counts if (state == digests).all() else None
-    except StoreError:
-        return None

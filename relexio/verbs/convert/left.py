@@ -51,7 +51,7 @@ def _alike(names: Iterable[str]) -> list[str]:
 
 def recorded(store: Store) -> list[NotStoredSummary]:
     """What was not stored of steps and base, as ``convert`` recorded it."""
-    records = [record for group in store.groups for record in store.checkpoints(group).values()]
+    records = [record for segment in store.segments for record in store.checkpoints(segment).values()]
     return [*_merged("steps", [r.not_stored for r in records]), *_merged("base", [store.base().not_stored])]
 
 

@@ -1,12 +1,11 @@
 """Before anything is written: find the checkpoints, check that they belong together, and plan the memory."""
 
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from relexio.atomic import PARTIAL
 from relexio.checkpoints.layout import Source, choose, open_checkpoint, open_step
@@ -19,10 +18,11 @@ from relexio.engine.process import resident_bytes
 from relexio.engine.resources import Resources
 from relexio.errors import CheckpointError, ExistsError, IncompleteError, RequestError
 from relexio.progress import Stages
-from relexio.store.schema import FILE_CHUNK, Block, block_elements, lay_out, moves_chunk
+from relexio.store.opening import has_begun, open_store
+from relexio.store.schema import FILE_CHUNK, MOST_STEPS, Block, block_elements, lay_out
 from relexio.store.state import digest_of
 from relexio.store.storage import METADATA, Location, locate
-from relexio.store.store import Store, has_begun, open_store
+from relexio.store.store import Store
 from relexio.verbs.convert.before import doubt_of_base, refuse_base_among, written_again
 from relexio.verbs.convert.encode import read_block
 from relexio.words import Selection, describe_steps
@@ -37,19 +37,26 @@ class Request:
     root: Path | None = None
     named: Mapping[int, Source] | None = None
     selection: Selection | None = None
+    replace: Selection | None = None
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a ``convert`` will do: into ``out``, from ``base`` (None: the store's own), the steps that are new."""
+    """What a ``convert`` will do: into ``out``, from ``base`` (None: the store's own), the steps that are new.
+
+    ``forgotten`` are stored steps that go in the same commit; ``stored`` has checkpoints of the base and of the last step that
+    stays, where their files are still those that were stored.
+    """
 
     out: Location
     store: Store | None
     base: Checkpoint | None
     checkpoints: tuple[Checkpoint, ...]
+    stored: tuple[Checkpoint | None, Checkpoint | None]
     block: int
     executor: Executor
     present: tuple[int, ...]
+    forgotten: tuple[int, ...]
     notes: tuple[str, ...]
 
     @property
@@ -96,7 +103,9 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
     sources, others = choose(request.root, request.named or {}, request.selection)
     if store is None and request.base is None:
         raise RequestError(f"{out} does not exist yet: a new trajectory needs --base, the model before RL")
-    opened, unfinished = _open_all(sources, request, store.steps if store else ())
+    forgotten = _forgotten(store, request, sources)
+    stored = tuple(step for step in store.steps if step not in forgotten) if store else ()
+    opened, unfinished = _open_all(sources, request, stored)
     base = open_checkpoint(request.base) if request.base else None
     table = store.table if store else base.tensors if base else {}
     label = base.label if base else f"the base of {out}"
@@ -110,16 +119,55 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
             _require_same_base(store, base, resources, stages)
         if doubt := doubt_of_base(base, (*_only_step(store, request), *checkpoints)):
             notes.append(doubt)
-    present = tuple(step for step in sources if store and step in store.steps)
-    if store is not None and (again := written_again(store, {step: sources[step] for step in present})):
+    present = tuple(step for step in sources if step in stored)
+    if store is not None and (again := written_again(store, {step: sources[step] for step in present}, request.root)):
         notes.append(again)
     if present:
         notes.append(f"already stored, not read again: {describe_steps(present)}")
-    block = store.block if store else block_elements(max((t.size for t in lay_out(table, 1 << 62)), default=1))
+    block = store.block if store else block_elements(_most_elements(table))
+    if len(stored) + len(checkpoints) > MOST_STEPS:
+        raise RequestError(f"{out}: a trajectory holds {MOST_STEPS:,} steps at most; choose some with --steps")
     read = (*checkpoints, *([base] if base else []))
     largest = max((size for checkpoint in read for size in checkpoint.side_sizes), default=0)
-    executor = _executor(table, block, len(checkpoints), largest, resources)
-    return Conversion(target, store, base, checkpoints, block, executor, present, tuple(notes))
+    segments = len(store.segments) if store else 0
+    executor = _executor(table, block, len(checkpoints), segments, largest, resources)
+    still = _still_there(store, forgotten) if store and checkpoints else (None, None)
+    return Conversion(target, store, base, checkpoints, still, block, executor, present, forgotten, tuple(notes))
+
+
+def _most_elements(table: Table) -> int:
+    """Elements of the kind that has most."""
+    sizes: Counter[str] = Counter()
+    for tensor in lay_out(table, 1):
+        sizes[tensor.kind.name] += tensor.size
+    return max(sizes.values(), default=1)
+
+
+def _forgotten(store: Store | None, request: Request, sources: Mapping[int, Source]) -> tuple[int, ...]:
+    """The stored steps that others will replace. Raises RequestError where none would."""
+    if request.replace is None:
+        return ()
+    chosen = tuple(step for step in store.steps if step in request.replace) if store else ()
+    if not chosen:
+        raise RequestError(f"--replace {request.replace.text}: no such step is stored; leave --replace out")
+    if not any(step in request.replace for step in sources):
+        raise RequestError(
+            f"--replace {request.replace.text}: no checkpoint of such a step was found to stand in the place of "
+            f"{describe_steps(chosen)}; give the directory that has them"
+        )
+    return chosen
+
+
+def _still_there(store: Store, forgotten: tuple[int, ...]) -> tuple[Checkpoint | None, Checkpoint | None]:
+    """Checkpoints of the base, and of the last step in the chain that stays, whose files are still those that were stored."""
+    staying = [step for step in store.chain if step not in forgotten]
+    records = store.base(), store.record(staying[-1]) if staying else None
+    found: list[Checkpoint | None] = [None, None]
+    for place, record in enumerate(records):
+        with suppress(CheckpointError, OSError):
+            if record is not None and record.is_still_in(directory := Path(record.source)):
+                found[place] = match(open_checkpoint(directory, record.step), store.table, store.shown)
+    return found[0], found[1]
 
 
 def _only_step(store: Store | None, request: Request) -> list[Checkpoint]:
@@ -158,14 +206,14 @@ def _open_all(
     return opened, [f"step {step} is not complete yet, and left out: {problem}" for step, problem in unfinished.items()]
 
 
-def _executor(table: Table, block: int, count: int, side: int, resources: Resources) -> Executor:
-    """Where the blocks of so many steps are encoded, the largest side file ``side`` bytes: within the memory. Raises
-    BudgetError."""
+def _executor(table: Table, block: int, count: int, segments: int, side: int, resources: Resources) -> Executor:
+    """Where the blocks of so many steps are encoded, and so many ``segments`` read, the largest side file ``side`` bytes:
+    within the memory. Raises BudgetError."""
     tensors = [tensor for tensor in lay_out(table, block) if tensor.size]
     kinds = {tensor.kind for tensor in tensors}
     steps = max(count, 1)
     itemsize = max((kind.itemsize for kind in kinds), default=1)
-    need = plan.convert_need(block, itemsize, steps, moves_chunk(block, steps))
+    need = plan.convert_need(block, itemsize, steps, segments)
     resources = replace(resources, held=resident_bytes())  # the headers of all steps are held by now
     return resources.on_cpu(need, shared=3 * min(side, FILE_CHUNK))
 
@@ -178,13 +226,17 @@ def _require_same_base(store: Store, base: Checkpoint, resources: Resources, sta
     executor = resources.on_cpu(plan.convert_need(store.block, 4, 1, 0))
     executor.require([*store.files(METADATA), *(file.path for file in base.files)])
     with stages("compare the base", base.nbytes) as advance:
-        differing = graph.sums(store, 1, partial(_differs, store, base), executor, advance)
-    for name, different in differing.items():
-        if different[0]:
-            raise CheckpointError(
-                f"{base.label}: tensor {name} differs from the base of {store.shown}; leave --base out"
-            )
+        for _, name in graph.each(store, 1, partial(_differing, store, base), executor, advance):
+            if name is not None:
+                raise CheckpointError(
+                    f"{base.label}: tensor {name} differs from the base of {store.shown}; leave --base out"
+                )
 
 
-def _differs(store: Store, base: Checkpoint, block: Block) -> np.ndarray:
-    return np.array([digest_of(read_block(base, block)) != store.digests("base", block).tobytes()])
+def _differing(store: Store, base: Checkpoint, block: Block) -> str | None:
+    """The first tensor in a block that differs from the base."""
+    bits = read_block(base, block)
+    if digest_of(bits) == store.digests("base", block).tobytes():
+        return None
+    differs = bits != store.base_bits(block)
+    return next((p.tensor.name for p in block.pieces if differs[p.span].any()), block.pieces[0].tensor.name)

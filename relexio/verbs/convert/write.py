@@ -3,7 +3,7 @@
 import errno
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,26 +11,29 @@ from typing import Any
 import numpy as np
 
 from relexio import atomic
-from relexio.checkpoints.record import CheckpointRecord
 from relexio.checkpoints.side import COMPARED, differences
 from relexio.dtypes import is_buffer
 from relexio.engine import graph
-from relexio.errors import CheckpointError, ClusterError, ExistsError, RelexioError, StorageError, StoreError
+from relexio.engine.executor import Executor
+from relexio.errors import BusyError, CheckpointError, ClusterError, ExistsError, RelexioError, StorageError, StoreError
 from relexio.progress import Stages
-from relexio.store.schema import Block, Group
+from relexio.store.blocks import FINISHED, Written, write_small
+from relexio.store.opening import has_begun, open_store, unfinished_store
+from relexio.store.schema import Block, Segment
 from relexio.store.storage import METADATA, Location, locate
-from relexio.store.store import Store, has_begun, open_store, unfinished_store
+from relexio.store.store import Store
 from relexio.store.write import (
     Files,
     attribute,
-    commit,
     content_hashes,
-    create_steps_group,
+    create_segment,
     create_store,
     set_attribute,
+    sweep,
     write_changed,
 )
 from relexio.verbs.convert.encode import Job, encode_block
+from relexio.verbs.convert.merge import commit_chain, forget, merge, merging
 from relexio.verbs.convert.request import Conversion
 from relexio.words import show
 
@@ -54,7 +57,7 @@ def convert(conversion: Conversion, stages: Stages) -> ConversionResult:
     if not conversion.checkpoints:
         if conversion.store is None:
             raise CheckpointError(f"{conversion.out.shown}: no step to convert")
-        return ConversionResult(conversion.store, False, ())
+        return _tidy(conversion, conversion.store, stages)
     unfinished = _begun(conversion)
     if unfinished:  # an interrupted run was about some of these steps: finish that, then add the rest
         parts = [tuple(c for c in conversion.checkpoints if (c.step in unfinished) == first) for first in (True, False)]
@@ -66,35 +69,85 @@ def convert(conversion: Conversion, stages: Stages) -> ConversionResult:
 
 def _begun(conversion: Conversion) -> set[int]:
     """The steps that an interrupted run was about, if they are some but not all of those wanted now."""
+    if conversion.forgotten:
+        return set()
     where = conversion.out if conversion.store else conversion.out.staged
     store = conversion.store or unfinished_store(where)
-    name = f"groups/{len(store.groups) if store else 0:04d}"
-    if store is None or where.below(name).get(METADATA) is None:
+    if store is None or where.below(_next(store)).get(METADATA) is None:
         return set()
-    sources = _recorded(replace(store, address=where.address), name) or {"steps": []}
-    steps = {record["step"] for record in sources["steps"]}
+    sources = _recorded(replace(store, address=where.address), _next(store)) or []
+    steps = {record["step"] for record in sources}
     return steps if steps < set(conversion.steps) else set()
 
 
+def _next(store: Store) -> str:
+    return f"segments/{store.next:04d}"
+
+
 def _convert(conversion: Conversion, stages: Stages) -> ConversionResult:
-    """Write and commit the steps of a conversion as one group."""
+    """Write and commit the steps of a conversion as one segment; merge segments where they have become many."""
     with _needed_said(conversion), conversion.out.storage_errors(), _workspace(conversion) as store:
-        group = Group(f"{len(store.groups):04d}", conversion.steps)
-        resumed = _begin(conversion, store, group)
-        base = conversion.base if conversion.store is None else None
-        job = Job(store, group, conversion.checkpoints, base, conversion.executor.plan.tile_bytes, resumed)
         executor = conversion.executor
+        if conversion.forgotten:
+            sweep(store)  # what an interrupted run left begins anew
+            store = forget(store, conversion.forgotten, executor, stages)
+        segment = Segment(f"{store.next:04d}", conversion.steps)
+        resumed = _begin(conversion, store, segment)
+        job = Job(
+            store,
+            segment,
+            conversion.checkpoints,
+            None if conversion.store else conversion.base,
+            conversion.stored,
+            executor.plan.tile_bytes,
+            resumed,
+        )
         files = [file.path for checkpoint in conversion.read for file in checkpoint.files]
-        executor.require([*store.files(f"{group.path}/{METADATA}"), *files])
+        executor.require([*store.files(f"{segment.path}/{METADATA}"), *files])
         encode = partial(_encode, job, 2 * len(job.checkpoints) * executor.plan.workers + 64)
         with stages("convert", conversion.bytes_read) as advance:
-            counts = graph.sums(store, len(conversion.read), encode, executor, advance)
+            written = list(graph.each(store, len(conversion.read), encode, executor, advance))
         executor.settle(store.files(""))
         for checkpoint in conversion.read:
             checkpoint.assert_unchanged()
-        write_changed(store, group, counts)
-        done, notes = _commit(conversion, store, group)
+        done, notes = _commit(conversion, store, segment, written)
+        if conversion.forgotten:
+            sweep(done)
+        if conversion.store:
+            done, unmerged = _merge(done, executor, stages)
+            notes += unmerged
     return ConversionResult(done.moved_to(conversion.out.address), resumed, notes)
+
+
+def _merge(store: Store, executor: Executor, stages: Stages) -> tuple[Store, tuple[str, ...]]:
+    """Merge, after the new steps are safe: what fails then is no failure of theirs."""
+    try:
+        with locate(store.address).storage_errors():
+            return merge(store, executor, stages), ()
+    except RelexioError as error:
+        with suppress(OSError, RelexioError):  # the disk may be gone
+            store = open_store(store.address)  # it may have failed when it was committed already
+            sweep(store)
+        text = f"the steps are stored, but segments could not be merged: {error}; the next convert tries again"
+        return store, (text,)
+
+
+def _tidy(conversion: Conversion, store: Store, stages: Stages) -> ConversionResult:
+    """With nothing to add: merge and remove what a run that was killed after its commit left to be merged or removed."""
+    begun = {record["step"] for record in _recorded(store, _next(store)) or []}
+    spared = (
+        {_next(store).rpartition("/")[2]} if begun and not begun & {*store.steps} else set()
+    )  # a run to be taken up
+    left = set(locate(store.address).below("segments").names()) - {METADATA, *(s.name for s in store.segments)}
+    if left <= spared and not merging(store):
+        return ConversionResult(store, False, ())
+    try:
+        with conversion.out.storage_errors(), _workspace(conversion) as store:
+            sweep(store)
+            store, notes = _merge(store, conversion.executor, stages)
+    except BusyError:  # whoever writes to it does so
+        return ConversionResult(store, False, ())
+    return ConversionResult(store, False, notes)
 
 
 @contextmanager
@@ -111,7 +164,7 @@ def _needed_said(conversion: Conversion) -> Iterator[None]:
         raise failure from error
 
 
-def _encode(job: Job, files: int, block: Block) -> np.ndarray:
+def _encode(job: Job, files: int, block: Block) -> tuple[Written, Written | None]:
     _allow_files(files)  # here, since this may be another process than the one that made the plan
     return encode_block(job, block)
 
@@ -123,9 +176,9 @@ def _workspace(conversion: Conversion) -> Iterator[Store]:
     if conversion.store is not None:
         with out.locked():
             store = open_store(out.address)  # another writer may have committed since
-            if store.groups != conversion.store.groups:
+            if store.seal != conversion.store.seal:
                 raise CheckpointError(f"{out.shown}: another process has added steps meanwhile; run again")
-            with _clean_up(lambda: _drop_group(store)):
+            with _clean_up(lambda: sweep(open_store(out.address))):  # as the marker says by then
                 yield store
         return
     staged = out.staged
@@ -150,11 +203,6 @@ def _clean_up(remove: Callable[[], None]) -> Iterator[None]:
         raise
 
 
-def _drop_group(store: Store) -> None:
-    """Remove the group that was not committed."""
-    locate(store.address).below(f"groups/{len(store.groups):04d}").remove()
-
-
 def _staged_store(conversion: Conversion, staged: Location) -> Store:
     """The store that is being built: as an interrupted run left it if that was this same conversion, else new."""
     table = conversion.base.tensors if conversion.base else {}
@@ -165,86 +213,99 @@ def _staged_store(conversion: Conversion, staged: Location) -> Store:
     return create_store(staged.address, conversion.block, table)
 
 
-def _begin(conversion: Conversion, store: Store, group: Group) -> bool:
-    """Create the group, its files, and the record of its sources; True if an interrupted run did so already."""
-    known = [name for old in store.groups for name in _names(*store.checkpoints(old).values())]
-    base = store.base() if conversion.store is not None else None
-    files = Files(store, group.path, [*known, *(_names(base) if base else [])])
+def _begin(conversion: Conversion, store: Store, segment: Segment) -> bool:
+    """Create the segment, its files, and the record of its sources; True if an interrupted run did so already."""
+    files = Files(store)
     records = [checkpoint.record(files.name) for checkpoint in conversion.checkpoints]
-    base_record = conversion.base.record(files.name) if base is None and conversion.base else base
-    value = {"base": base_record.to_json() if base_record else None, "steps": [r.to_json() for r in records]}
-    begun_group = locate(store.address).below(group.path)
-    if begun_group.exists():
+    sources = [record.to_json() for record in records]
+    source = conversion.base.record(files.name).to_json() if conversion.base and not conversion.store else None
+    location = locate(store.address)
+    if location.below(segment.path).exists():
         certain = all(checkpoint.files for checkpoint in conversion.read)  # else the record would fit other tensors too
-        if certain and _as_sources(_recorded(store, group.path)) == _as_sources(value):
-            set_attribute(store, group.path, "sources", value)
+        same = _as_sources(_recorded(store, segment.path)) == _as_sources(sources)
+        if source is not None:
+            same = same and _as_sources([_recorded(store, "base", "source")]) == _as_sources([source])
+        if certain and same:
+            files.write()
+            set_attribute(store, segment.path, "sources", sources)
             return True
-        begun_group.remove()
-    create_steps_group(store, group)
+    if (
+        not conversion.forgotten
+    ):  # else ``store`` is not what is committed, and what an interrupted run left is gone already
+        sweep(store)
+    location.below(f"base/{FINISHED}").remove()
     files.write()
-    set_attribute(store, group.path, "sources", value)
+    create_segment(store, segment)
+    if source is not None:
+        set_attribute(store, "base", "source", source)
+    set_attribute(store, segment.path, "sources", sources)
     return False
 
 
-def _recorded(store: Store, path: str) -> Any:
-    """The sources that a group was begun for; None if it was left too early, or damaged, to say."""
+def _recorded(store: Store, path: str, name: str = "sources") -> Any:
+    """The sources that a segment was begun for; None if it was left too early, or damaged, to say."""
     try:
-        return attribute(store, path, "sources")
+        return attribute(store, path, name)
     except StoreError:
         return None
 
 
-def _as_sources(value: Any) -> Any:
+def _as_sources(records: Any) -> Any:
     """Sources without what was not stored of them: a trainer may have removed its state meanwhile."""
-    if not value:
-        return value
-    records = [value["base"], *value["steps"]]
-    return [{k: v for k, v in (record or {}).items() if k != "not_stored"} for record in records]
+    return [{k: v for k, v in (record or {}).items() if k != "not_stored"} for record in records or []]
 
 
-def _names(*records: CheckpointRecord) -> list[str]:
-    return [name for record in records for name in record.files]
-
-
-def _commit(conversion: Conversion, store: Store, group: Group) -> tuple[Store, tuple[str, ...]]:
-    content = content_hashes(store, group.path, len(group.steps))
-    base = content_hashes(store, "base", 0)[0]
-    if conversion.store and base != store.base_content:
-        raise StoreError(
-            f"{store.shown}: base: its blocks are not those that were committed; the store is damaged; "
-            f"take the trajectory from a copy"
-        )
-    if base in content:
-        step = group.steps[content.index(base)]
+def _commit(
+    conversion: Conversion, store: Store, segment: Segment, written: list[tuple[Block, tuple[Written, Written | None]]]
+) -> tuple[Store, tuple[str, ...]]:
+    write_small(store, segment.path, [(block, moves) for block, (moves, _) in written])
+    write_changed(store, segment, _changed(store, segment, [(block, moves) for block, (moves, _) in written]))
+    base = store.base_content
+    if not conversion.store:
+        write_small(store, "base", [(block, bits) for block, (_, bits) in written if bits])
+        base = content_hashes(store, "base", 0)[0]
+    segment = replace(segment, content=tuple(content_hashes(store, segment.path, segment.columns)))
+    if base in segment.content:
+        step = segment.steps[segment.content.index(base)]
         raise CheckpointError(f"step {step}: is the base itself (bit for bit); leave it out with --steps")
     where = locate(store.address)
-    for written in ("base", "groups"):
-        where.below(written).settle()
-    records = _recorded(store, group.path)
-    files = _names(*map(CheckpointRecord.from_json, [records["base"], *records["steps"]]))
-    done = commit(store, replace(group, content=tuple(content)), files, base)
+    for part in ("base", segment.path):
+        where.below(f"{part}/{FINISHED}").remove()
+    done = commit_chain(replace(store, base_content=base), (*store.segments, segment))
     return done, tuple(_notes(done))
+
+
+def _changed(store: Store, segment: Segment, written: list[tuple[Block, Written]]) -> np.ndarray:
+    """How many elements of each tensor differ from the base in each state of a new segment: int64 [tensors, K]."""
+    table = {tensor.name: np.zeros(segment.columns, np.int64) for tensor in store.tensors}
+    if store.segments:  # blocks count from the step before
+        for counts, before in zip(table.values(), store.changed(store.segments[-1])[:, -1], strict=False):
+            counts += before
+    for block, note in written:
+        for piece, changed in zip(block.pieces, note.changed, strict=True):
+            table[piece.tensor.name] += changed
+    return np.stack([*table.values()]) if table else np.zeros((1, segment.columns), np.int64)
 
 
 def _notes(store: Store) -> Iterator[str]:
     """What the user should know of the steps just added."""
-    group = store.groups[-1]
+    segment = store.segments[-1]
     base, last = (
         {name: store.file(record.side[name]) for name in COMPARED if name in record.side}
-        for record in (store.base(), store.checkpoints(group)[group.steps[-1]])
+        for record in (store.base(), store.record(segment.steps[-1]))
     )
     differing = differences(base, last)
     if differing:
         yield (
-            f"step {group.steps[-1]} differs from the base in {', '.join(differing)}: predictions take these from "
+            f"step {segment.steps[-1]} differs from the base in {', '.join(differing)}: predictions take these from "
             f"the last step of their window"
         )
-    seen: dict[str, int] = {h: s for old in store.groups[:-1] for s, h in zip(old.steps, old.content, strict=True)}
-    for step, content in zip(group.steps, group.content, strict=True):
+    seen = {content: step for step, content in store.contents.items() if step not in segment.steps}
+    for step, content in zip(segment.steps, segment.content, strict=True):
         if content in seen:
             yield f"step {step} is bit for bit the same as step {seen[content]}"
         seen.setdefault(content, step)
-    for tensor, counts in zip(store.tensors, store.changed(group), strict=True):
+    for tensor, counts in zip(store.tensors, store.changed(segment), strict=False):
         if counts.any() and not tensor.kind.is_float:
             fate = "predictions carry over its last state" if is_buffer(tensor.dtype) else "it cannot be predicted"
             yield f"{tensor.name} ({tensor.dtype}) changes; it is stored; {fate}"

@@ -1,0 +1,271 @@
+"""The compiled loops (``loops.c``), called by ctypes. Arrays are made here, and checked as far as memory is at stake.
+
+Tables come from ``Reader`` and ``fold``, whose starts ascend; that is not checked again.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import numpy as np
+
+from relexio.dtypes import Kind
+from relexio.loops.moves import (
+    BEYOND,
+    CUT_GAP,
+    FEW,
+    MANY,
+    Found,
+    Moves,
+    Stream,
+    check_names,
+    check_table,
+    first_rows,
+    next_chunk,
+)  # fmt: skip
+
+_KIND = {"bf16": 0, "f16": 1, "f32": 2, "raw": 3}
+_FLOAT = {"bf16": 0, "f16": 1, "f32": 2}
+_NEVER = 0xFFFFFFFF  # bits that no raw byte has
+
+#: Arguments of each function: p is the address of an array, i an int64; and whether it returns an int64.
+_FUNCTIONS = {
+    "compare": ("piiippi", False), "emit": ("piiiipipppppi", False), "pack": ("ppiiipp", True),
+    "mark": ("piiiip", True), "collect": ("pipiippppi", False),
+    "fold": ("pppippppi", True), "advance": ("pppiipi", False),
+    "increments": ("pppipi", False), "gram": ("ppppiippi", False), "dense": ("pppiip", False), "predict": ("pppppiipi", True),
+}  # fmt: skip
+
+
+def _load() -> ctypes.CDLL:
+    spec = find_spec("relexio.loops._loops")
+    if spec is None or spec.origin is None:
+        raise ImportError("relexio was installed without its compiled loops")
+    library = ctypes.CDLL(spec.origin)
+    for name, (arguments, returns) in _FUNCTIONS.items():
+        function = getattr(library, name)
+        function.argtypes = [ctypes.c_void_p if letter == "p" else ctypes.c_int64 for letter in arguments]
+        function.restype = ctypes.c_int64 if returns else None
+    return library
+
+
+_loops = _load()
+
+
+def _at(array: np.ndarray, dtype: str) -> int:
+    """The address of an array in one piece of memory."""
+    if array.dtype != dtype or not array.flags.c_contiguous:
+        raise ValueError(f"an array is not {np.dtype(dtype)} in one piece of memory")
+    return array.ctypes.data
+
+
+def _table(moves: Moves) -> tuple[int, int]:
+    return _at(moves.start, "i8"), _at(moves.row, "u2")
+
+
+# Moves to bytes.
+
+
+def find(rows: np.ndarray, base: np.ndarray, kind: Kind, first: int = 0, before: int = -1) -> Found:
+    """The moves between states [K + 1, n], the first of which is the one before, of a block's elements from ``first`` on.
+
+    ``base`` [n] are the bits that all began from; ``before`` is the last cell that has moved. A call takes some 15 µs; best
+    are many elements whose states are in cache.
+    """
+    columns, n = len(rows) - 1, rows.shape[1]
+    if rows.dtype != kind.bits or (n > 1 and rows.strides[1] != rows.itemsize) or before >= first * columns:
+        raise ValueError("states cannot be compared: their type, their layout, or the cell before")
+    if len(base) != n:
+        raise ValueError(f"{len(base)} elements of a base do not fit {n}")
+    words = 1 if columns == 1 else -(-columns // 64) * 64
+    mask, moved = np.empty(-(-n // 64) * words, np.uint64), np.empty(columns, np.int64)
+    states = rows.ctypes.data, rows.strides[0], columns, n
+    marks = mask.ctypes.data
+    _loops.compare(*states, marks, moved.ctypes.data, _KIND[kind.name])
+    total = int(np.add.reduce(moved))
+    when = np.empty(total + ((first + n) * columns - before) // 255 + 1, np.uint8)
+    by, sizes, changed = np.empty(total, kind.bits), np.array([0, before, 0]), np.zeros(columns, np.int64)
+    _loops.emit(
+        *states, first, _at(base, kind.bits), kind.exponent or _NEVER, marks,
+        when.ctypes.data, by.ctypes.data, changed.ctypes.data, sizes.ctypes.data, _KIND[kind.name],
+    )  # fmt: skip
+    return Found(when[: sizes[0]], by, int(sizes[1]), np.cumsum(changed), int(sizes[2]))
+
+
+def pack(moves: Moves, columns: int, first: int = 0, before: int = -1) -> tuple[np.ndarray, int]:
+    """The bytes of ``when`` (uint8) for moves at K ``columns`` of a block's elements from ``first`` on, and the last cell.
+
+    Raises ValueError if a row is no column, or rows do not ascend.
+    """
+    n = len(moves.start) - 1
+    check_table(moves, n)
+    when = np.empty(len(moves.row) + max(0, (first + n) * columns - before) // 255 + 1, np.uint8)
+    sizes = np.array([0, before])
+    if _loops.pack(*_table(moves), n, columns, first, when.ctypes.data, sizes.ctypes.data):
+        raise ValueError("moves do not ascend, or are at no column, or the cell before is not before them")
+    return when[: sizes[0]], int(sizes[1])
+
+
+# Bytes to moves.
+
+#: As Source in loops.c.
+_SOURCE = np.dtype(
+    [(field, np.int64) for field in ("when", "when_left", "by", "by_left", "columns", "row", "next", "open", "marked")]
+)
+
+
+class Reader:
+    """Reads tables of moves from the segments of a chain, tile by tile; holds little more than a tile and a chunk of each.
+
+    Raises ValueError where the streams are damaged.
+    """
+
+    def __init__(self, streams: Sequence[Stream], kind: Kind) -> None:
+        rows = first_rows(streams)
+        self._streams, self._kind, self._next = list(streams), kind, 0
+        self._sources = np.zeros(len(streams), _SOURCE)
+        self._sources["columns"], self._sources["row"] = np.diff(rows), rows[:-1]
+        self._of = np.repeat(np.arange(len(streams), dtype=np.uint16), np.diff(rows))
+        self._words = max(1, -(-rows[-1] // 64))
+        self._address = self._sources.ctypes.data
+        self._when: list[np.ndarray | None] = [None] * len(streams)  # what the sources point to
+        self._by = [np.empty(0, kind.bits)] * len(streams)
+
+    def take(self, last: int) -> Moves:
+        """The moves of the elements from where the last table ended, 0 at first, to ``last``.
+
+        Rows are numbered through the chain: those of a segment follow those of the segments before.
+        """
+        n, sources = last - self._next, self._sources
+        mask = np.zeros((n, self._words), np.uint64)
+        sources["marked"] = 0
+        self._mark(mask)
+        for source in np.flatnonzero(sources["marked"] > sources["by_left"]):
+            self._feed_by(int(source))
+        total = int(sources["marked"].sum())
+        moves = Moves(np.empty(n + 1, np.int64), np.empty(total, np.uint16), np.empty(total, self._kind.bits))
+        _loops.collect(
+            self._address, len(sources), self._of.ctypes.data, *mask.shape, mask.ctypes.data,
+            *_table(moves), moves.by.ctypes.data, _KIND[self._kind.name],
+        )  # fmt: skip
+        self._next = last
+        return moves
+
+    def _mark(self, mask: np.ndarray) -> None:
+        """Mark the moves of a tile, with as many more chunks as that needs."""
+        source, count, tile = 0, len(self._sources), (*mask.shape, mask.ctypes.data)
+        while (source := _loops.mark(self._address, count, source, *tile)) < count:
+            chunk = next_chunk(self._streams[source].when, "u1")
+            if chunk is not None:
+                self._when[source] = chunk
+                self._sources[source]["when"], self._sources[source]["when_left"] = chunk.ctypes.data, len(chunk)
+            elif self._sources[source]["open"]:
+                raise ValueError(CUT_GAP)
+            else:
+                source += 1
+
+    def _feed_by(self, source: int) -> None:
+        """Add chunks to what is left of a stream's changes, until there are as many as are marked."""
+        fields = self._sources[source]
+        held = self._by[source]
+        parts = [held[len(held) - fields["by_left"] :]] if fields["by_left"] else []
+        while fields["marked"] > fields["by_left"]:
+            chunk = next_chunk(self._streams[source].by, self._kind.bits)
+            if chunk is None:
+                raise ValueError(FEW)
+            parts.append(chunk)
+            fields["by_left"] += len(chunk)
+        self._by[source] = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        fields["by"] = self._by[source].ctypes.data
+
+    def finish(self) -> None:
+        """Raise ValueError if there is more in a stream than was taken."""
+        for stream, fields in zip(self._streams, self._sources, strict=True):
+            if fields["when_left"] or next_chunk(stream.when, "u1") is not None:
+                raise ValueError(BEYOND)
+            if fields["by_left"] or next_chunk(stream.by, self._kind.bits) is not None:
+                raise ValueError(MANY)
+
+
+# Tables to tables and states.
+
+
+def fold(moves: Moves, renamed: np.ndarray, kind: Kind) -> Moves:
+    """Moves whose rows are renamed by int32 [R], which never falls where it is not -1; there the move goes away.
+
+    Moves of an element that come to the same row are added up; those that add up to nothing go away.
+    """
+    check_table(moves, len(moves.start) - 1, len(renamed))
+    check_names(renamed)
+    start, row, by = np.empty_like(moves.start), np.empty_like(moves.row), np.empty_like(moves.by)
+    left = _loops.fold(
+        *_table(moves), _at(moves.by, kind.bits), len(start) - 1, _at(renamed, "i4"),
+        start.ctypes.data, row.ctypes.data, by.ctypes.data, _KIND[kind.name],
+    )  # fmt: skip
+    return Moves(start, row[:left], by[:left])
+
+
+def advance(moves: Moves, until: int, kind: Kind, bits: np.ndarray) -> None:
+    """Take bits [n], in place, to the state after all moves at rows before ``until``."""
+    check_table(moves, len(bits))
+    if not bits.flags.writeable:
+        raise ValueError("bits are read-only")
+    _loops.advance(*_table(moves), _at(moves.by, kind.bits), len(bits), until, _at(bits, kind.bits), _KIND[kind.name])
+
+
+# Arithmetic.
+
+
+def increments(moves: Moves, bits: np.ndarray, kind: Kind) -> np.ndarray:
+    """What each move adds to its element of base bits [n]: the value after it less the one before, float64 [E].
+
+    The difference is taken in float64, where those of bf16 and fp16 are exact and those of fp32 nearly always.
+    """
+    check_table(moves, len(bits))
+    values = np.empty(len(moves.by))
+    _loops.increments(
+        _at(moves.start, "i8"), _at(moves.by, kind.bits), _at(bits, kind.bits), len(bits), values.ctypes.data,
+        _FLOAT[kind.name],
+    )  # fmt: skip
+    return values
+
+
+def gram(moves: Moves, bits: np.ndarray, kind: Kind, total: np.ndarray) -> None:
+    """Add F^T F of base bits [n] to a symmetric float64 [R, R]: every pair of moves of an element, element after element."""
+    rows = len(total)
+    check_table(moves, len(bits), rows)
+    added = np.empty(rows)
+    _loops.gram(
+        *_table(moves), _at(moves.by, kind.bits), _at(bits, kind.bits), len(bits), rows, added.ctypes.data,
+        _at(total, "f8"), _FLOAT[kind.name],
+    )  # fmt: skip
+
+
+def dense(moves: Moves, values: np.ndarray, rows: int) -> np.ndarray:
+    """F: float64 [n, R], from increments [E]."""
+    f = np.zeros((len(moves.start) - 1, rows))
+    _check_values(moves, values, rows)
+    _loops.dense(*_table(moves), _at(values, "f8"), *f.shape, f.ctypes.data)
+    return f
+
+
+def _check_values(moves: Moves, values: np.ndarray, rows: int) -> None:
+    check_table(moves, len(moves.start) - 1, rows)
+    if len(values) != len(moves.row):
+        raise ValueError(f"there are {len(values)} increments of {len(moves.row)} moves")
+
+
+def predict(moves: Moves, bits: np.ndarray, weights: np.ndarray, kind: Kind) -> tuple[np.ndarray, int]:
+    """Bits [S, n] of base + F w for base bits [n] and weights [R, S], and how many are not finite where the base is.
+
+    An element's increments are weighed and added up in float64 in the order of its moves, the base is added to that,
+    and the result is rounded once. Elements without moves keep their bits. A result that is no number is the same NaN
+    on all machines.
+    """
+    check_table(moves, len(bits), len(weights))
+    result = np.empty((weights.shape[1], len(bits)), kind.bits)
+    lost = _loops.predict(
+        *_table(moves), _at(moves.by, kind.bits), _at(bits, kind.bits), _at(weights, "f8"), *result.shape,
+        result.ctypes.data, _FLOAT[kind.name],
+    )  # fmt: skip
+    return result, int(lost)

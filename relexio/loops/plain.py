@@ -1,0 +1,326 @@
+"""The loops in NumPy, for machines without the compiled ones; the tests hold both against each other, bit for bit.
+
+``increments`` and ``dense`` take arrays of CuPy too: each of their operations is one that both libraries have.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from relexio.dtypes import Array, Kind, from_float64, nonfinite, to_float64
+from relexio.loops.moves import (
+    BEYOND,
+    CUT_GAP,
+    FEW,
+    MANY,
+    Found,
+    Moves,
+    Stream,
+    check_names,
+    check_table,
+    first_rows,
+    next_chunk,
+)  # fmt: skip
+
+#: Bytes of ``when`` that are decoded at once: as cells they take eight times as much.
+_PIECE = 1 << 14
+
+#: Pairs of moves that are multiplied at once.
+_PAIRS = 1 << 18
+
+
+# Bits in the order of the numbers, and differences.
+
+
+def _order(bits: Array, kind: Kind) -> Array:
+    """Bits as unsigned integers in the order of the numbers; those of raw bytes as they are."""
+    if not kind.is_float:
+        return bits
+    top = _top(kind)
+    return np.where((bits & top) != 0, ~bits, bits | top)
+
+
+def _bits(order: Array, kind: Kind) -> Array:
+    """The bits at a place in the order of the numbers."""
+    if not kind.is_float:
+        return order
+    top = _top(kind)
+    return np.where((order & top) != 0, order ^ top, ~order)
+
+
+def _top(kind: Kind) -> np.unsignedinteger:
+    dtype = np.dtype(kind.bits).type
+    return dtype(1 << (8 * kind.itemsize - 1))
+
+
+def _zigzag(change: Array, kind: Kind) -> Array:
+    """Differences modulo 2^w, small ones of either sign as small numbers: 0, -1, 1, -2 become 0, 1, 2, 3."""
+    dtype = np.dtype(kind.bits).type
+    return (change << dtype(1)) ^ (dtype(0) - (change >> dtype(8 * kind.itemsize - 1)))
+
+
+def _unzigzag(by: Array) -> Array:
+    dtype = by.dtype.type
+    return (by >> dtype(1)) ^ (dtype(0) - (by & dtype(1)))
+
+
+# Moves to bytes.
+
+
+def find(rows: np.ndarray, base: np.ndarray, kind: Kind, first: int = 0, before: int = -1) -> Found:
+    """The moves between states [K + 1, n], the first of which is the one before, of a block's elements from ``first`` on.
+
+    ``base`` [n] are the bits that all began from; ``before`` is the last cell that has moved.
+    """
+    columns, n = len(rows) - 1, rows.shape[1]
+    places = np.flatnonzero(rows[1:] != rows[:-1])  # step by step, and within a step element by element
+    column = places // max(n, 1)
+    element = places - column * n
+    narrow = element.astype(np.uint16) if n <= 1 << 16 else element  # NumPy sorts 16 bits by radix
+    order = np.argsort(narrow, kind="stable")
+    column, element = column[order], element[order]
+    old, new = rows[column, element], rows[column + 1, element]
+    differ = [np.count_nonzero(row != base) for row in rows]
+    changed = np.array(differ[1:], np.int64) - differ[0]
+    lost = np.count_nonzero(nonfinite(old, kind) | nonfinite(new, kind)) if kind.is_float else 0
+    when, last = _gaps((element + first) * columns + column, before)
+    return Found(when, _zigzag(_order(new, kind) - _order(old, kind), kind), last, changed, int(lost))
+
+
+def pack(moves: Moves, columns: int, first: int = 0, before: int = -1) -> tuple[np.ndarray, int]:
+    """The bytes of ``when`` (uint8) for moves at K ``columns`` of a block's elements from ``first`` on, and the last cell.
+
+    Raises ValueError if a row is no column, or rows do not ascend.
+    """
+    check_table(moves, len(moves.start) - 1, columns)
+    return _gaps((_owner(moves) + first) * columns + moves.row, before)
+
+
+def _gaps(cells: np.ndarray, before: int) -> tuple[np.ndarray, int]:
+    """Cells as the bytes of the gaps between them; and the last. Raises ValueError if they do not ascend."""
+    if not len(cells):
+        return np.empty(0, np.uint8), before
+    gap = np.diff(cells, prepend=before) - 1
+    if gap.min() < 0:
+        raise ValueError("moves do not ascend, or the cell before is not before them")
+    whole, rest = np.divmod(gap, 255)
+    ends = np.cumsum(whole + 1) - 1
+    when = np.full(ends[-1] + 1, 255, np.uint8)
+    when[ends] = rest
+    return when, int(cells[-1])
+
+
+# Bytes to moves.
+
+
+class Reader:
+    """Reads tables of moves from the segments of a chain, tile by tile; holds little more than a tile and a chunk of each.
+
+    Raises ValueError where the streams are damaged.
+    """
+
+    def __init__(self, streams: Sequence[Stream], kind: Kind) -> None:
+        *self._rows, _ = first_rows(streams)
+        self._sources = [_Source(stream, kind) for stream in streams]
+        self._kind, self._next = kind, 0
+
+    def take(self, last: int) -> Moves:
+        """The moves of the elements from where the last table ended, 0 at first, to ``last``.
+
+        Rows are numbered through the chain: those of a segment follow those of the segments before.
+        """
+        first, self._next = self._next, last
+        owner, row, by = [np.empty(0, np.int64)], [np.empty(0, np.uint16)], [np.empty(0, self._kind.bits)]
+        for source, shift in zip(self._sources, self._rows, strict=True):
+            cells = source.cells(last)
+            element, column = np.divmod(cells, source.columns)
+            owner.append(element - first)
+            row.append((column + shift).astype(np.uint16))
+            by.append(source.changes(len(cells)))
+        elements = np.concatenate(owner)
+        order = np.argsort(elements, kind="stable")  # of one element, those of earlier segments stay first
+        start = np.zeros(last - first + 1, np.int64)
+        np.cumsum(np.bincount(elements, minlength=last - first), out=start[1:])
+        return Moves(start, np.concatenate(row)[order], np.concatenate(by)[order])
+
+    def finish(self) -> None:
+        """Raise ValueError if there is more in a stream than was taken."""
+        for source in self._sources:
+            source.finish()
+
+
+class _Source:
+    """What is at hand of a stream: bytes, cells, changes."""
+
+    def __init__(self, stream: Stream, kind: Kind) -> None:
+        self.columns = stream.columns
+        self._stream, self._dtype = stream, kind.bits
+        self._bytes, self._cells, self._by = np.empty(0, np.uint8), np.empty(0, np.int64), np.empty(0, kind.bits)
+        self._last, self._gap = -1, 0
+
+    def cells(self, last: int) -> np.ndarray:
+        """The cells of elements before ``last`` that were not taken yet."""
+        parts = []
+        while len(self._cells) or self._decode():
+            count = int(np.searchsorted(self._cells, last * self.columns))
+            parts.append(self._cells[:count])
+            self._cells = self._cells[count:]
+            if len(self._cells):
+                break
+        return np.concatenate([np.empty(0, np.int64), *parts])
+
+    def _decode(self) -> bool:
+        """Make cells of some more bytes; say whether there were any."""
+        if not len(self._bytes):
+            chunk = next_chunk(self._stream.when, "u1")
+            if chunk is None:
+                if self._gap:
+                    raise ValueError(CUT_GAP)
+                return False
+            self._bytes = chunk
+        piece, self._bytes = self._bytes[:_PIECE], self._bytes[_PIECE:]
+        way = np.cumsum(piece, dtype=np.int64) + self._gap
+        ends = way[piece < 255]
+        self._cells = ends + np.arange(self._last + 1, self._last + 1 + len(ends))
+        self._gap = int(way[-1])
+        if len(ends):
+            self._last, self._gap = int(self._cells[-1]), int(way[-1] - ends[-1])
+        return True
+
+    def changes(self, count: int) -> np.ndarray:
+        """The next ``count`` changes."""
+        parts = []
+        while count > len(self._by):
+            parts.append(self._by)
+            count -= len(self._by)
+            chunk = next_chunk(self._stream.by, self._dtype)
+            if chunk is None:
+                raise ValueError(FEW)
+            self._by = chunk
+        parts.append(self._by[:count])
+        self._by = self._by[count:]
+        return np.concatenate(parts)
+
+    def finish(self) -> None:
+        while not len(self._cells) and self._decode():
+            pass
+        if len(self._cells):
+            raise ValueError(BEYOND)
+        if len(self._by) or next_chunk(self._stream.by, self._dtype) is not None:
+            raise ValueError(MANY)
+
+
+# Tables to tables and states.
+
+
+def _owner(moves: Moves) -> Array:
+    """The element of each move: int64 [E]."""
+    if isinstance(moves.start, np.ndarray):
+        return np.repeat(np.arange(len(moves.start) - 1), np.diff(moves.start))
+    number = np.cumsum(np.zeros_like(moves.row, np.int64) + 1) - 1  # CuPy repeats by no array
+    return np.searchsorted(moves.start, number, side="right") - 1
+
+
+def fold(moves: Moves, renamed: np.ndarray, kind: Kind) -> Moves:
+    """Moves whose rows are renamed by int32 [R], which never falls where it is not -1; there the move goes away.
+
+    Moves of an element that come to the same row are added up; those that add up to nothing go away.
+    """
+    check_table(moves, len(moves.start) - 1, len(renamed))
+    check_names(renamed)
+    row = renamed[moves.row]
+    stay = row >= 0
+    owner, row, change = _owner(moves)[stay], row[stay], _unzigzag(moves.by[stay])
+    if len(row):
+        new = np.ones(len(row), bool)
+        new[1:] = (row[1:] != row[:-1]) | (owner[1:] != owner[:-1])
+        change = np.add.reduceat(change, np.flatnonzero(new), dtype=change.dtype)
+        owner, row = owner[new][change != 0], row[new][change != 0]
+    start = np.zeros(len(moves.start), np.int64)
+    np.cumsum(np.bincount(owner, minlength=len(start) - 1), out=start[1:])
+    return Moves(start, row.astype(np.uint16), _zigzag(change[change != 0], kind))
+
+
+def advance(moves: Moves, until: int, kind: Kind, bits: np.ndarray) -> None:
+    """Take bits [n], in place, to the state after all moves at rows before ``until``."""
+    check_table(moves, len(bits))
+    moving = np.flatnonzero(moves.start[1:] > moves.start[:-1])
+    if not len(moving):
+        return
+    change = np.where(moves.row < until, _unzigzag(moves.by), moves.by.dtype.type(0))
+    total = np.add.reduceat(change, moves.start[moving], dtype=change.dtype)
+    bits[moving] = _bits(_order(bits[moving], kind) + total, kind)
+
+
+def expand(moves: Moves, rows: int, bits: np.ndarray, kind: Kind) -> np.ndarray:
+    """The bits [R, n] after the moves at each of R rows, from those before all of them [n]."""
+    check_table(moves, len(bits), rows)
+    states = np.zeros((rows, len(bits)), bits.dtype)
+    states[moves.row, _owner(moves)] = _unzigzag(moves.by)
+    states[0] += _order(bits, kind)
+    np.cumsum(states, axis=0, dtype=states.dtype, out=states)
+    return _bits(states, kind)
+
+
+# Arithmetic.
+
+
+def increments(moves: Moves, bits: Array, kind: Kind) -> Array:
+    """What each move adds to its element of base bits [n]: the value after it less the one before, float64 [E].
+
+    The difference is taken in float64, where those of bf16 and fp16 are exact and those of fp32 nearly always.
+    """
+    owner, change = _owner(moves), _unzigzag(moves.by)
+    so_far = np.cumsum(change, dtype=np.uint32)  # modulo 2^32, so also modulo 2^16
+    others = so_far - change.astype(np.uint32)
+    since = (so_far - others[moves.start[owner]]).astype(change.dtype)
+    order = _order(bits, kind)[owner] + since
+    with np.errstate(invalid="ignore"):
+        return to_float64(_bits(order, kind), kind) - to_float64(_bits(order - change, kind), kind)
+
+
+def dense(moves: Moves, values: Array, rows: int) -> Array:
+    """F: float64 [n, R], from increments [E]."""
+    elements = len(moves.start) - 1
+    f = np.zeros_like(values, shape=(elements * rows,))
+    f[_owner(moves) * rows + moves.row.astype(np.int64)] = values
+    return f.reshape(elements, rows)
+
+
+def gram(moves: Moves, bits: np.ndarray, kind: Kind, total: np.ndarray) -> None:
+    """Add F^T F of base bits [n] to a symmetric float64 [R, R]: every pair of moves of an element, element after element."""
+    rows = len(total)
+    check_table(moves, len(bits), rows)
+    row, flat, values = moves.row.astype(np.int64), total.reshape(-1), increments(moves, bits, kind)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for left, right in _pairs(moves):  # np.add.at adds pair by pair, as the compiled loop does
+            np.add.at(flat, row[right] * rows + row[left], values[left] * values[right])
+    total[:] = np.tril(total) + np.tril(total, -1).T
+
+
+def _pairs(moves: Moves) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each move beside each up to it of its element, as two arrays of places, some moves at a time."""
+    back = np.arange(len(moves.row)) - moves.start[_owner(moves)] + 1
+    ends = np.cumsum(back)
+    cuts = np.searchsorted(ends, np.arange(_PAIRS, int(ends[-1]) if len(ends) else 0, _PAIRS))
+    for places in np.split(np.arange(len(back)), np.unique(cuts)):
+        right = np.repeat(places, back[places])
+        yield right + np.arange(1, len(right) + 1) - np.repeat(np.cumsum(back[places]), back[places]), right
+
+
+def predict(moves: Moves, bits: np.ndarray, weights: np.ndarray, kind: Kind) -> tuple[np.ndarray, int]:
+    """Bits [S, n] of base + F w for base bits [n] and weights [R, S], and how many are not finite where the base is.
+
+    An element's increments are weighed and added up in float64 in the order of its moves, the base is added to that,
+    and the result is rounded once. Elements without moves keep their bits. A result that is no number is the same NaN
+    on all machines.
+    """
+    check_table(moves, len(bits), len(weights))
+    moving = np.flatnonzero(moves.start[1:] > moves.start[:-1])
+    result = np.tile(bits, (weights.shape[1], 1))
+    base, values, owner = to_float64(bits[moving], kind), increments(moves, bits, kind), _owner(moves)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for line, weight in zip(result, weights.T, strict=True):
+            total = base + np.bincount(owner, values * weight[moves.row], len(bits))[moving]
+            line[moving] = from_float64(np.where(np.isnan(total), np.nan, total), kind)
+    return result, int(np.count_nonzero(nonfinite(result, kind) & ~nonfinite(bits, kind)))

@@ -1,0 +1,486 @@
+"""The loops over moves: what they read is what was written, sums are float64 sums, and both versions give the same bits."""
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from relexio.dtypes import KINDS, Kind, from_float64, nonfinite, to_float64
+from relexio.loops import COMPILED, Found, Moves, Stream, plain
+from tests.support.device import StandIn
+
+VERSIONS = [plain, *([importlib.import_module("relexio.loops.compiled")] if COMPILED else [])]
+each_version = pytest.mark.parametrize("loops", VERSIONS, ids=lambda module: module.__name__.split(".")[-1])
+FLOATS = [kind for kind in KINDS.values() if kind.is_float]
+each_float = pytest.mark.parametrize("kind", FLOATS, ids=lambda kind: kind.name)
+examples = settings(max_examples=100)
+
+
+@dataclass(frozen=True)
+class Case:
+    """States [K + 1, n] of a block, and a source of chance for cuts."""
+
+    kind: Kind
+    states: np.ndarray
+    seed: int
+
+    @property
+    def columns(self) -> int:
+        return len(self.states) - 1
+
+    @property
+    def size(self) -> int:
+        return self.states.shape[1]
+
+    def chance(self) -> np.random.Generator:
+        return np.random.default_rng(self.seed)
+
+    def cuts(self, rng: np.random.Generator, end: int) -> list[tuple[int, int]]:
+        """0 to end in some pieces, as firsts and lasts."""
+        places = sorted({0, end, *map(int, rng.integers(0, end + 1, 4))})
+        return list(pairwise(places))
+
+
+@st.composite
+def cases(draw: st.DrawFn, kinds: list[Kind] | None = None) -> Case:
+    """Dense and sparse, long and short, with small steps and with any bits at all."""
+    kind = draw(st.sampled_from(kinds or list(KINDS.values())))
+    columns = draw(st.sampled_from([1, 2, 3, 8, 9, 63, 64, 65, 130]) | st.integers(1, 130))
+    n = draw(st.sampled_from([1, 63, 64, 65, 128]) | st.integers(1, 400))
+    density = draw(st.sampled_from([0, 0.001, 0.01, 0.1, 0.6, 0.95, 1]))
+    wild, seed = draw(st.booleans()), draw(st.integers(0, 2**32))
+    return Case(kind, make_states(kind, columns, n, density, wild, np.random.default_rng(seed)), seed)
+
+
+def make_states(kind: Kind, columns: int, n: int, density: float, wild: bool, rng: np.random.Generator) -> np.ndarray:
+    """States in a buffer that is wider than they are."""
+    largest = np.iinfo(kind.bits).max
+    states = np.zeros((columns + 1, n + 7), kind.bits)
+    states[0] = rng.integers(0, largest, n + 7, kind.bits, endpoint=True)
+    if kind.is_float and not wild:
+        states[0] = from_float64(rng.standard_normal(n + 7), kind)
+    for k in range(columns):
+        moves = rng.random(n + 7) < density
+        step = rng.integers(0, largest if wild else 5, n + 7, kind.bits, endpoint=True)
+        states[k + 1] = states[k] + np.where(moves, step - np.dtype(kind.bits).type(2), 0).astype(kind.bits)
+    return states[:, 3 : n + 3]
+
+
+def chunks(array: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """An array in chunks of any size, often of one item, sometimes of none."""
+    first = 0
+    while first < len(array):
+        last = first + int(rng.integers(0, rng.choice([2, 9, 400])))
+        yield array[first:last]
+        first = last
+
+
+def found(loops: ModuleType, states: np.ndarray, kind: Kind, first: int = 0, before: int = -1) -> Found:
+    """The moves between states that all began from the first of them."""
+    moves: Found = loops.find(states, states[0].copy(), kind, first, before)
+    return moves
+
+
+def gram(loops: ModuleType, moves: Moves, bits: np.ndarray, kind: Kind, rows: int) -> np.ndarray:
+    """F^T F."""
+    total = np.zeros((rows, rows))
+    loops.gram(moves, bits, kind, total)
+    return total
+
+
+def streams(loops: ModuleType, case: Case, rng: np.random.Generator) -> list[Stream]:
+    """A case as the segments of a chain."""
+    parts = [
+        (last - first, found(loops, case.states[first : last + 1], case.kind))
+        for first, last in case.cuts(rng, case.columns)
+    ]
+    return [Stream(columns, chunks(one.when, rng), chunks(one.by, rng)) for columns, one in parts]
+
+
+def table(loops: ModuleType, case: Case) -> Moves:
+    """All moves of a case."""
+    rng = case.chance()
+    reader = loops.Reader(streams(loops, case, rng), case.kind)
+    moves: Moves = reader.take(case.size)
+    reader.finish()
+    return moves
+
+
+def same(a: Any, b: Any) -> None:
+    """Equal type and bits; one NaN is as good as another."""
+    assert (a.dtype, a.shape) == (b.dtype, b.shape)
+    if a.dtype == np.float64:
+        a, b = (np.where(np.isnan(values), np.nan, values).view(np.uint64) for values in (a, b))
+    np.testing.assert_array_equal(a, b)
+
+
+def same_moves(a: Moves, b: Moves) -> None:
+    for name in ("start", "row", "by"):
+        same(getattr(a, name), getattr(b, name))
+
+
+def same_found(a: Found, b: Found) -> None:
+    assert (a.last, a.lost) == (b.last, b.lost)
+    for name in ("when", "by", "changed"):
+        same(getattr(a, name), getattr(b, name))
+
+
+# Bytes.
+
+
+@each_version
+def test_bytes_are_those_of_the_format(loops: ModuleType) -> None:
+    """One stays, one moves from 0 to the smallest negative number's neighbour -0, one far away by 2 and then by -3."""
+    kind, states = KINDS["bf16"], np.zeros((3, 300), np.uint16)
+    states[1:, 0] = 0x8000
+    states[1, 200], states[2, 200] = 2, 0x8000
+    one = found(loops, states, kind)
+    assert one.when.tolist() == [0, 255, 399 - 255, 0], "cells 0, 400, 401"
+    assert one.by.tolist() == [1, 4, 5], "-1, 2, -3"
+    assert (one.last, one.changed.tolist()) == (401, [2, 2])
+    one = found(loops, states, kind, first=1000, before=1)
+    assert one.when.tolist() == [255] * (1998 // 255) + [1998 % 255, 255, 399 - 255, 0] and one.last == 2401
+    one = found(loops, np.array([[3], [5], [0]], np.uint8), KINDS["raw"], first=255)
+    assert one.when.tolist() == [255, 255, 0, 0] and one.by.tolist() == [4, 9], "bytes are numbers modulo 256"
+
+
+@each_version
+@given(case=cases())
+@examples
+def test_what_is_read_is_what_was_found(loops: ModuleType, case: Case) -> None:
+    """In any segments, chunks and tiles: the states come back, and the bytes of all columns in one."""
+    rng, whole = case.chance(), found(loops, case.states, case.kind)
+    reader = loops.Reader(streams(loops, case, rng), case.kind)
+    packed, by, cell, parts = [], [], -1, []
+    for first, last in case.cuts(rng, case.size):
+        moves, until = reader.take(last), int(rng.integers(0, case.columns + 1))
+        bits = case.states[0, first:last].copy()
+        loops.advance(moves, until, case.kind, bits)
+        same(bits, case.states[until, first:last])
+        parts.append(found(loops, case.states[:, first:last], case.kind, first, cell))
+        when, cell = loops.pack(moves, case.columns, first, cell)
+        packed.append(when)
+        by.append(moves.by)
+        assert cell == parts[-1].last
+    reader.finish()
+    assert cell == whole.last and (whole.changed == (case.states[1:] != case.states[0]).sum(axis=1)).all()
+    bad = nonfinite(case.states, case.kind) if case.kind.is_float else np.zeros(case.states.shape, bool)
+    moving = case.states[1:] != case.states[:-1]
+    assert whole.lost == ((bad[1:] | bad[:-1]) & moving).sum()
+    same(np.concatenate(packed), whole.when)
+    same(np.concatenate(by), whole.by)
+    same(np.concatenate([one.when for one in parts]), whole.when)
+    same(np.concatenate([one.by for one in parts]), whole.by)
+
+
+@each_version
+def test_a_reader_takes_no_more_chunks_than_it_needs(loops: ModuleType) -> None:
+    case = Case(KINDS["bf16"], make_states(KINDS["bf16"], 4, 4000, 0.5, False, np.random.default_rng(1)), 1)
+    one, taken = found(loops, case.states, case.kind), [0, 0]
+
+    def pieces(array: np.ndarray, which: int) -> Iterator[np.ndarray]:
+        for first in range(0, len(array), 100):
+            taken[which] += len(array[first : first + 100])
+            yield array[first : first + 100]
+
+    reader = loops.Reader([Stream(4, pieces(one.when, 0), pieces(one.by, 1))], case.kind)
+    moves = 0
+    for last in range(400, 4001, 400):
+        moves += len(reader.take(last).by)
+        assert taken[0] <= moves + 200 and taken[1] < moves + 100
+    reader.finish()
+    assert moves == len(one.by) == taken[1]
+
+
+# Both versions.
+
+
+@pytest.mark.skipif(not COMPILED, reason="the loops are not compiled")
+@given(case=cases())
+@example(Case(KINDS["bf16"], np.zeros((2, 0), np.uint16), 0))
+@examples
+def test_both_versions_give_the_same_bits(case: Case) -> None:
+    first, last = VERSIONS
+    rng, kind = case.chance(), case.kind
+    other = rng.permutation(case.states[-1])
+    states = (case.states, other, kind, 5, 4)
+    same_found(last.find(*states), first.find(*states))
+    differ = (case.states != other).sum(axis=1)
+    assert (last.find(*states).changed == differ[1:] - differ[0]).all()
+    moves, bits = table(last, case), case.states[0].copy()
+    same_moves(moves, table(first, case))
+    renamed = np.sort(rng.integers(0, case.columns, case.columns)).astype(np.int32)
+    renamed[rng.random(case.columns) < 0.2] = -1
+    same_moves(last.fold(moves, renamed, kind), first.fold(moves, renamed, kind))
+    if not kind.is_float:
+        return
+    values = last.increments(moves, bits, kind)
+    same(values, first.increments(moves, bits, kind))
+    same(last.dense(moves, values, case.columns), first.dense(moves, values, case.columns))
+    same(gram(last, moves, bits, kind, case.columns), gram(first, moves, bits, kind, case.columns))
+    weights = rng.standard_normal((case.columns, int(rng.integers(1, 11))))
+    (results, lost), (wanted, wanted_lost) = (loops.predict(moves, bits, weights, kind) for loops in VERSIONS)
+    same(results, wanted)
+    assert lost == wanted_lost
+
+
+# Folding.
+
+
+@each_version
+@given(case=cases())
+@examples
+def test_folded_moves_are_those_between_the_states_that_stay(loops: ModuleType, case: Case) -> None:
+    """Columns are forgotten, their moves go to the next that stays; the last ones are cut off."""
+    rng = case.chance()
+    cut = int(rng.integers(1, case.columns + 1))
+    stay = sorted({cut - 1, *map(int, rng.integers(0, cut, 5))})
+    renamed = np.full(case.columns, -1, np.int32)
+    renamed[:cut] = np.searchsorted(stay, np.arange(cut))
+    folded = loops.fold(table(loops, case), renamed, case.kind)
+    wanted = found(loops, case.states[[0, *(column + 1 for column in stay)]], case.kind)
+    when, last = loops.pack(folded, len(stay))
+    same(when, wanted.when)
+    same(folded.by, wanted.by)
+    assert last == wanted.last
+
+
+# Arithmetic.
+
+
+@each_version
+@given(case=cases(FLOATS))
+@examples
+def test_sums_are_those_of_float64(loops: ModuleType, case: Case) -> None:
+    """Element by element, move by move."""
+    kind, rng, moves = case.kind, case.chance(), table(loops, case)
+    weights, base = rng.standard_normal((case.columns, 2)), to_float64(case.states[0], kind)
+    values = to_float64(case.states, kind)
+    f, grams, sums = np.zeros((case.size, case.columns)), np.zeros((case.columns,) * 2), np.zeros((2, case.size))
+    with np.errstate(all="ignore"):
+        for e, k in zip(*np.nonzero((case.states[1:] != case.states[:-1]).T), strict=True):
+            f[e, k] = values[k + 1, e] - values[k, e]
+            sums[:, e] += f[e, k] * weights[k]
+        for e in range(case.size):
+            rows = moves.row[moves.start[e] : moves.start[e + 1]].astype(int)
+            grams[np.ix_(rows, rows)] += np.outer(f[e, rows], f[e, rows])
+        total = base + sums
+    increments = loops.increments(moves, case.states[0].copy(), kind)
+    same(loops.dense(moves, increments, case.columns), f)
+    same(gram(loops, moves, case.states[0].copy(), kind, case.columns), grams)
+    results, lost = loops.predict(moves, case.states[0].copy(), weights, kind)
+    wanted = from_float64(np.where(np.isnan(total), np.nan, total), kind)
+    wanted[:, moves.start[1:] == moves.start[:-1]] = case.states[0, moves.start[1:] == moves.start[:-1]]
+    same(results, wanted)
+    assert lost == (nonfinite(wanted, kind) & ~nonfinite(case.states[0], kind)).sum()
+
+
+@each_version
+def test_pairs_of_many_moves_are_taken_piece_by_piece(loops: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(KINDS["f32"], make_states(KINDS["f32"], 30, 200, 0.5, False, np.random.default_rng(3)), 3)
+    moves = table(loops, case)
+    bits = case.states[0].copy()
+    whole = gram(loops, moves, bits, case.kind, 30)
+    monkeypatch.setattr(plain, "_PAIRS", 100)
+    same(gram(loops, moves, bits, case.kind, 30), whole)
+
+
+@each_version
+@each_float
+def test_every_value_is_that_of_its_bits(loops: ModuleType, kind: Kind) -> None:
+    """From 0 to each pattern of 16 bits; of those of 32, to the ones that begin so, and end in all ways."""
+    bits = np.arange(1, 65536).astype(kind.bits)
+    if kind.itemsize == 4:
+        bits = (bits << 16) | np.random.default_rng(0).integers(0, 65536, len(bits)).astype(kind.bits)
+    one = found(loops, np.stack([np.zeros_like(bits), bits]), kind)
+    moves = loops.Reader([Stream(1, iter([one.when]), iter([one.by]))], kind).take(len(bits))
+    same(loops.increments(moves, np.zeros_like(bits), kind), to_float64(bits, kind))
+
+
+@each_version
+@each_float
+def test_results_are_rounded_once_to_nearest_even(loops: ModuleType, kind: Kind) -> None:
+    """All values, the ties between them, what lies beside a tie, and what is too large or too small: as weights of 1."""
+    bits = np.sort(np.arange(65536) << (16 if kind.itemsize == 4 else 0)).astype(kind.bits)
+    values = to_float64(bits[~nonfinite(bits, kind)], kind)
+    above = to_float64((bits + np.dtype(kind.bits).type(1))[~nonfinite(bits, kind)], kind)
+    with np.errstate(over="ignore"):
+        ties = np.where(np.isfinite(above), (values + above) / 2, values * (1 + 2.0**-12))
+    rng = np.random.default_rng(0)
+    anything = rng.standard_normal(20_000) * 10.0 ** rng.integers(-50, 45, 20_000)
+    edges = [
+        0.0,
+        -0.0,
+        np.inf,
+        -np.inf,
+        np.nan,
+        65504,
+        65519.99,
+        65520,
+        2.0**-24,
+        2.0**-25,
+        3e38,
+        3.5e38,
+        2.0**-149,
+        5e-324,
+    ]
+    x = np.concatenate([values, ties, np.nextafter(ties, np.inf), np.nextafter(ties, -np.inf), anything, edges])
+    one = found(loops, np.array([[0], [int(from_float64(np.ones(1), kind)[0])]], kind.bits), kind).by
+    for part in np.split(x, range(1 << 16, len(x), 1 << 16)):  # an element moves from 0 to 1 at a row of its own
+        n = len(part)
+        moves = Moves(np.arange(n + 1), np.arange(n, dtype=np.uint16), np.repeat(one, n))
+        results, lost = loops.predict(moves, np.zeros(n, kind.bits), part[:, None], kind)
+        wanted = from_float64(part + 0.0, kind)
+        same(results[0], wanted)
+        assert lost == nonfinite(wanted, kind).sum()
+
+
+def test_increments_on_a_device_are_those_of_the_cpu() -> None:
+    cupy = StandIn()
+    cupy.cuda.Stream(non_blocking=True).use()
+    for kind in FLOATS:
+        case = Case(kind, make_states(kind, 5, 300, 0.1, False, np.random.default_rng(2)), 2)
+        moves, bits = table(plain, case), case.states[0].copy()
+        there = Moves(cupy.asarray(moves.start), cupy.asarray(moves.row), cupy.asarray(moves.by))  # type: ignore[arg-type]
+        values = plain.increments(there, cupy.asarray(bits), kind)
+        wanted = plain.increments(moves, bits, kind)
+        same(values.get(), wanted)
+        same(plain.dense(there, values, 5).get(), plain.dense(moves, wanted, 5))
+
+
+# Damage, and misuse.
+
+
+def outcome(loops: ModuleType, parts: list[tuple[bytes, int, int]], seed: int) -> list[Moves] | None:
+    """The tables of damaged streams, or None where that is said; then the reader may be asked again, without harm."""
+    rng, chain = np.random.default_rng(seed), []
+    for when, more, columns in parts:
+        by = np.arange(1, more % 3 + sum(byte < 255 for byte in when), dtype=np.uint16)
+        chain.append(Stream(columns, chunks(np.frombuffer(when, np.uint8), rng), chunks(by, rng)))
+    reader, tables = loops.Reader(chain, KINDS["f16"]), []
+    try:
+        for last in (7, 7, 30, 50):
+            tables.append(reader.take(last))
+        reader.finish()
+    except ValueError:
+        with contextlib.suppress(ValueError):
+            again = reader.take(60)
+            assert again.start[-1] == len(again.row) == len(again.by)
+        return None
+    return tables
+
+
+part = st.tuples(st.binary(max_size=60), st.integers(0, 60), st.sampled_from([1, 2, 70]))
+
+
+@given(st.lists(part, min_size=1, max_size=4), st.integers(0, 99))
+@settings(max_examples=400)
+def test_any_bytes_are_a_table_or_an_error(parts: list[tuple[bytes, int, int]], seed: int) -> None:
+    results = [outcome(loops, parts, seed) for loops in VERSIONS]
+    assert len({tables is None for tables in results}) == 1
+    for moves, *others, n in zip(*(tables or [] for tables in results), (7, 0, 23, 20), strict=False):
+        for other in others:
+            same_moves(moves, other)
+        assert len(moves.start) == n + 1 and moves.start[0] == 0 and (np.diff(moves.start) >= 0).all()
+        assert moves.start[-1] == len(moves.row) == len(moves.by)
+        for first, last in pairwise(moves.start):
+            rows = moves.row[first:last].astype(int)
+            assert (np.diff(rows, prepend=-1) > 0).all() and (rows < sum(columns for _, _, columns in parts)).all()
+
+
+@each_version
+@pytest.mark.parametrize(
+    ("when", "by", "text"),
+    [
+        ([0, 255], [1], "the last gap between moves has no end"),
+        ([0, 1], [1], "there are more moves than changes"),
+        ([0, 1], [1, 2, 3], "there are more changes than moves"),
+        ([0, 255, 9], [1, 2], "moves are beyond the last element"),
+    ],
+)
+def test_damage_is_named(loops: ModuleType, when: list[int], by: list[int], text: str) -> None:
+    reader = loops.Reader([Stream(2, iter([np.array(when, np.uint8)]), iter([np.array(by, np.uint16)]))], KINDS["bf16"])
+    with pytest.raises(ValueError, match=text):
+        reader.take(10)
+        reader.finish()
+
+
+@each_version
+def test_nothing_is_taken_of_an_empty_chain(loops: ModuleType) -> None:
+    reader = loops.Reader([], KINDS["bf16"])
+    moves = reader.take(5)
+    reader.finish()
+    assert moves.start.tolist() == [0] * 6 and moves.by.dtype == np.uint16
+    bits = np.arange(5, dtype=np.uint16)
+    results, lost = loops.predict(moves, bits, np.zeros((0, 2)), KINDS["bf16"])
+    assert (results == bits).all() and results.shape == (2, 5) and lost == 0
+
+
+@each_version
+def test_chunks_may_lie_anyhow_but_have_the_right_type(loops: ModuleType) -> None:
+    when, by = np.array([[3, 9], [0, 9]], np.uint8)[:, 0], np.array([[1, 9], [2, 9]], np.uint16)[:, 0]
+    moves = loops.Reader([Stream(2, iter([when]), iter([by]))], KINDS["bf16"]).take(9)
+    assert moves.row.tolist() == [1, 0] and moves.by.tolist() == [1, 2] and moves.start[:4].tolist() == [0, 0, 1, 2]
+    reader = loops.Reader([Stream(2, iter([when.astype(np.int64)]), iter([by]))], KINDS["bf16"])
+    with pytest.raises(TypeError, match="int64, not uint8"):
+        reader.take(9)
+
+
+BF16 = KINDS["bf16"]
+Misuse = Callable[[ModuleType, Moves, np.ndarray], object]
+MISUSES: dict[str, Misuse] = {
+    "few bits to predict": lambda k, moves, states: k.predict(moves, states[0, :-1].copy(), np.ones((9, 1)), BF16),
+    "few weights": lambda k, moves, states: k.predict(moves, states[0].copy(), np.ones((8, 1)), BF16),
+    "few bits to advance": lambda k, moves, states: k.advance(moves, 9, BF16, states[0, :-1].copy()),
+    "bits that stay": lambda k, moves, states: k.advance(moves, 9, BF16, np.frombuffer(bytes(200), np.uint16)),
+    "few names": lambda k, moves, states: k.fold(moves, np.zeros(8, np.int32), BF16),
+    "falling names": lambda k, moves, states: k.fold(moves, np.arange(9, 0, -1, dtype=np.int32), BF16),
+    "large names": lambda k, moves, states: k.fold(moves, np.full(9, 1 << 16, np.int32), BF16),
+    "few rows": lambda k, moves, states: gram(k, moves, states[0].copy(), BF16, 8),
+    "few columns": lambda k, moves, states: k.pack(moves, 8),
+    "a cell before that is not before": lambda k, moves, states: k.pack(moves, 9, 2, 9 * 400),
+    "a cell before that was not": lambda k, moves, states: found(k, states, BF16, 2, 9 * 400),
+    "a cell before the first": lambda k, moves, states: found(k, states, BF16, 0, 400),
+    "lengths that differ": lambda k, moves, states: k.pack(Moves(moves.start, moves.row[1:], moves.by), 9),
+    "no columns": lambda k, moves, states: k.Reader([Stream(0, iter([]), iter([]))], BF16),
+    "many columns": lambda k, moves, states: k.Reader([Stream(40_000, iter([]), iter([]))] * 2, BF16),
+    "back": lambda k, moves, states: k.Reader([], BF16).take(-1),
+}
+LAYOUTS: dict[str, Misuse] = {
+    "few increments": lambda k, moves, states: k.dense(moves, np.ones(len(moves.by) - 1), 9),
+    "turned states": lambda k, moves, states: found(k, np.asfortranarray(states), BF16),
+    "states of another type": lambda k, moves, states: found(k, states, KINDS["f32"]),
+    "bits of another type": lambda k, moves, states: k.increments(moves, states[0].astype(np.uint32), BF16),
+    "bits with gaps": lambda k, moves, states: k.increments(moves, np.repeat(states[0], 2)[::2], BF16),
+    "weights of another type": lambda k, moves, states: k.predict(moves, states[0].copy(), np.ones((9, 1), int), BF16),
+    "names of another type": lambda k, moves, states: k.fold(moves, np.arange(9), BF16),
+    "starts of another type": lambda k, moves, states: k.pack(
+        Moves(moves.start.astype(np.int32), moves.row, moves.by), 9
+    ),
+}
+
+
+@each_version
+@pytest.mark.parametrize("misuse", MISUSES)
+def test_what_does_not_fit_is_refused(loops: ModuleType, misuse: str) -> None:
+    refuse(loops, MISUSES[misuse])
+
+
+@pytest.mark.skipif(not COMPILED, reason="the loops are not compiled")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_is_as_the_compiled_loops_take_it(layout: str) -> None:
+    refuse(VERSIONS[-1], LAYOUTS[layout])
+
+
+def refuse(loops: ModuleType, misuse: Misuse) -> None:
+    case = Case(BF16, make_states(BF16, 9, 100, 0.5, False, np.random.default_rng(4)), 4)
+    with pytest.raises(ValueError):
+        misuse(loops, table(loops, case), case.states)
