@@ -161,3 +161,14 @@ def test_a_replacement_killed_at_any_write(
         shutil.rmtree(out)
         number += 4
     assert old in seen and number > 40
+
+
+def test_a_new_step_that_is_not_complete_replaces_nothing(tmp_path: Path, relexio: Relexio) -> None:
+    run, store = make_run(tmp_path, steps=(1, 2, 3), shapes=SHAPES), tmp_path / "run.zarr"
+    assert relexio("convert", run.steps_path, "--base", run.base_path, "-o", store).code == 0
+    weights = run.steps_path / f"global_step_{max(run.steps)}" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    before = snapshot(store)
+    done = relexio("convert", run.steps_path, "-o", store, "--replace", max(run.steps))
+    assert done.code == 1 and "nothing was replaced" in done.err and "replaced  " not in done.out, done
+    assert snapshot(store) == before

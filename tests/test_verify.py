@@ -262,3 +262,42 @@ def test_what_a_killed_writer_left_beside_the_marker_goes(run: Run, relexio: Rel
         path.write_text("{")
     assert relexio("convert", run.steps_path, "-o", "run.zarr").code == 0
     assert not any(path.exists() for path in left)
+
+
+def test_damage_of_a_record_hides_no_other(run: Run, relexio: Relexio) -> None:
+    store = run.root / "run.zarr"
+    assert relexio("convert", run.steps_path, "--base", run.base_path, "-o", store).code == 0
+    chunk = next(path for path in sorted(store.glob("base/*/bits/c/*")))
+    file = next(path for path in sorted(store.glob("files/*/c/0")))
+    for path in (chunk, file, store / "segments/0000/zarr.json"):
+        path.write_bytes(path.read_bytes()[:-1])
+    done = relexio("verify", store)
+    assert done.code == 1
+    for name in (chunk, file.parent.parent, store / "segments/0000/zarr.json"):
+        assert str(name.relative_to(store)) in done.err, done.err
+
+
+@pytest.mark.parametrize(
+    "lost", ["files/*/c/0", "files/*/zarr.json", "files/zarr.json", "segments/zarr.json", "base/bf16/zarr.json"]
+)
+def test_what_a_power_loss_took_of_an_unfinished_conversion(
+    run: Run, relexio: Relexio, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """Killed among its blocks; what was not synced is gone: nothing of that is taken for whole."""
+    command, store = (
+        ["convert", run.steps_path, "--base", run.base_path, "-o", run.root / "run.zarr"],
+        run.root / "run.zarr",
+    )
+
+    def dying(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("relexio.verbs.convert.write.write_small", dying)
+        assert relexio(*command).code == 130
+    for path in store.with_name("run.zarr.relexio-partial").glob(lost):
+        path.write_bytes(b"")
+    if relexio(*command).code:
+        assert relexio(*command).code == 0
+    done = relexio("verify", store, run.steps_path, "--base", run.base_path)
+    assert done.code == 0 and "whole" in done.out, done

@@ -52,13 +52,14 @@ class Written:
 
 
 class ChunkWriter:
-    """Fills the chunks of one array, from a block's first place on."""
+    """Fills the chunks of one array, from a block's first place on, or from the first."""
 
-    def __init__(self, store: Store, path: str, block: Block) -> None:
+    def __init__(self, store: Store, path: str, block: Block | None = None) -> None:
         self._store, self._path, layout = store, path, store.array(path)
         self._chunk = np.zeros(layout.chunks, layout.dtype)
         self._filled = 0
-        self._next = block.index * (layout.shape[0] // store.block_counts[block.kind.name]) // len(self._chunk)
+        room = layout.shape[0] // store.block_counts[block.kind.name] if block else 0
+        self._next = block.index * room // len(self._chunk) if block else 0
         self.count = 0
         self.hashes: list[int] = []
 
@@ -158,38 +159,34 @@ def _record(path: str, block: Block) -> str:
 def write_small(store: Store, path: str, written: list[tuple[Block, Written]]) -> None:
     """Write what a segment, or the base, says of its blocks: index, hashes and digests."""
     for kind in KINDS:
-        own = {block.index: one for block, one in written if block.kind.name == kind}
+        own = [record for block, record in written if block.kind.name == kind]  # in the order of the blocks
         if not own:
             continue
-        digest = _filled(store, f"{path}/{kind}/digest")
-        hashes = _filled(store, f"{path}/{kind}/hashes")
-        index = _filled(store, f"{path}/{kind}/index") if path != "base" else None
-        each = len(hashes) // len(digest)
-        chunk = store.array(f"{path}/{kind}/{'by' if index is not None else 'bits'}").chunks[0]
-        for number, one in own.items():
-            digest[number] = one.digests.reshape(digest.shape[1:])
-            rows = hashes[number * each : (number + 1) * each]
-            if index is None:
-                rows[: len(one.hashes)] = one.hashes
-                continue
-            index[number] = one.counts
-            whens = -(-one.counts[0] // chunk)
-            rows[:whens] = one.hashes[:whens]
-            rows[each // 2 :][: len(one.hashes) - whens] = one.hashes[whens:]
-        for name, array in (("digest", digest), ("hashes", hashes), ("index", index)):
-            if array is not None:
-                _write_all(store, f"{path}/{kind}/{name}", array)
+        _write_hashes(store, f"{path}/{kind}", own)
+        _write_all(store, f"{path}/{kind}/digest", [record.digests for record in own])
+        if own[0].counts:
+            _write_all(store, f"{path}/{kind}/index", [np.array([record.counts]) for record in own])
 
 
-def _filled(store: Store, path: str) -> np.ndarray:
+def _write_hashes(store: Store, path: str, own: list[Written]) -> None:
+    """Block by block: where all chunks of all blocks have a place, that array may be larger than what is held of it."""
+    writer = ChunkWriter(store, f"{path}/hashes")
+    each = store.array(f"{path}/hashes").shape[0] // len(own)
+    chunk = store.array(f"{path}/{'by' if own[0].counts else 'bits'}").chunks[0]
+    for record in own:
+        row = np.zeros(each, np.uint64)
+        first = -(-record.counts[0] // chunk) if record.counts else len(record.hashes)
+        row[:first] = record.hashes[:first]
+        row[each // 2 :][: len(record.hashes) - first] = record.hashes[first:]
+        writer.append(row)
+    writer.flush()
+
+
+def _write_all(store: Store, path: str, parts: list[np.ndarray]) -> None:
     layout = store.array(path)
-    return np.zeros(layout.shape, layout.dtype)
-
-
-def _write_all(store: Store, path: str, array: np.ndarray) -> None:
-    layout = store.array(path)
-    for number, first in enumerate(range(0, len(array), layout.chunks[0])):
-        part = array[first : first + layout.chunks[0]]
+    rows = layout.chunks[0]
+    for number, first in enumerate(range(0, len(parts), rows)):
+        some = np.concatenate(parts[first : first + rows]).reshape(-1, *layout.shape[1:])
         chunk = np.zeros(layout.chunks, layout.dtype)
-        chunk[: len(part)] = part
+        chunk[: len(some)] = some
         store.write_chunk(path, chunk, number)

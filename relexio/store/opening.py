@@ -6,6 +6,7 @@ from pathlib import Path
 from relexio.checkpoints.record import is_count, require
 from relexio.errors import MissingError, StoreError
 from relexio.store.schema import (
+    MOST_NAMES,
     block_from_json,
     check_format,
     hashes_from_json,
@@ -62,7 +63,8 @@ def _open(location: Location) -> Store:
         segments, hashes = segments_from_json(record["segments"]), hashes_from_json(record["metadata"])
         number, seal = record["next"], str(record["seal"])
         require(
-            is_count(number) and all(int(segment.name) < number for segment in segments), "names are not used twice"
+            is_count(number) and number < MOST_NAMES and all(int(segment.name) < number for segment in segments),
+            "names are not used twice",
         )
         store = Store(
             location.address,

@@ -28,6 +28,8 @@ MOVES_CHUNK = 1 << 18
 SMALL_CHUNK = 1 << 20
 #: Steps of a trajectory: its rows are numbered in 16 bits.
 MOST_STEPS = (1 << 16) - 1
+#: Segments that a trajectory ever had: their names are numbers of eight digits at most.
+MOST_NAMES = 10**8
 #: Blocks of one kind: 4 T elements. A store that says it has more is a lie that would only fill the memory.
 MOST_BLOCKS = 1 << 22
 #: Bytes of a stored file that are one chunk.

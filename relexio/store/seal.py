@@ -64,8 +64,20 @@ def _parse(data: bytes) -> Json:
 
 
 def metadata_hashes(location: Location, paths: Iterable[str]) -> dict[str, str]:
-    """The hash of the ``zarr.json`` of groups and arrays, and of the files of chunks, by their paths from the root."""
-    return {path: hash_of(location.get(file_of(path)) or b"") for path in paths}
+    """The hash of the ``zarr.json`` of groups and arrays, and of the files of chunks, by their paths from the root.
+
+    Raises StoreError for one that is not there, or is no JSON: a run that was cut off by a power loss may have left it so.
+    """
+    hashes = {}
+    for path in paths:
+        data = location.get(file_of(path)) or b""
+        with damage(f"{location.shown}/{file_of(path)}", "run the same command again"):
+            if file_of(path) != path:
+                _parse(data)
+            elif not data:
+                raise ValueError("it is missing")
+        hashes[path] = hash_of(data)
+    return hashes
 
 
 def file_of(path: str) -> str:

@@ -201,11 +201,15 @@ class Store:
         try:
             with damage(f"{self.shown}: {what}"):
                 yield
-        except StoreError as error:
-            marker = attributes(locate(self.address)).get("relexio") if self.seal else None
-            if isinstance(marker, dict) and marker.get("seal") != self.seal:
-                raise StoreError(f"{self.shown}: was written to while it was read; run the command again") from error
+        except StoreError:
+            self.require_current()
             raise
+
+    def require_current(self) -> None:
+        """Raise StoreError if another commit has come since this store was opened."""
+        marker = attributes(locate(self.address)).get("relexio") if self.seal else None
+        if isinstance(marker, dict) and marker.get("seal") != self.seal:
+            raise StoreError(f"{self.shown}: was written to while it was read; run the command again")
 
     def write_chunk(self, path: str, values: np.ndarray, *index: int) -> int:
         """Write one whole chunk of an array, and give its hash."""

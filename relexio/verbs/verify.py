@@ -119,6 +119,8 @@ def verify(store: Store, originals: Originals, resources: Resources, stages: Sta
             problems += check()
         except StoreError as error:
             problems.append(str(error))
+    if problems:
+        store.require_current()
     damaged, closed, others = cache.check(store)
     problems += damaged
     notes = (*originals.notes, *_closed(closed), *_of_others(others), *_leftovers(store))
@@ -183,15 +185,12 @@ def _checks(store: Store, originals: Originals, changed: Changed) -> Iterator[Ca
     yield partial(_check_content, store, "base", (store.base_content,), 0)
     for path in store.sealed:
         yield partial(_check_sealed, store, path)
+    yield partial(_check_files, store)
     for segment in store.segments:
         yield partial(_check_content, store, segment.path, segment.content, segment.columns)
         yield partial(_check_changed, store, segment, changed)
-        yield partial(_check_files, store, segment)
-        for step, record in store.checkpoints(segment).items():
-            if step in originals.steps:
-                yield partial(_check_side, store, record, originals.steps[step])
-    if originals.base is not None:
-        yield partial(_check_side, store, store.base(), originals.base)
+        yield partial(_check_sides, store, {step: originals.steps.get(step) for step in segment.steps})
+    yield partial(_check_sides, store, {None: originals.base})
 
 
 def _check_content(store: Store, path: str, content: tuple[str, ...], steps: int) -> list[str]:
@@ -215,9 +214,8 @@ def _check_changed(store: Store, segment: Segment, changed: Changed) -> list[str
     return []
 
 
-def _check_files(store: Store, segment: Segment) -> list[str]:
-    records = [store.base(), *store.checkpoints(segment).values()]
-    names = {name for record in records for name in record.files}
+def _check_files(store: Store) -> list[str]:
+    names = [path for path in store.metadata if path.startswith("files/") and path.count("/") == 1]
     problems = []
     for name in sorted(names):
         try:
@@ -226,6 +224,12 @@ def _check_files(store: Store, segment: Segment) -> list[str]:
         except StoreError as error:
             problems.append(str(error))
     return problems
+
+
+def _check_sides(store: Store, originals: Mapping[int | None, Checkpoint | None]) -> list[str]:
+    """What differs of some steps besides their tensors, or of the base (None)."""
+    there = {step: original for step, original in originals.items() if original is not None}
+    return [problem for step, original in there.items() for problem in _check_side(store, store.record(step), original)]
 
 
 def _check_side(store: Store, record: CheckpointRecord, original: Checkpoint) -> list[str]:

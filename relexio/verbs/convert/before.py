@@ -87,7 +87,9 @@ def _spread(base: Checkpoint) -> list[tuple[str, Kind, int, int]]:
     return [(name, kind, first, count) for (name, first), (kind, count) in pieces.items()]
 
 
-def written_again(store: Store, sources: Mapping[int, Source], root: Path | None) -> str | None:
+def written_again(
+    store: Store, sources: Mapping[int, Source], root: Path | None, single: Mapping[int, Source]
+) -> str | None:
     """A note on stored steps whose files have changed since they were stored; None if there are none.
 
     Names, sizes and times of files are compared. Where only times differ, as in a copy of a run, so are hashes of some
@@ -105,7 +107,8 @@ def written_again(store: Store, sources: Mapping[int, Source], root: Path | None
     )
     later = [step for step in store.steps if step >= min(again)]
     which = f"{min(again)}:" if later == sorted(again) and len(later) > 1 else ",".join(map(str, sorted(again)))
-    where = quote(str(root)) if root else " ".join(f"--checkpoint {s}={quote(str(sources[s]))}" for s in sorted(again))
+    others = [f"--checkpoint {step}={quote(str(single[step]))}" for step in sorted(again) if step in single]
+    where = " ".join([*([quote(str(root))] if root else []), *others])
     return (
         f"{steps} {named} {have} been written again since {they} stored: the store has the old {one}; to have the new {one}: "
         f"relexio convert {where} -o {quote(store.shown)} --replace {which}"

@@ -15,7 +15,7 @@ from relexio.store.read import tile_width, tiles
 from relexio.store.schema import Block, Segment
 from relexio.store.storage import locate
 from relexio.store.store import Store
-from relexio.store.write import commit, create_segment, set_attribute, sweep, write_changed
+from relexio.store.write import commit, create_segment, set_attribute, write_changed
 
 #: So many segments of about one size become one: each move is rewritten some log_8 T times.
 _FANOUT = 8
@@ -52,15 +52,13 @@ def merging(store: Store) -> int:
 
 
 def merge(store: Store, executor: Executor, stages: Stages) -> Store:
-    """The store with its last segments made one, if they have become many: one commit, and then the old ones go."""
+    """The store with its last segments made one, if they have become many: one commit. The old ones are to be swept then."""
     count = merging(store)
     if not count:
         return store
     run = store.segments[-count:]
     merged = rewrite(store, run, [step for segment in run for step in segment.steps], executor, stages)
-    done = commit_chain(store, (*store.segments[:-count], merged))
-    sweep(done)
-    return done
+    return commit_chain(store, (*store.segments[:-count], merged))
 
 
 def forget(store: Store, steps: Container[int], executor: Executor, stages: Stages) -> Store:

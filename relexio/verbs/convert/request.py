@@ -106,6 +106,10 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
     forgotten = _forgotten(store, request, sources)
     stored = tuple(step for step in store.steps if step not in forgotten) if store else ()
     opened, unfinished = _open_all(sources, request, stored)
+    if request.replace and not any((checkpoint.step or 0) in request.replace for checkpoint in opened):
+        raise IncompleteError(f"--replace {request.replace.text}: nothing was replaced: {'; '.join(unfinished)}")
+    if request.replace and not any((checkpoint.step or 0) in request.replace for checkpoint in opened):
+        raise IncompleteError(f"--replace {request.replace.text}: nothing was replaced: {'; '.join(unfinished)}")
     base = open_checkpoint(request.base) if request.base else None
     table = store.table if store else base.tensors if base else {}
     label = base.label if base else f"the base of {out}"
@@ -120,7 +124,10 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
         if doubt := doubt_of_base(base, (*_only_step(store, request), *checkpoints)):
             notes.append(doubt)
     present = tuple(step for step in sources if step in stored)
-    if store is not None and (again := written_again(store, {step: sources[step] for step in present}, request.root)):
+    named = {step: path for step, path in (request.named or {}).items() if step in present}
+    if store is not None and (
+        again := written_again(store, {step: sources[step] for step in present}, request.root, named)
+    ):
         notes.append(again)
     if present:
         notes.append(f"already stored, not read again: {describe_steps(present)}")

@@ -121,15 +121,18 @@ def _convert(conversion: Conversion, stages: Stages) -> ConversionResult:
 
 def _merge(store: Store, executor: Executor, stages: Stages) -> tuple[Store, tuple[str, ...]]:
     """Merge, after the new steps are safe: what fails then is no failure of theirs."""
+    what = "segments could not be merged"
     try:
         with locate(store.address).storage_errors():
-            return merge(store, executor, stages), ()
+            store = merge(store, executor, stages)
+            what = "what is merged could not be removed"
+            sweep(store)
+        return store, ()
     except RelexioError as error:
         with suppress(OSError, RelexioError):  # the disk may be gone
             store = open_store(store.address)  # it may have failed when it was committed already
             sweep(store)
-        text = f"the steps are stored, but segments could not be merged: {error}; the next convert tries again"
-        return store, (text,)
+        return store, (f"the steps are stored, but {what}: {error}; the next convert tries again",)
 
 
 def _tidy(conversion: Conversion, store: Store, stages: Stages) -> ConversionResult:
