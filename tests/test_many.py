@@ -39,7 +39,7 @@ def mixed(seed: int, count: int, steps: list[int], largest: int) -> tuple[Tensor
     return base, found
 
 
-@pytest.mark.parametrize("block", [8, 64, 256])
+@pytest.mark.parametrize("block", [pytest.param(8, marks=pytest.mark.slow), 64, 256])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_tensors_that_share_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, block: int) -> None:
     """Of all kinds, empty ones among them, and some across the borders of blocks: every byte comes back."""
@@ -98,6 +98,7 @@ def test_the_oracle_where_blocks_are_shared(tmp_path: Path, monkeypatch: pytest.
     agree(predict_run(fit_run(store), 20, tmp_path / "out"), oracle(base, steps, 20))
 
 
+@pytest.mark.slow
 def test_twenty_thousand_small_tensors_are_few_files(tmp_path: Path) -> None:
     """A file for each would be slow anywhere, and dear on object storage."""
     rng = np.random.default_rng(0)

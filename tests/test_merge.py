@@ -41,8 +41,23 @@ def whole(store: Store, run: Run, steps: set[int]) -> None:
     assert not found.problems and not [note for note in found.notes if "left by" in note], found
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
-@pytest.mark.parametrize("solver", ["gram", "blocks"])
+#: What runs each time; the other pairs are slow tests.
+_QUICK = {("bfloat16", "gram"), ("float32", "blocks")}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "solver"),
+    [
+        pytest.param(
+            dtype,
+            solver,
+            marks=[] if (dtype.name, solver) in _QUICK else [pytest.mark.slow],
+            id=f"{dtype.name}-{solver}",
+        )
+        for dtype in DTYPES
+        for solver in ("gram", "blocks")
+    ],
+)
 def test_one_at_a_time_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: np.dtype, solver: str
 ) -> None:
