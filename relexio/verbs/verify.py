@@ -112,8 +112,8 @@ def verify(store: Store, originals: Originals, resources: Resources, stages: Sta
         problems += findings.problems
         for place, piece in enumerate(block.pieces):
             so_far, counted = changed[piece.tensor.name], None if findings.problems else findings.changed
-            known = so_far is not None and counted is not None
-            changed[piece.tensor.name] = so_far + counted[place] if known else None  # type: ignore[index]
+            known = None if so_far is None or counted is None else so_far + counted[place]
+            changed[piece.tensor.name] = known
     for check in _checks(store, originals, changed):
         try:
             problems += check()

@@ -137,12 +137,11 @@ def _merge(store: Store, executor: Executor, stages: Stages) -> tuple[Store, tup
 
 def _tidy(conversion: Conversion, store: Store, stages: Stages) -> ConversionResult:
     """With nothing to add: merge and remove what a run that was killed after its commit left to be merged or removed."""
-    begun = {record["step"] for record in _recorded(store, _next(store)) or []}
-    spared = (
-        {_next(store).rpartition("/")[2]} if begun and not begun & {*store.steps} else set()
-    )  # a run to be taken up
     left = set(locate(store.address).below("segments").names()) - {METADATA, *(s.name for s in store.segments)}
-    if left <= spared and not merging(store):
+    begun = {record["step"] for record in _recorded(store, _next(store)) or []}
+    if begun and begun.isdisjoint(store.steps):  # a run that can be taken up
+        left.discard(_next(store).rpartition("/")[2])
+    if not left and not merging(store):
         return ConversionResult(store, False, ())
     try:
         with conversion.out.storage_errors(), _workspace(conversion) as store:
