@@ -4,10 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 from relexio.version import __version__
 
-__all__ = ["Checkpoint", "Prediction", "Trajectory", "TrajectoryFit", "__version__", "open"]
+__all__ = ["Checkpoint", "Prediction", "Recorder", "Trajectory", "TrajectoryFit", "__version__", "open"]
 
 if TYPE_CHECKING:
     from relexio.api import Checkpoint, Prediction, Trajectory, TrajectoryFit, open
+    from relexio.recorder import Recorder
 
 
 def __dir__() -> list[str]:
@@ -17,7 +18,7 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     """Load the Python API when it is first used: ``import relexio`` and ``relexio --help`` stay fast."""
     if name in __all__:
-        from relexio import api
+        from relexio import api, recorder
 
-        return getattr(api, name)
+        return getattr(recorder if name == "Recorder" else api, name)
     raise AttributeError(f"module 'relexio' has no attribute {name!r}")

@@ -106,9 +106,29 @@ def from_float64(values: Array, kind: Kind) -> Array:
         odd = _round_to_odd(values, single)
         if kind.name == "f16":
             return odd.view(np.float32).astype(np.float16).view(np.uint16)
-    carry = ((odd >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF)
-    high = ((odd + carry) >> np.uint32(16)).astype(np.uint16)
-    return np.where(np.isnan(values), (odd >> np.uint32(16)).astype(np.uint16) | np.uint16(0x40), high)
+    return np.where(np.isnan(values), _upper(odd) | np.uint16(0x40), _upper(_rounded_up(odd)))
+
+
+def from_float32(values: Array, kind: Kind) -> Array:
+    """Element bits of float32 ``values`` rounded once, to nearest even; overflow gives infinity. NaN stay NaN."""
+    if kind.name == "f32":
+        return values.view(np.uint32)
+    if kind.name == "f16":
+        with np.errstate(over="ignore", invalid="ignore"):
+            return values.astype(np.float16).view(np.uint16)
+    bits = values.view(np.uint32)
+    return np.where(np.isnan(values), _upper(bits) | np.uint16(0x40), _upper(_rounded_up(bits)))
+
+
+def _upper(bits: Array) -> Array:
+    """The upper half of uint32 elements, which is a bf16."""
+    return (bits >> np.uint32(16)).astype(np.uint16)
+
+
+def _rounded_up(bits: Array) -> Array:
+    """uint32 elements whose upper halves are those of the float32 rounded to nearest even."""
+    with np.errstate(over="ignore"):  # of a NaN, which is given another value
+        return bits + ((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF)
 
 
 def _round_to_odd(values: Array, nearest: Array) -> Array:

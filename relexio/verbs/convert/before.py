@@ -133,6 +133,15 @@ def _is_other(store: Store, record: CheckpointRecord, source: Source) -> bool:
         return True
 
 
+def require_same(store: Store, checkpoint: Checkpoint, advice: str) -> None:
+    """Raise CheckpointError, with the advice, unless a checkpoint has the very bits that are stored for its step."""
+    for block in store.blocks:
+        if _differs(store, checkpoint, block):
+            raise CheckpointError(
+                f"{checkpoint.label}: {block.names}: other bits than {store.shown} holds for this step; {advice}"
+            )
+
+
 def _telling(store: Store, step: int) -> list[Block]:
     """Blocks in which a step that was trained again would differ: the first of each tensor that had changed most."""
     changed = store.changed_counts((step,))[:, 0]

@@ -92,22 +92,13 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
     Raises a RelexioError that names file, tensor and step for whatever cannot be converted as it is.
     """
     target = locate(request.out)
-    out, exists = target.shown, target.exists()
-    if exists and target.get(METADATA) is None:
-        raise ExistsError(f"{out}: exists and is not a trajectory; give another -o")
-    if out.endswith(PARTIAL):
-        raise RequestError(
-            f"{out}: names ending in {PARTIAL} are for unfinished work; give -o {out.removesuffix(PARTIAL)}"
-        )
-    store = open_store(target.address) if exists and not has_begun(target) else None
+    out, store = target.shown, existing_store(request.out)
     sources, others = choose(request.root, request.named or {}, request.selection)
     if store is None and request.base is None:
         raise RequestError(f"{out} does not exist yet: a new trajectory needs --base, the model before RL")
     forgotten = _forgotten(store, request, sources)
     stored = tuple(step for step in store.steps if step not in forgotten) if store else ()
     opened, unfinished = _open_all(sources, request, stored)
-    if request.replace and not any((checkpoint.step or 0) in request.replace for checkpoint in opened):
-        raise IncompleteError(f"--replace {request.replace.text}: nothing was replaced: {'; '.join(unfinished)}")
     if request.replace and not any((checkpoint.step or 0) in request.replace for checkpoint in opened):
         raise IncompleteError(f"--replace {request.replace.text}: nothing was replaced: {'; '.join(unfinished)}")
     base = open_checkpoint(request.base) if request.base else None
@@ -140,6 +131,18 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
     executor = _executor(table, block, len(checkpoints), segments, largest, resources)
     still = _still_there(store, forgotten) if store and checkpoints else (None, None)
     return Conversion(target, store, base, checkpoints, still, block, executor, present, forgotten, tuple(notes))
+
+
+def existing_store(out: str | Path) -> Store | None:
+    """The store to add to; None where a new one is to be made. Raises ExistsError or RequestError where neither can be."""
+    target = locate(out)
+    exists = target.exists()
+    if exists and target.get(METADATA) is None:
+        raise ExistsError(f"{target.shown}: exists and is not a trajectory; give another -o")
+    if target.shown.endswith(PARTIAL):
+        rest = target.shown.removesuffix(PARTIAL)
+        raise RequestError(f"{target.shown}: names ending in {PARTIAL} are for unfinished work; give -o {rest}")
+    return open_store(target.address) if exists and not has_begun(target) else None
 
 
 def _most_elements(table: Table) -> int:

@@ -1,0 +1,131 @@
+"""Recording a run while it trains, from memory: no checkpoint has to be written."""
+
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Semaphore
+
+from relexio.checkpoints.arrays import Arrays, Tensors
+from relexio.checkpoints.layout import open_checkpoint
+from relexio.checkpoints.match import match
+from relexio.checkpoints.protocol import Checkpoint
+from relexio.engine.plan import DEFAULT_MEMORY
+from relexio.engine.process import resident_bytes
+from relexio.engine.resources import Resources
+from relexio.errors import RequestError
+from relexio.progress import silent
+from relexio.store.opening import open_store
+from relexio.store.storage import local
+from relexio.verbs.convert import Request, convert, prepare
+from relexio.verbs.convert.before import require_same
+from relexio.verbs.convert.request import existing_store
+from relexio.words import describe_steps, parse_size, parse_steps
+
+#: Steps that are held in memory: one that is being encoded, and one that waits.
+_HELD = 2
+_ADVICE = "if training was resumed, make the Recorder with resumed=STEP, the step that it goes on from"
+_log = logging.getLogger("relexio")
+
+
+class Recorder:
+    """Stores a run step by step in a trajectory, which is made or added to, from tensors in memory.
+
+    ``base`` is the model before RL: a directory, or tensors by name; a trajectory that exists needs none. A tensor is copied
+    when it is added, and rounded to the base's type, to nearest even. A thread encodes what was added, in ``memory`` bytes
+    beside two copies of the model. ``resumed`` is the step from which training goes on: the steps behind it that are
+    stored give way to the first that is added, in one commit. Without it, a step that is stored may be added again
+    with the same bits only.
+
+    What was added is durable when ``flush`` or ``close`` returns. Raises a RelexioError that names store, step or tensor;
+    the next call raises what failed in the thread. As a context manager it is closed at the end.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        base: str | Path | Tensors | None = None,
+        *,
+        resumed: int | None = None,
+        memory: int | str = DEFAULT_MEMORY,
+        workers: int | None = None,
+    ) -> None:
+        self._out, self._resumed, self._workers = out, resumed, workers
+        self._memory = parse_size(memory) if isinstance(memory, str) else memory
+        store = existing_store(out)
+        self._steps = set(store.steps) if store else set[int]()
+        self._base: Checkpoint | None = None
+        if store is not None:
+            self._table, self._label = store.table, f"the base of {store.shown}"
+        else:
+            if base is None:
+                raise RequestError(f"{out} does not exist yet: a new trajectory needs a base, the model before RL")
+            self._base = open_checkpoint(local(base)) if isinstance(base, str | Path) else Arrays(None, base)
+            self._table, self._label = self._base.tensors, self._base.label
+        self._closed = False
+        self._room, self._pool = Semaphore(_HELD), ThreadPoolExecutor(1, "relexio")
+        self._adding: list[Future[None]] = []
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps that are stored, ascending."""
+        return tuple(sorted(self._steps))
+
+    def add(self, step: int, tensors: Tensors) -> None:
+        """Copy the model at a step, NumPy arrays or torch tensors by name (or pairs), to be stored; waits while one waits.
+
+        Raises CheckpointError where it is not a model like the base.
+        """
+        if self._closed:
+            raise RequestError(f"{self._out}: the recorder is closed; make another")
+        self._raise_failure(wait=False)
+        self._room.acquire()
+        try:
+            checkpoint = match(Arrays(step, tensors, like=self._table), self._table, self._label)
+            self._adding.append(self._pool.submit(self._store, step, checkpoint))
+        except BaseException:
+            self._room.release()
+            raise
+
+    def flush(self) -> None:
+        """Wait until all that was added is durable."""
+        self._raise_failure(wait=True)
+
+    def close(self) -> None:
+        """Flush, and take no more steps."""
+        self._closed = True
+        self._pool.shutdown()
+        self._raise_failure(wait=True)
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _raise_failure(self, wait: bool) -> None:
+        ended = [future for future in self._adding if wait or future.done()]
+        failures = [error for error in (future.exception() for future in ended) if error is not None]
+        self._adding = [future for future in self._adding if future not in ended]
+        if failures:
+            raise failures[0]
+
+    def _store(self, step: int, checkpoint: Checkpoint) -> None:
+        try:
+            behind = self._resumed is not None and step > self._resumed and max(self._steps, default=0) > self._resumed
+            if step in self._steps and not behind:
+                require_same(open_store(self._out), checkpoint, _ADVICE)
+                return
+            replaced = parse_steps(f"{self._resumed + 1}:") if self._resumed is not None and behind else None
+            request = Request(self._out, self._base, named={step: checkpoint}, replace=replaced)
+            resources = Resources(self._memory + resident_bytes(), self._workers, "cpu")
+            conversion = prepare(request, resources, silent)
+            done = convert(conversion, silent)
+            if conversion.forgotten:
+                _log.warning("%s: step %d replaces %s", self._out, step, describe_steps(conversion.forgotten))
+            for text in done.notes:
+                _log.warning("%s: %s", self._out, text)
+            self._steps, self._base = set(done.store.steps), None
+            if step > (self._resumed or 0):
+                self._resumed = None
+        finally:
+            self._room.release()
