@@ -28,6 +28,14 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
+def parse_duration(text: str) -> float:
+    """Seconds of ``90s``, ``30m``, ``2h`` or ``90``. Raises RequestError with the accepted forms."""
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([smh]?)\s*", text.lower())
+    if not match:
+        raise RequestError(f"{text!r} is not a duration; write 90s, 30m or 2h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
 def show(count: float) -> str:
     """Bytes for people: ``1.5 GB``."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -29,7 +29,7 @@ TAIL = """\
 | 0 | done |
 | 1 | an error of the input or the machine: a damaged file, a step that is not there, too little memory, a full disk |
 | 2 | wrong usage: an unknown option, a missing argument, a text that is not a size or a step expression |
-| 130 | interrupted (Ctrl-C) |
+| 130, 143, 129 | interrupted: Ctrl-C, SIGTERM, SIGHUP |
 
 An error is one line on stderr that begins with `error:` and says what, where, and what to do. Wrong usage is told as
 click tells it. An output that exists is never overwritten: that is an error.

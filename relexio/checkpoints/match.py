@@ -4,7 +4,7 @@ Some trainers write such a head beside the embedding, others leave it out. Every
 """
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from relexio.checkpoints.protocol import Checkpoint, Read
@@ -98,6 +98,10 @@ class _Tied(Checkpoint):
                 )
 
         return read_both
+
+    def kept_open(self) -> AbstractContextManager[None]:
+        """As the checkpoint does."""
+        return self._checkpoint.kept_open()
 
     def assert_unchanged(self) -> None:
         """As the checkpoint does."""

@@ -9,8 +9,9 @@ back as the same files. Any other is written as one ``model.safetensors``: its t
 under a plain header, and ``restore`` says so. A prediction has the form of its base.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -56,14 +57,21 @@ class Checkpoint(Protocol):
         """
         return _as_it_is(partial(self.read, name))
 
+    def kept_open(self) -> AbstractContextManager[None]:
+        """Let it be read to its end, though a trainer removes its files meanwhile: in this process only."""
+        return nullcontext()
+
     def assert_unchanged(self) -> None:
         """Raise CheckpointError if a file has changed since it was opened."""
         for file in self.files:
-            stat = file.path.stat()
+            stat = self._stat(file.path)
             if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
                 raise CheckpointError(
                     f"{file.path}: changed while it was read; wait until training has written it, and run again"
                 )
+
+    def _stat(self, file: Path) -> os.stat_result:
+        return file.stat()
 
     def not_stored(self) -> dict[str, int]:
         """Bytes, by path, of everything that does not belong to the model; a directory of such files is one entry."""

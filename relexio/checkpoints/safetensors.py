@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from errno import ENAMETOOLONG
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from relexio.checkpoints.files import INDEX, SINGLE, inside, is_file, left_out, side_files
 from relexio.checkpoints.header import MAX_HEADER, Entry, Shard, parse_json, parse_once, read_shard
@@ -35,6 +36,7 @@ class HuggingFace(Checkpoint):
         self.path, self.step, self.shards, self.index = path, step, shards, index
         self.side: dict[str, Path] = side
         self.files, self.directory = shards, top or path
+        self._open: dict[Path, int] = {}
         self.tensors, self._places = _tables(tuple((shard.header, shard.size) for shard in shards))
 
     def locate(self, name: str) -> tuple[Path, Entry]:
@@ -46,13 +48,30 @@ class HuggingFace(Checkpoint):
     def held(self, name: str, first_byte: int, nbytes: int) -> Iterator[Read]:
         """Keep the file of a tensor open, and read these bytes ahead."""
         path, entry = self.locate(name)
-        fd = os.open(path, os.O_RDONLY)
+        fd = os.dup(self._open[path]) if path in self._open else os.open(path, os.O_RDONLY)
         try:
             if hasattr(os, "posix_fadvise"):  # of hundreds of files small pieces are read in turn
                 os.posix_fadvise(fd, entry.start + first_byte, nbytes, os.POSIX_FADV_WILLNEED)
             yield lambda first, out: read_exactly(fd, entry.start + first, out, path)
         finally:
             os.close(fd)
+
+    @contextmanager
+    def kept_open(self) -> Iterator[None]:
+        """Let it be read to its end, though a trainer removes its files meanwhile: in this process only."""
+        try:
+            for shard in self.shards:
+                self._open[shard.path] = os.open(shard.path, os.O_RDONLY)
+            yield
+        finally:
+            while self._open:
+                os.close(self._open.popitem()[1])
+
+    def _stat(self, file: Path) -> os.stat_result:
+        return os.fstat(self._open[file]) if file in self._open else file.stat()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
 
     def not_stored(self) -> dict[str, int]:
         """Bytes, by path, of everything that does not belong to the model; a directory of such files is one entry."""

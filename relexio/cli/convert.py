@@ -3,16 +3,20 @@
 from dataclasses import asdict
 from dataclasses import replace as evolve
 from functools import partial
+from pathlib import Path
 
 import click
 
+from relexio.checkpoints.layout import choose
 from relexio.cli import options
 from relexio.cli.command import Result, at_work
+from relexio.cli.follow import Freed, delete, follow_run
 from relexio.cli.show import not_stored, note, stages, table
 from relexio.cli.verify import report
 from relexio.engine.resources import Resources
 from relexio.store.storage import local
 from relexio.verbs import convert as verb
+from relexio.verbs.convert.delete import Keep
 from relexio.verbs.convert.left import recorded
 from relexio.verbs.inspect import sizes
 from relexio.verbs.verify import find_originals
@@ -56,6 +60,16 @@ def _named(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
         "--checkpoint", "named", multiple=True, metavar=_NAMED, callback=_named, help="One more checkpoint. Repeatable."
     ),
     click.option("--verify", is_flag=True, help="Then read the trajectory back and compare it with the checkpoints."),
+    click.option(
+        "--delete-verified",
+        is_flag=True,
+        help="Remove a step's weight files once the trajectory has given back every byte of them. "
+        "Training cannot be resumed from such a step before it is restored.",
+    ),
+    click.option("--keep", type=options.KEEP, help="Steps that keep their files, e.g. every:50,last:2."),
+    click.option("--follow", is_flag=True, help="Wait for steps, and store each as soon as it is whole."),
+    click.option("--until", type=click.IntRange(min=0), metavar="STEP", help="Follow until this step is stored."),
+    click.option("--idle", type=options.DURATION, help="Follow until no step has come for so long, e.g. 30m."),
     dry_run=True,
 )
 def convert(
@@ -67,6 +81,11 @@ def convert(
     replace: Selection | None,
     named: dict[int, str],
     verify: bool,
+    delete_verified: bool,
+    keep: Keep | None,
+    follow: bool,
+    until: int | None,
+    idle: float | None,
     dry_run: bool,
 ) -> Result:
     """Store a run's checkpoints losslessly, as a small trajectory.
@@ -75,11 +94,18 @@ def convert(
     with safetensors weights in Hugging Face layout. The model's files are stored; what is not stored (such as a trainer's
     state) is listed at the end. When run again, it adds new steps. It reports stored steps that have
     been written again since; --replace takes the new ones. After an interruption it continues where it stopped.
+
+    With --follow it stays beside a running trainer. A step is whole when the trainer's own marker says so, or when its
+    files have been the same for five seconds.
     """
     if checkpoints is None and not named:
         raise click.UsageError("Give CHECKPOINTS, or --checkpoint STEP=PATH.")
+    _check_options(bool(named or replace or verify or dry_run), verify, delete_verified, keep, follow, until, idle)
     root, model = (local(path) if path is not None else None for path in (checkpoints, base))
     request = verb.Request(out, model, root, {step: local(path) for step, path in named.items()}, steps, replace)
+    deleting = (keep or Keep()) if delete_verified else None
+    if follow:
+        return follow_run(request, until, idle, deleting, resources)
     conversion = verb.prepare(request, resources, stages)
     for text in conversion.notes:
         note(text)
@@ -90,10 +116,14 @@ def convert(
         note("continued from what an interrupted run had finished")
     for text in done.notes:
         note(text)
+    freed = Freed()
+    if deleting is not None:
+        sources = choose(root, request.named or {}, steps)[0]
+        directories = {step: path for step, path in sources.items() if isinstance(path, Path)}
+        freed = delete(done.store, directories, root, deleting, resources)
     if not verify:
-        return Result(
-            partial(_facts, conversion, done), partial(_show, conversion, done, not_stored(recorded(done.store)))
-        )
+        left = [*freed.rows(), *not_stored(recorded(done.store))]
+        return Result(partial(_facts, conversion, done, freed), partial(_show, conversion, done, left))
     originals = find_originals(done.store, root, model)
     originals = evolve(originals, steps={**originals.steps, **conversion.by_step})
     checked = report(done.store, check(done.store, originals, resources, stages))
@@ -103,6 +133,28 @@ def convert(
         checked.show()
 
     return evolve(checked, show=show_both)
+
+
+def _check_options(
+    others: bool,
+    verify: bool,
+    delete_verified: bool,
+    keep: Keep | None,
+    follow: bool,
+    until: int | None,
+    idle: float | None,
+) -> None:
+    """Raise a usage error for options that do not go together."""
+    if follow and others:
+        raise click.UsageError(
+            "--follow goes with CHECKPOINTS, and without --checkpoint, --replace, --verify and --dry-run."
+        )
+    if not follow and (until is not None or idle is not None):
+        raise click.UsageError("--until and --idle need --follow.")
+    if keep is not None and not delete_verified:
+        raise click.UsageError("--keep needs --delete-verified.")
+    if verify and delete_verified:
+        raise click.UsageError("--delete-verified compares before it deletes: leave --verify out.")
 
 
 def _added(conversion: verb.Conversion) -> str:
@@ -136,7 +188,7 @@ def _plan(conversion: verb.Conversion) -> Result:
     return Result(lambda: facts, lambda: table(rows))
 
 
-def _facts(conversion: verb.Conversion, done: verb.ConversionResult) -> object:
+def _facts(conversion: verb.Conversion, done: verb.ConversionResult, freed: Freed) -> object:
     return {
         "out": conversion.out.shown,
         "added": list(conversion.steps),
@@ -144,6 +196,7 @@ def _facts(conversion: verb.Conversion, done: verb.ConversionResult) -> object:
         "steps": list(done.store.steps),
         "resumed": done.resumed,
         "bytes": asdict(sizes(done.store)),
+        "deleted": freed.to_json(),
         "not_stored": [one.to_json() for one in recorded(done.store)],
     }
 

@@ -62,7 +62,7 @@ def relexio_command() -> None:
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line. Exit codes: 0 done, 1 an error of the input or the machine, 2 wrong usage, 130 interrupted."""
+    """Run the command line. Exit codes: 0 done, 1 an error of input or machine, 2 wrong usage, 128 + N ended by signal N."""
     use_one_heap()
     logging.getLogger("asyncio").setLevel(
         logging.CRITICAL + 1
@@ -76,9 +76,9 @@ def main(arguments: list[str] | None = None) -> Any:
         error.message = without_secrets(error.message)  # type: ignore[misc]  # final, and shown as it is
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as stop:
         click.echo(INTERRUPTED, err=True)
-        sys.exit(130)
+        sys.exit(getattr(stop.__cause__ or stop, "code", 130))  # click wraps it
     except BrokenPipeError:
         sys.exit(1)
     except (RelexioError, OSError) as error:

@@ -11,7 +11,8 @@ from relexio.engine.plan import DEFAULT_MEMORY
 from relexio.errors import RequestError
 from relexio.methods import METHODS, OPTIONS, Recipe
 from relexio.methods.roles import OTHERS, Choice
-from relexio.words import Selection, parse_size, parse_steps, show
+from relexio.verbs.convert.delete import Keep, parse_keep
+from relexio.words import Selection, parse_duration, parse_size, parse_steps, show
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -33,6 +34,8 @@ class _Parsed(click.ParamType):  # type: ignore[type-arg]  # generic only since 
 
 SIZE = _Parsed("size", int, parse_size)
 STEPS = _Parsed("steps", Selection, parse_steps)
+DURATION = _Parsed("duration", float, parse_duration)
+KEEP = _Parsed("keep", Keep, parse_keep)
 
 
 def together(*options: Decorator) -> Decorator:

@@ -1,10 +1,6 @@
 """``relexio sweep``."""
 
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -95,16 +91,15 @@ def sweep(store: Store, resources: Resources, steps: Selection, out: str | None,
         )
     targets = tuple(sorted({step for part in steps.parts for step in part}))
     request = Request(steps=targets, out=local(out or _beside(store.address)), **asked)
-    with _stopped_like_ctrl_c():
-        plan = prepare(store, request, resources)
-        if dry_run:
-            return Result(partial(_plan_facts, plan), partial(_show_plan, plan))
-        done, failed = len(plan.candidates) - len(plan.waiting), plan.failed
-        if done or failed:
-            again = f"; {failed} failed before and will be tried again" if failed else ""
-            note(f"{done} of {len(plan.candidates)} evaluations are done already{again}")
-        with _Progress(request) as progress:
-            found = verb(plan, stages, progress, note)
+    plan = prepare(store, request, resources)
+    if dry_run:
+        return Result(partial(_plan_facts, plan), partial(_show_plan, plan))
+    done, failed = len(plan.candidates) - len(plan.waiting), plan.failed
+    if done or failed:
+        again = f"; {failed} failed before and will be tried again" if failed else ""
+        note(f"{done} of {len(plan.candidates)} evaluations are done already{again}")
+    with _Progress(request) as progress:
+        found = verb(plan, stages, progress, note)
     facts = {**found.to_json(), "out": str(request.out)}
     return Result(lambda: facts, partial(_show, request, found), _errors(request, found))
 
@@ -115,24 +110,6 @@ def _beside(trajectory: str) -> str:
         return f"{stem(trajectory)}.sweep"
     path = Path(trajectory)
     return str(path.with_name(path.name.removesuffix(".zarr") + ".sweep"))
-
-
-@contextmanager
-def _stopped_like_ctrl_c() -> Iterator[None]:
-    """Treat other requests to end the program like Ctrl-C: an evaluation must not run on alone."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {}
-    like = signal.getsignal(signal.SIGINT)
-    for signal_number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(signal_number) is signal.SIG_DFL:  # and not as under nohup
-            before[signal_number] = signal.signal(signal_number, like if callable(like) else signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for signal_number, handler in before.items():
-            signal.signal(signal_number, handler)
 
 
 class _Progress:
