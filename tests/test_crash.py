@@ -178,6 +178,24 @@ def test_ctrl_c_while_it_starts_or_ends(run: Run, tmp_path: Path, when: str) -> 
     assert [line[:12] for line in done.stderr.splitlines() if line] == ["interrupted:"], done.stderr
 
 
+SWALLOWED = """
+import os, signal, sys, time
+from relexio.cli import entry, main
+class Dropped:
+    def __del__(self): os.kill(os.getpid(), signal.SIGTERM)
+def work():
+    held = Dropped()
+    del held
+    time.sleep(600)
+entry._PATIENCE, main.main = 1, work
+entry.main()"""
+
+
+def test_told_to_end_while_python_drops_what_is_raised() -> None:
+    done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 128 + signal.SIGTERM and done.stderr.startswith("interrupted:")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",

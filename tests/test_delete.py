@@ -198,6 +198,8 @@ def test_the_command(run: Run, tmp_path: Path, relexio: Relexio) -> None:
     done = relexio(*command, "--keep", "last:0", "--json")
     assert '"deleted": {"steps": [8], ' in done.out
     assert relexio("convert", run.steps_path, "-o", out, "--verify", "--delete-verified").code == 2
+    done = relexio("verify", out, run.steps_path)
+    assert done.code == 0 and "not compared, no weights there: steps 1, 2, 3, 5, 8" in done.err and "whole" in done.out
     # what is gone is no unfinished step
     done = relexio("convert", run.steps_path, "-o", out)
     assert done.code == 0 and "not complete" not in done.err

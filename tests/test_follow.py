@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
+from relexio.checkpoints.layout import open_step as really_open
 from relexio.errors import CheckpointError, RequestError, StorageError
 from relexio.progress import silent
 from relexio.store.opening import open_store
 from relexio.store.storage import LocalStorage
 from relexio.verbs.convert import Conversion, Request
+from relexio.verbs.convert import convert as really_convert
 from relexio.verbs.convert import follow as module
 from relexio.verbs.convert.follow import Added, Looked
 from relexio.words import parse_duration
@@ -171,13 +173,12 @@ def test_the_file_beside_the_steps_that_names_the_last(
 def test_steps_that_vanish(
     following: Any, trainer: Trainer, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before they are opened; when they have been opened, where their weights can be read to the end; and while they are being read."""
-    opening, converting = module.open_step, module.convert
+    """Before they are opened; when their weights are open, and can be read to the end; before their other files are read."""
 
     def open_step(step: int, *rest: Any) -> Any:
         if step == 2:
             trainer.remove(step)
-        return opening(step, *rest)
+        return really_open(step, *rest)
 
     def convert(conversion: Conversion, stages: Any) -> Any:
         if 3 in conversion.steps:
@@ -185,7 +186,7 @@ def test_steps_that_vanish(
                 file.unlink()
         if 4 in conversion.steps:
             trainer.remove(4)  # with its configuration, which is not kept open
-        return converting(conversion, stages)
+        return really_convert(conversion, stages)
 
     monkeypatch.setattr(module, "open_step", open_step)
     monkeypatch.setattr(module, "convert", convert)

@@ -95,3 +95,27 @@ def test_steps_added_one_at_a_time(tmp_path: Path) -> None:
         peak("convert", tmp_path / "steps", *extra, "--steps", step, "-o", run, "--memory", "256MB")
     for command in (("predict", run, "--step", 900, "-o", tmp_path / "out"), ("inspect", run)):
         assert peak(*command, "--memory", "256MB") <= 256_000_000
+
+
+@pytest.mark.slow
+def test_a_run_that_is_followed(tmp_path: Path) -> None:
+    """75 steps, each written when the one before is stored, in one process that deletes them again."""
+    write_dense_run(tmp_path, 1_000_000, 75, BF16)
+    (tmp_path / "run").mkdir()
+    options = ("--follow", "--until", "75", "--delete-verified", "--memory", "160MB")
+    command = ("convert", tmp_path / "run", "--base", tmp_path / "base", "-o", tmp_path / "run.zarr", *options)
+    process = subprocess.Popen(
+        [sys.executable, "-c", MEASURED, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if found := re.match(r"waiting for the first|step (\d+) stored", line):
+            following = tmp_path / "steps" / f"global_step_{int(found[1] or 0) + 1}"
+            if following.exists():
+                following.rename(tmp_path / "run" / following.name)
+    assert process.wait() == 0, lines
+    peaks = [int(found[1]) * 1024 for line in lines if (found := re.match(r"PEAK (\d+)", line))]
+    assert peaks[0] <= 160_000_000, f"{peaks[0] / 1e6:.0f} MB"
+    assert not [*(tmp_path / "run").glob("*/*.safetensors")]

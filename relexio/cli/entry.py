@@ -9,6 +9,7 @@ from typing import Any
 
 from relexio.cli import INTERRUPTED
 
+_PATIENCE = 10  # seconds for cleaning up
 _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 
 
@@ -51,6 +52,9 @@ def _handle(numbers: list[signal.Signals], handler: Any) -> None:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     sys.unraisablehook = lambda _: None  # what is cut off half-made, as an event loop, complains when it is thrown away
+    # Python drops what is raised while it throws an object away; and work that follows a run would go on for days.
+    signal.signal(signal.SIGALRM, lambda *_: _leave(number))
+    signal.alarm(_PATIENCE)
     raise _Interrupted(number)
 
 

@@ -12,6 +12,7 @@ from relexio.checkpoints.layout import Source, choose, open_checkpoint, open_ste
 from relexio.checkpoints.match import match
 from relexio.checkpoints.protocol import Checkpoint
 from relexio.checkpoints.record import CheckpointRecord
+from relexio.checkpoints.whole import weight_stamps
 from relexio.engine import graph, plan
 from relexio.engine.resources import Resources
 from relexio.errors import CheckpointError, StoreError
@@ -87,12 +88,17 @@ def find_originals(
         notes.append(f"not in the trajectory: {describe_steps(absent)}")
     if root is not None and (alone := tuple(step for step in store.steps if step not in sources)):
         notes.append(f"not compared, no such directory: {describe_steps(alone)}")
-    originals = {}
+    originals, empty = {}, []
     for step in (step for step in sources if step in store.steps):
+        if isinstance(source := sources[step], Path) and source.is_dir() and not weight_stamps(source):
+            empty.append(step)
+            continue
         try:
             originals[step] = match(open_step(step, sources[step], root, named or {}), store.table, label)
         except CheckpointError as error:
             problems.append(str(error))
+    if empty:
+        notes.append(f"not compared, no weights there: {describe_steps(tuple(empty))}")
     original = match(open_checkpoint(base), store.table, label) if base else None
     return Originals(originals, original, root, tuple(problems), tuple(notes))
 
