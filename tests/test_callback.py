@@ -286,6 +286,25 @@ def test_a_run_that_is_resumed(tmp_path: Path, base: Path, model: Any, caplog: p
     assert contents[4] != first[4]
 
 
+def test_training_that_is_interrupted_goes_on_with_the_same_callback(tmp_path: Path, base: Path, model: Any) -> None:
+    class Interrupt(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+        done = False
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 3 and not self.done:
+                self.done = True
+                raise KeyboardInterrupt
+
+    callbacks = [Saver(tmp_path / "steps"), recorder(tmp_path / "run.zarr"), Interrupt()]
+    run = trainer(model, tmp_path / "out", callbacks, 4, save_strategy="steps", save_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    run.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+    recorded = open_store(tmp_path / "run.zarr")
+    assert recorded.contents == converted(base, tmp_path / "steps", tmp_path / "files.zarr").contents
+    assert recorded.steps == (1, 2, 3, 4)
+
+
 class Full(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
     """The disk is full from a step on."""
 

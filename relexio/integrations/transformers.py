@@ -58,6 +58,7 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not lo
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Open the trajectory, and compare the model's names and shapes with the base's."""
+        self._close()  # what an interrupted run has left, in a notebook
         failure: Exception | None = None
         try:
             weights = weights_of(model)
@@ -65,7 +66,7 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not lo
                 self._recorder = self._open(model, state.global_step, weights)
         except Exception as error:  # noqa: BLE001  # raised below, when the other ranks know
             failure = error
-        told = _of_first_rank(failure and str(failure))
+        told = _of_first_rank(failure and _text(failure))
         if failure or told:
             raise failure or RequestError(told)
         self._on, self._failure, self._last = True, None, state.global_step
@@ -89,7 +90,7 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not lo
         self._close()
 
     def _open(self, model: Any, step: int, weights: list[Weight]) -> Recorder:
-        """A recorder for a run that goes on from a step (0: a new one), made sure of that the model fits."""
+        """A recorder for a run that goes on from a step (0: a new one), after a check that the model fits."""
         base = self._base
         if base is None and existing_store(self._out) is None:
             base = _loaded_from(model)
@@ -123,7 +124,7 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not lo
                 pass
 
     def _fail(self, error: Exception) -> None:
-        self._failure = self._failure or (str(error) if isinstance(error, RelexioError) else repr(error))
+        self._failure = self._failure or _text(error)
 
     def _close(self) -> None:
         recorder, self._recorder, self._on = self._recorder, None, False
@@ -136,6 +137,10 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not lo
         if self._failure is not None:
             stored = f"it has steps up to {recorder.steps[-1]}" if recorder.steps else "it has no step"
             _log.error("%s: DOES NOT HAVE THE WHOLE RUN, %s: %s", self._out, stored, self._failure)
+
+
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, RelexioError) else repr(error)
 
 
 def _joined(
