@@ -1,14 +1,16 @@
 """Recording a run while it trains, from memory: no checkpoint has to be written."""
 
 import logging
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Semaphore
 
 from relexio.checkpoints.arrays import Arrays, Tensors
 from relexio.checkpoints.layout import open_checkpoint
-from relexio.checkpoints.match import match
+from relexio.checkpoints.match import match, written_from
 from relexio.checkpoints.protocol import Checkpoint
+from relexio.dtypes import Table
 from relexio.engine.plan import DEFAULT_MEMORY
 from relexio.engine.process import resident_bytes
 from relexio.engine.resources import Resources
@@ -69,6 +71,19 @@ class Recorder:
     def steps(self) -> tuple[int, ...]:
         """The steps that are stored, ascending."""
         return tuple(sorted(self._steps))
+
+    @property
+    def tensors(self) -> Table:
+        """Type and shape, by name, of the tensors that each step has."""
+        return self._table
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise CheckpointError if a model with tensors of these names and shapes could not be added."""
+        model = Arrays(None, {})
+        model.label = "the model"
+        types = {name: self._table.get(written_from(name, self._table), ("F32",))[0] for name in shapes}
+        model.tensors = {name: (types[name], shape) for name, shape in shapes.items()}
+        match(model, self._table, self._label)
 
     def add(self, step: int, tensors: Tensors) -> None:
         """Copy the model at a step, NumPy arrays or torch tensors by name (or pairs), to be stored; waits while one waits.

@@ -113,6 +113,31 @@ def test_what_cannot_be_added_is_told_at_once(tmp_path: Path, run: Run) -> None:
     assert open_store(tmp_path / "run.zarr").steps == (1,)
 
 
+@pytest.mark.hf
+def test_a_tied_head_may_be_given_in_another_type(tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path / "run", steps=(1, 2), shapes={"model.embed_tokens.weight": (32, 8), "model.norm.weight": (8,)}
+    )
+    converted = store_run(run, tmp_path / "files.zarr")
+    with Recorder(tmp_path / "run.zarr", run.base_path) as recorder:
+        for step, tensors in run.steps.items():
+            given = as_torch(tensors, "float32")
+            recorder.add(step, {**given, "lm_head.weight": given["model.embed_tokens.weight"]})  # as state_dict does
+    assert open_store(tmp_path / "run.zarr").contents == converted.contents
+
+
+def test_a_model_is_checked_by_names_and_shapes(tmp_path: Path, run: Run) -> None:
+    with Recorder(tmp_path / "run.zarr", run.base_path) as recorder:
+        shapes = {name: shape for name, (_, shape) in recorder.tensors.items()}
+        assert shapes == {name: array.shape for name, array in run.base.items()}
+        recorder.check(shapes)
+        with pytest.raises(CheckpointError, match=r"the model: lacks tensors of base .*model.norm.weight"):
+            recorder.check({name: shape for name, shape in shapes.items() if name != "model.norm.weight"})
+        with pytest.raises(CheckpointError, match=r"the model: tensor model.norm.weight: shape \[3\]"):
+            recorder.check({**shapes, "model.norm.weight": (3,)})
+    assert not (tmp_path / "run.zarr").exists()
+
+
 def test_what_fails_in_the_thread_reaches_the_caller(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(tmp_path / "run.zarr", run.base_path)
     recorder.add(1, run.steps[1])

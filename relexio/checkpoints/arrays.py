@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from relexio.checkpoints.files import File
+from relexio.checkpoints.match import written_from
 from relexio.checkpoints.protocol import Checkpoint
 from relexio.dtypes import Table, from_float32, from_float64, kind_of, to_native
 from relexio.errors import CheckpointError
@@ -43,7 +44,8 @@ class Arrays(Checkpoint):
         self.tensors: Table = {}
         self._bytes: dict[str, np.ndarray] = {}
         for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
-            wanted = like[name][0] if like and name in like else None
+            alike = (like or {}).get(written_from(name, like or {}))
+            wanted = alike[0] if alike else None
             self.tensors[name], self._bytes[name] = self._copy(name, tensor, wanted)
 
     def _copy(self, name: str, tensor: Any, wanted: str | None) -> tuple[tuple[str, tuple[int, ...]], np.ndarray]:
