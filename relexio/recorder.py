@@ -1,10 +1,15 @@
 """Recording a run while it trains, from memory: no checkpoint has to be written."""
 
+import atexit
 import logging
+import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Semaphore
+from weakref import ref
 
 from relexio.checkpoints.arrays import Arrays, Tensors
 from relexio.checkpoints.layout import open_checkpoint
@@ -14,9 +19,8 @@ from relexio.dtypes import Table
 from relexio.engine.plan import DEFAULT_MEMORY
 from relexio.engine.process import resident_bytes
 from relexio.engine.resources import Resources
-from relexio.errors import RequestError
+from relexio.errors import RelexioError, RequestError
 from relexio.progress import silent
-from relexio.store.opening import open_store
 from relexio.store.storage import local
 from relexio.verbs.convert import Request, convert, prepare
 from relexio.verbs.convert.before import require_same
@@ -34,7 +38,7 @@ class Recorder:
 
     ``base`` is the model before RL: a directory, or tensors by name; a trajectory that exists needs none. A tensor is copied
     when it is added, and rounded to the base's type, to nearest even. A thread encodes what was added, in ``memory`` bytes
-    beside two copies of the model. ``resumed`` is the step from which training goes on: the steps behind it that are
+    beside at most three copies of the model. ``resumed`` is the step from which training goes on: the steps behind it that are
     stored give way to the first that is added, in one commit. Without it, a step that is stored may be added again
     with the same bits only.
 
@@ -64,8 +68,11 @@ class Recorder:
             self._base = open_checkpoint(local(base)) if isinstance(base, str | Path) else Arrays(None, base)
             self._table, self._label = self._base.tensors, self._base.label
         self._closed = False
+        self._last: Checkpoint | None = None
         self._room, self._pool = Semaphore(_HELD), ThreadPoolExecutor(1, "relexio")
         self._adding: list[Future[None]] = []
+        # before Python ends its threads; what atexit knows comes after
+        getattr(threading, "_register_atexit", atexit.register)(partial(_close, ref(self)))
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -126,21 +133,34 @@ class Recorder:
 
     def _store(self, step: int, checkpoint: Checkpoint) -> None:
         try:
-            behind = self._resumed is not None and step > self._resumed and max(self._steps, default=0) > self._resumed
-            if step in self._steps and not behind:
-                require_same(open_store(self._out), checkpoint, _ADVICE)
+            store = existing_store(self._out)  # somebody else may have added to it
+            steps = store.steps if store else ()
+            behind = self._resumed is not None and step > self._resumed and max(steps, default=0) > self._resumed
+            if store and step in steps and not behind:
+                require_same(store, checkpoint, _ADVICE)
                 return
             replaced = parse_steps(f"{self._resumed + 1}:") if self._resumed is not None and behind else None
             request = Request(self._out, self._base, named={step: checkpoint}, replace=replaced)
             resources = Resources(self._memory + resident_bytes(), self._workers, "cpu")
             conversion = prepare(request, resources, silent)
+            conversion = replace(conversion, stored=(conversion.stored[0], self._last))  # their hashes are compared
             done = convert(conversion, silent)
             if conversion.forgotten:
                 _log.warning("%s: step %d replaces %s", self._out, step, describe_steps(conversion.forgotten))
             for text in done.notes:
                 _log.warning("%s: %s", self._out, text)
-            self._steps, self._base = set(done.store.steps), None
+            self._steps, self._base, self._last = set(done.store.steps), None, checkpoint
             if step > (self._resumed or 0):
                 self._resumed = None
         finally:
             self._room.release()
+
+
+def _close(recorder: "ref[Recorder]") -> None:
+    """Finish what was added, where a script ends, or fails, without closing its recorder."""
+    left = recorder()
+    if left is not None:
+        try:
+            left.close()
+        except RelexioError as error:
+            _log.error("%s: %s", left._out, error)

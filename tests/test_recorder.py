@@ -1,6 +1,8 @@
 """Recording from memory: the store is that of a conversion of the same checkpoints, and what fails reaches the caller."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -200,3 +202,35 @@ def test_at_most_one_step_waits(tmp_path: Path, run: Run, monkeypatch: pytest.Mo
     third.join(60)
     recorder.close()
     assert open_store(tmp_path / "run.zarr").steps == (1, 2, 4)
+
+
+FAILS = """
+import sys
+from relexio import Recorder
+from tests.support.make import move, load_checkpoint
+from pathlib import Path
+base = load_checkpoint(Path(sys.argv[1]))
+recorder = Recorder(sys.argv[2], sys.argv[1])
+for step, tensors in move(base, [1, 2, 3]).items():
+    recorder.add(step, tensors)
+raise SystemExit("training has failed")
+"""
+
+
+def test_a_script_that_fails_loses_no_step(tmp_path: Path, run: Run) -> None:
+    command = [sys.executable, "-c", FAILS, str(run.base_path), str(tmp_path / "run.zarr")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stderr) == (1, "training has failed\n")
+    assert open_store(tmp_path / "run.zarr").steps == (1, 2, 3)
+
+
+def test_what_somebody_else_has_stored_meanwhile_is_compared(tmp_path: Path, run: Run) -> None:
+    with Recorder(tmp_path / "run.zarr", run.base_path) as recorder:
+        recorder.add(1, run.steps[1])
+        recorder.flush()
+        store_run(run, tmp_path / "run.zarr", "2")
+        recorder.add(2, run.steps[2])
+        recorder.flush()
+        recorder.add(2, run.steps[4])
+        with pytest.raises(CheckpointError, match=r"step 2 .*other bits"):
+            recorder.flush()

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -15,7 +15,6 @@ import click
 
 from relexio.cli.command import Result
 from relexio.cli.show import not_stored, note, printable, seconds, stages, table
-from relexio.engine.process import resident_bytes
 from relexio.engine.resources import Resources
 from relexio.errors import BudgetError, MissingError
 from relexio.progress import silent
@@ -120,7 +119,7 @@ class _Run:
 
     def _judge(self, store: Store) -> str:
         try:
-            judged = judge(store, store.steps, replace(self._resources, held=resident_bytes()), silent)
+            judged = judge(store, store.steps, self._resources, silent)
         except BudgetError:
             return "needs more --memory"
         if judged.verdict is None or (pick := judged.advised) is None:

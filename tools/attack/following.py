@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 
 import relexio
 
-PAUSE = 0.15  # seconds between the trainer's steps
+PAUSE = 0.4  # seconds between the trainer's steps
 SHAPES = {f"model.layers.{i}.w": (300, 200) for i in range(4)} | {"model.norm.weight": (200,)}
 Tensors = dict[str, np.ndarray]
 
@@ -75,12 +75,13 @@ def killed_again_and_again(command: list[str], kills: int, rng: random.Random) -
 
 def wrong_steps(store: Path) -> list[int]:
     """The stored steps that are not what was written."""
-    trajectory, wrong = relexio.open(store), []
-    for step in trajectory.steps:
-        found, truth = trajectory.checkpoint(step), tensors(step)
-        if any((found[name].compute() != truth[name].astype(np.float32)).any() for name in truth):
-            wrong.append(step)
-    return wrong
+    trajectory, base, wrong = relexio.open(store), tensors(0), set[int]()
+    truth = {step: tensors(step) for step in trajectory.steps}
+    for name, start in base.items():
+        for step, delta in zip(trajectory.steps, trajectory.delta(name).compute(), strict=True):
+            if (delta != (truth[step][name].astype(float) - start.astype(float)).reshape(-1)).any():  # both exact
+                wrong.add(step)
+    return sorted(wrong)
 
 
 def attack(scratch: Path, kills: int, kept: int | None, rng: random.Random) -> bool:

@@ -3,8 +3,8 @@
 usage: python tools/bench/live.py [--quick] [--scratch DIR]
 
 Made-up steps (tools/bench/simulate.py) are held as fp32 torch tensors, as a trainer holds its master weights, and stored with
-relexio.Recorder, and beside it saved as a bf16 checkpoint, durably. The two take turns at every step. Needs torch. Data is made in a
-temporary directory and removed: 6 GB, --quick 0.2 GB.
+relexio.Recorder, and beside it saved as a bf16 checkpoint, durably. The two take turns at every step. Needs torch. Data is made
+in a temporary directory and removed: 6 GB, --quick 0.2 GB.
 """
 
 import argparse

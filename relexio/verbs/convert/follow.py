@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
@@ -11,7 +11,6 @@ from relexio.checkpoints.layout import find_steps, open_step
 from relexio.checkpoints.match import match
 from relexio.checkpoints.protocol import Checkpoint
 from relexio.checkpoints.whole import Stamps, Watch, weight_stamps
-from relexio.engine.process import resident_bytes
 from relexio.engine.resources import Resources
 from relexio.errors import CheckpointError, IncompleteError, MissingError, StorageError
 from relexio.progress import Stages
@@ -162,7 +161,7 @@ class _Follower:
     def _add(self, opened: dict[int, Checkpoint]) -> Added:
         begun = self.store is not None and len(self.store.steps) > 1  # by then its base has been asked about
         request = Request(self._request.out, None if begun else self._request.base, named=opened)
-        conversion = prepare(request, replace(self._resources, held=resident_bytes()), self._stages)
+        conversion = prepare(request, self._resources, self._stages)
         result = convert(conversion, self._stages)
         self.store = result.store
         return Added(conversion, result)

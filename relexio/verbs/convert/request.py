@@ -128,6 +128,8 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
     read = (*checkpoints, *([base] if base else []))
     largest = max((size for checkpoint in read for size in checkpoint.side_sizes), default=0)
     segments = len(store.segments) if store else 0
+    if any(isinstance(source, Path) for source in sources.values()):
+        resources = replace(resources, held=resident_bytes())  # the headers of all steps are held by now
     executor = _executor(table, block, len(checkpoints), segments, largest, resources)
     still = _still_there(store, forgotten) if store and checkpoints else (None, None)
     return Conversion(target, store, base, checkpoints, still, block, executor, present, forgotten, tuple(notes))
@@ -224,7 +226,6 @@ def _executor(table: Table, block: int, count: int, segments: int, side: int, re
     steps = max(count, 1)
     itemsize = max((kind.itemsize for kind in kinds), default=1)
     need = plan.convert_need(block, itemsize, steps, segments)
-    resources = replace(resources, held=resident_bytes())  # the headers of all steps are held by now
     return resources.on_cpu(need, shared=3 * min(side, FILE_CHUNK))
 
 
