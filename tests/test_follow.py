@@ -313,3 +313,13 @@ def test_it_ends_at_once_when_it_is_told_to(trainer: Trainer, run: Run, tmp_path
     trainer.write(2)
     assert in_process(*command).code == 0
     stored(tmp_path, run, 1, 2)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_no_step_is_lost(tmp_path: Path) -> None:
+    """docs/reliability.md has a long run."""
+    tool = Path(__file__).parents[1] / "tools" / "attack" / "following.py"
+    done = subprocess.run(
+        [sys.executable, tool, "--kills", "3", "--scratch", tmp_path], capture_output=True, text=True, timeout=1800
+    )
+    assert done.returncode == 0 and done.stdout.count("missing none, wrong none") == 2, done.stdout + done.stderr

@@ -97,7 +97,7 @@ def attack(scratch: Path, kills: int, kept: int | None, rng: random.Random) -> b
     killed_again_and_again(command, kills, rng)
     stop.set()
     trainer.join()
-    done = subprocess.run([*command, "--idle", "8s"], capture_output=True, text=True)
+    done = subprocess.run([*command, "--idle", "3s"], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"it failed: {done.stderr}")
     written = {int(path.name.split("-")[1]) for path in root.glob("checkpoint-*")}
