@@ -18,14 +18,14 @@ Source = Path | Checkpoint
 
 
 class Format(NamedTuple):
-    """An input format: whether a directory holds a model in it, by names of files, and how that is opened."""
+    """An input format: the files of a directory that hold a model's weights in it, by their names, and how these are opened."""
 
-    holds_model: Callable[[Path], bool]
+    weights: Callable[[Path], list[Path]]
     open: Callable[[Path, int | None, Path | None], Checkpoint]
 
 
-#: The first that a directory holds a model in; a directory that holds none is opened as the first, which says what is wrong.
-FORMATS = (Format(safetensors.holds_model, safetensors.open_directory),)
+#: The first that a directory has weights in; a directory that has none is opened as the first, which says what is wrong.
+FORMATS = (Format(safetensors.weight_files, safetensors.open_directory),)
 
 
 def open_checkpoint(source: Source, step: int | None = None, top: Path | None = None) -> Checkpoint:
@@ -35,7 +35,7 @@ def open_checkpoint(source: Source, step: int | None = None, top: Path | None = 
     naming the directory and file, for anything that is not whole.
     """
     if isinstance(source, Path):
-        fitting = next((form for form in FORMATS if form.holds_model(source)), FORMATS[0])
+        fitting = next((form for form in FORMATS if form.weights(source)), FORMATS[0])
         return fitting.open(source, step, top)
     if source.step != step:
         raise CheckpointError(f"{source.label}: was given as {'the base' if step is None else f'step {step}'}")
@@ -125,7 +125,12 @@ def _holds_weights(path: Path) -> bool:
 
 
 def _holds_model(path: Path) -> bool:
-    return any(form.holds_model(path) for form in FORMATS)
+    return bool(weights(path))
+
+
+def weights(path: Path) -> list[Path]:
+    """The files of a directory that hold a model's weights, in whatever format; none if it holds no model."""
+    return next((files for form in FORMATS if (files := form.weights(path))), [])
 
 
 def model_directory(path: Path) -> Path:

@@ -1,7 +1,7 @@
 """What a checkpoint is to the code that stores, compares and writes it.
 
 A new input format is a class that inherits from ``Checkpoint``, in a module of its own in this room, and an entry in
-``layout.FORMATS`` that names the files by which it is recognized. It provides the data below, and ``held`` or ``read``,
+``layout.FORMATS`` that finds the files by which it is recognized. It provides the data below, and ``held`` or ``read``,
 and overrides the defaults that it can improve on. Nothing outside this room knows what its files look like.
 
 What comes back: every tensor bit for bit, and the side files. A checkpoint that was read from safetensors files comes
@@ -56,6 +56,10 @@ class Checkpoint(Protocol):
         A block is read at many steps in turn, so many are held at once: open no more than one or two files each.
         """
         return _as_it_is(partial(self.read, name))
+
+    def over(self, base: "Checkpoint") -> "Checkpoint":
+        """The model itself, where this is what a trainer keeps beside its base, such as an adapter. Raises CheckpointError."""
+        return self
 
     def kept_open(self) -> AbstractContextManager[None]:
         """Let it be read to its end, though a trainer removes its files meanwhile: in this process only."""

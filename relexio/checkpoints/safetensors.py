@@ -93,11 +93,6 @@ def _tables(shards: tuple[tuple[bytes, int], ...]) -> tuple[Table, dict[str, tup
     return {e.name: (e.dtype, e.shape) for _, e in entries}, {e.name: (i, e) for i, e in entries}
 
 
-def holds_model(path: Path) -> bool:
-    """Whether a directory has weights that can be read, by the names of its files."""
-    return is_file(path / INDEX) or bool(weight_files(path))
-
-
 def open_directory(path: Path, step: int | None = None, top: Path | None = None) -> HuggingFace:
     """Read the headers and the list of side files of one checkpoint directory. As ``layout.open_checkpoint``."""
     if not path.is_dir():
@@ -138,7 +133,7 @@ def _not_a_directory(path: Path) -> str:
 
 
 def _single(path: Path, step: int | None) -> Path:
-    files = weight_files(path)
+    files = _shards(path)
     if path / SINGLE in files:
         return path / SINGLE
     if len(files) == 1:
@@ -154,7 +149,11 @@ def _single(path: Path, step: int | None) -> Path:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a directory that can hold a whole model, sorted."""
+    """The files of a directory that can hold a whole model: safetensors files, sorted, or what is left: their index."""
+    return _shards(path) or [path / INDEX] * is_file(path / INDEX)
+
+
+def _shards(path: Path) -> list[Path]:
     return sorted(p for p in path.glob("*.safetensors") if is_file(p) and not p.name.startswith("adapter_"))
 
 

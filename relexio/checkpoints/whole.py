@@ -4,7 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from relexio.checkpoints.files import INDEX
-from relexio.checkpoints.safetensors import weight_files
+from relexio.checkpoints.layout import weights
 
 #: Files that trainers write into a step behind its weights (TRL and all of Trainer, verl with Megatron, prime-rl).
 _INSIDE = ("trainer_state.json", "actor/ckpt_contents.json", "ckpt_contents.json", "STABLE")
@@ -18,7 +18,7 @@ Stamps = tuple[tuple[str, int, int], ...]
 def weight_stamps(model: Path) -> Stamps:
     """Name, size and time of the weights in a model's directory; empty if there are none, or they are on their way out."""
     with suppress(OSError):
-        stats = [(file.name, file.stat()) for file in weight_files(model)]
+        stats = [(file.name, file.stat()) for file in weights(model) if file.name != INDEX]
         return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
     return ()
 
