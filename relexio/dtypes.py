@@ -116,8 +116,22 @@ def from_float32(values: Array, kind: Kind) -> Array:
     if kind.name == "f16":
         with np.errstate(over="ignore", invalid="ignore"):
             return values.astype(np.float16).view(np.uint16)
-    bits = values.view(np.uint32)
-    return np.where(np.isnan(values), _upper(bits) | np.uint16(0x40), _upper(_rounded_up(bits)))
+    bits, lost = values.view(np.uint32), np.isnan(values)
+    high = _upper(_rounded_up(bits))
+    return np.where(lost, _upper(bits) | np.uint16(0x40), high) if lost.any() else high
+
+
+def can_cast(dtype: str, to: str) -> bool:
+    """Whether elements of one type in safetensors' words can be rounded to another: floats that a fit can use, and F64."""
+    return kind_of(to).is_float and (kind_of(dtype).is_float or dtype == "F64")
+
+
+def cast(raw: Array, dtype: str, to: str) -> Array:
+    """Element bits of type ``to`` from bytes (uint8 [n]) of another float type: rounded once, to nearest even."""
+    if dtype == "F64":
+        return from_float64(raw.view("<f8"), kind_of(to))
+    own = kind_of(dtype)
+    return from_float32(_to_float(raw.view(own.bits), own).astype(np.float32), kind_of(to))
 
 
 def _upper(bits: Array) -> Array:

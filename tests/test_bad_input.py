@@ -127,7 +127,7 @@ FILES: dict[str, tuple[Spoil, list[str]]] = {
 STEPS: dict[str, tuple[Spoil, list[str]]] = {
     "another shape": (tensors(lambda t: t.update({NORM: t[NORM][1:]})), [NORM, "shape [23]", "[24]"]),
     "a turned shape": (tensors(lambda t: t.update({EMBED: t[EMBED].T})), [EMBED, "[8, 16]", "[16, 8]"]),
-    "another dtype": (tensors(lambda t: t.update({EMBED: t[EMBED].astype("f2")})), [EMBED, "dtype F16", "BF16"]),
+    "another dtype": (tensors(lambda t: t.update({EMBED: t[EMBED].astype("i4")})), [EMBED, "dtype I32", "BF16"]),
     "a missing tensor": (tensors(lambda t: t.pop(NORM)), [NORM, "lacks tensors of"]),
     "one tensor more": (tensors(lambda t: t.update(extra=t[NORM])), ["extra", "tensors that are not in"]),
     "NaN": (element(NORM, np.nan), [NORM, "NaN"]),

@@ -1,6 +1,7 @@
 """Which directories are checkpoints of which step, and which of them the user asked for."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -257,11 +258,34 @@ FAULTS: dict[str, tuple[Spoil, list[str]]] = {
 }
 
 
+#: Those with no weights that can be read: one such step does not stop a run.
+GONE = ["a config and no weights", "FSDP shards", "a LoRA adapter", "a DCP checkpoint", "torch files"]
+
+
+@pytest.mark.parametrize("fault", GONE)
+def test_a_step_without_weights_that_can_be_read_is_left_out(
+    run: Run, relexio: Relexio, tmp_path: Path, fault: str
+) -> None:
+    spoil, says = FAULTS[fault]
+    spoil(run.steps_path / "global_step_2")
+    command = ("convert", run.steps_path, "--base", run.base_path, "-o", tmp_path / "traj")
+    done = relexio(*command, "--steps", "2,10")
+    assert done.code == 1 and not (tmp_path / "traj").exists()  # it was asked for
+    done = relexio(*command, "--json")
+    assert done.code == 0 and 2 not in json.loads(done.out)["added"]
+    (line,) = done.err.splitlines()
+    assert line.startswith(f"note: step 2 is left out: {run.steps_path / 'global_step_2'}")
+    assert not [word for word in says if word not in line], line
+
+
 @pytest.mark.parametrize("where", ["base", "steps/global_step_2"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_files_that_make_no_model_are_refused(
     run: Run, relexio: Relexio, tmp_path: Path, fault: str, where: str
 ) -> None:
+    if fault in GONE and where != "base":
+        for step in run.steps:  # where none is left, nothing can be done
+            shutil.rmtree(run.steps_path / f"global_step_{step}") if step != 2 else None
     spoil, says = FAULTS[fault]
     spoil(tmp_path / where)
     before = snapshot(tmp_path)
@@ -270,6 +294,54 @@ def test_files_that_make_no_model_are_refused(
     assert (done.code, line[: 7 + len(f"{tmp_path / where}")]) == (1, f"error: {tmp_path / where}")
     assert not [word for word in says if word not in line], line
     assert (snapshot(tmp_path), list(tmp_path.glob("traj*"))) == (before, [])
+
+
+#: A directory of each trainer, the model inside it, and the step.
+TRAINERS = [
+    ("global_step_12/actor/huggingface", 12),  # verl, FSDP, with hf_model
+    ("global_step_12/actor/model/huggingface", 12),  # verl, Megatron
+    ("checkpoint-12", 12),  # TRL and the Trainer
+    ("checkpoint-0012", 12),
+    ("global_step12_hf", 12),  # OpenRLHF
+    ("step_12/policy/weights/model/consolidated", 12),  # NeMo-RL
+    ("global_step_12/policy", 12),  # SkyRL
+    ("step_12", 12),  # prime-rl, open-instruct
+    ("weight_v000012", 12),  # slime, miles
+    ("epoch0epochstep11globalstep11", 12),  # AReaL counts from 0
+    ("checkpoint-12/actor_train", 12),  # ROLL
+    ("step-12", 12),  # torchtitan
+    ("global_step_12/hf_model", 12),  # readers of papers' runs
+]
+
+
+@pytest.mark.parametrize(("inside", "step"), TRAINERS)
+def test_directories_of_trainers(run: Run, tmp_path: Path, inside: str, step: int) -> None:
+    save_checkpoint(tmp_path / "run" / inside, run.steps[2])
+    for name in (
+        "tmp_step_12",
+        "old_step_12",
+        "best_global_step12",
+        "best_step_12",
+        "latest",
+        "checkpoint-best",
+        "step_",
+    ):
+        save_checkpoint(tmp_path / "run" / name, run.steps[2])
+    found, rest = find_steps(tmp_path / "run")
+    assert found == {step: tmp_path / "run" / inside} and len(rest) == 7
+
+
+def test_directories_of_any_name(run: Run, tmp_path: Path, relexio: Relexio) -> None:
+    for step in run.steps:
+        save_checkpoint(tmp_path / "run" / f"iter_{step:04}_hf", run.steps[step])
+    command = ("convert", tmp_path / "run", "--base", run.base_path, "-o", tmp_path / "traj")
+    assert "--pattern" in relexio(*command).err
+    assert relexio(*command, "--pattern", r"iter_(\d+)_hf", "--verify").code == 0
+    done = relexio("verify", tmp_path / "traj", tmp_path / "run", "--pattern", r"iter_(\d+)_hf", "--json")
+    assert json.loads(done.out)["compared"] == sorted(run.steps)
+    for text, says in (("(", "is no pattern"), (r"iter_\d+", "one group"), (r"(i)ter_(\d+)", "one group")):
+        done = relexio(*command, "--pattern", text)
+        assert done.code == 2 and says in done.err
 
 
 def test_convert_takes_named_checkpoints(run: Run, relexio: Relexio, tmp_path: Path) -> None:

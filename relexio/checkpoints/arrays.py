@@ -10,7 +10,7 @@ import numpy as np
 from relexio.checkpoints.files import File
 from relexio.checkpoints.match import written_from
 from relexio.checkpoints.protocol import Checkpoint
-from relexio.dtypes import Table, from_float32, from_float64, kind_of, to_native
+from relexio.dtypes import Table, can_cast, cast, kind_of
 from relexio.errors import CheckpointError
 
 #: What safetensors calls a type, by what NumPy (with ml_dtypes) and torch call it.
@@ -53,8 +53,7 @@ class Arrays(Checkpoint):
         dtype = _NAMES.get(str(getattr(tensor, "dtype", "")).rpartition(".")[2])
         if dtype is None:
             raise CheckpointError(f"{self.label}: tensor {name}: {_described(tensor)} is no tensor that can be stored")
-        if wanted is None or not (kind_of(wanted).is_float and (kind_of(dtype).is_float or dtype == "F64")):
-            wanted = dtype
+        wanted = wanted if wanted and can_cast(dtype, wanted) else dtype
         copied = _from_torch(tensor, wanted) if hasattr(tensor, "detach") else _from_numpy(tensor, dtype, wanted)
         return (wanted, tuple(tensor.shape)), copied
 
@@ -84,15 +83,10 @@ def _from_torch(tensor: Any, wanted: str) -> np.ndarray:
 
 def _from_numpy(array: np.ndarray, dtype: str, wanted: str) -> np.ndarray:
     flat = np.ascontiguousarray(array).reshape(-1)
+    raw = flat.astype(flat.dtype.newbyteorder("<")).view(np.uint8)
     if dtype == wanted:
-        return flat.astype(flat.dtype.newbyteorder("<")).view(np.uint8)
-    kind = kind_of(wanted)
-    bits = np.empty(flat.size, kind.bits)
+        return raw
+    size, bits = flat.itemsize, np.empty(flat.size, kind_of(wanted).bits)
     for first in range(0, flat.size, _AT_ONCE):
-        part = flat[first : first + _AT_ONCE]
-        if dtype == "F64":
-            bits[first : first + _AT_ONCE] = from_float64(part.astype("f8"), kind)
-        else:
-            native = part.astype("f4") if dtype != "BF16" else to_native(part.view("<u2"), kind_of(dtype))
-            bits[first : first + _AT_ONCE] = from_float32(native, kind)
+        bits[first : first + _AT_ONCE] = cast(raw[first * size : (first + _AT_ONCE) * size], dtype, wanted)
     return bits.view(np.uint8)

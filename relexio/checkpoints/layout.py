@@ -10,9 +10,18 @@ from relexio.checkpoints.protocol import Checkpoint
 from relexio.errors import CheckpointError, MissingError, RequestError
 from relexio.words import Selection, digits
 
-_STEP = re.compile(r"(?:global_step_?|checkpoint-|step_|step-)(\d{1,15})(?:_hf)?")
-_INSIDE = ("", "huggingface", "actor/huggingface", "actor")
+#: Names of step directories, and what is to be added to the number in them (AReaL counts from 0).
+_NAMES = (
+    (re.compile(r"(?:global_step_?|checkpoint-|step_|step-|weight_v)(\d{1,15})(?:_hf)?"), 0),
+    (re.compile(r"epoch\d+epochstep\d+globalstep(\d{1,15})"), 1),
+)
+#: Where trainers put the model in a step: verl (twice with Megatron), SkyRL, NeMo-RL, ROLL, and readers of papers' runs.
+_INSIDE = (
+    "", "huggingface", "actor/huggingface", "actor/model/huggingface", "policy/weights/model/consolidated", "hf_model",
+    "policy", "actor_train", "actor",
+)  # fmt: skip
 
+_DIGITS = 15
 #: A checkpoint, or the directory that it is in.
 Source = Path | Checkpoint
 
@@ -50,10 +59,33 @@ def open_step(step: int, source: Source, root: Path | None, named: Mapping[int, 
     return open_checkpoint(source, step, top if isinstance(top, Path) else _step_directory(source, root))
 
 
-def find_steps(root: Path, selection: Selection | None = None) -> tuple[dict[int, Path], list[str]]:
+def parse_pattern(text: str) -> re.Pattern[str]:
+    """Parse a pattern of names of step directories, such as ``iter_(\\d+)_hf``. Raises RequestError if it gives no number."""
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise RequestError(f"{text!r} is no pattern: {error}; write one like 'iter_(\\d+)_hf'") from error
+    if pattern.groups != 1:
+        raise RequestError(f"{text!r}: a pattern has one group, which gives the step, like 'iter_(\\d+)_hf'")
+    return pattern
+
+
+def _step_of(name: str, pattern: re.Pattern[str] | None) -> int | None:
+    """The step that the name of a directory tells; None if it tells none."""
+    for names, added in _NAMES if pattern is None else ((pattern, 0),):
+        found = names.fullmatch(name)
+        if found and found[1] and found[1].isascii() and found[1].isdigit() and len(found[1]) <= _DIGITS:
+            return int(found[1]) + added
+    return None
+
+
+def find_steps(
+    root: Path, selection: Selection | None = None, pattern: re.Pattern[str] | None = None
+) -> tuple[dict[int, Path], list[str]]:
     """The step directories below ``root`` by step, sorted, and the names of directories that are none.
 
-    Raises MissingError if there is no such directory, CheckpointError if two directories claim one step.
+    ``pattern``: the names of step directories, if they have not those that trainers give. Raises MissingError if there is no
+    such directory, CheckpointError if two directories claim one step.
     """
     if not root.is_dir():
         raise MissingError(f"{root}: no such directory")
@@ -62,11 +94,10 @@ def find_steps(root: Path, selection: Selection | None = None) -> tuple[dict[int
     for path in sorted(root.iterdir(), key=lambda p: digits(p.name)):
         if not path.is_dir():
             continue
-        match = _STEP.fullmatch(path.name)
-        if not match:
+        step = _step_of(path.name, pattern)
+        if step is None:
             rest.append(path.name)
             continue
-        step = int(match[1])
         if selection is not None and step not in selection:
             continue
         if step in directories and _holds_weights(path) and _holds_weights(directories[step]):
@@ -77,13 +108,16 @@ def find_steps(root: Path, selection: Selection | None = None) -> tuple[dict[int
 
 
 def choose(
-    root: Path | None, named: Mapping[int, Source], selection: Selection | None
+    root: Path | None,
+    named: Mapping[int, Source],
+    selection: Selection | None,
+    pattern: re.Pattern[str] | None = None,
 ) -> tuple[dict[int, Source], list[str]]:
     """All chosen steps, by step: model directories below ``root``, and those (or checkpoints) named one by one.
 
     Raises CheckpointError if two claim one step, RequestError if nothing is chosen or a requested step is missing.
     """
-    below, rest = find_steps(root, selection) if root is not None else ({}, [])
+    below, rest = find_steps(root, selection, pattern) if root is not None else ({}, [])
     steps: dict[int, Source] = {**below}
     for step, source in named.items():
         if step in steps:
@@ -109,14 +143,16 @@ def _step_directory(model: Path, root: Path | None) -> Path:
 
 def _advice(root: Path | None) -> str:
     """Advice where a directory holds no steps."""
-    if root is not None and (match := _STEP.fullmatch(root.name)):
-        return f"it is itself a step; give its parent directory, or --checkpoint {match[1]}={root}"
-    below = sorted(p.parent for p in root.glob("*/*") if p.is_dir() and _STEP.fullmatch(p.name)) if root else []
+    if root is not None and (step := _step_of(root.name, None)) is not None:
+        return f"it is itself a step; give its parent directory, or --checkpoint {step}={root}"
+    below = (
+        sorted(p.parent for p in root.glob("*/*") if p.is_dir() and _step_of(p.name, None) is not None) if root else []
+    )
     if below:
         return f"did you mean {below[0]}?"
     return (
-        "step directories are named global_step_N, global_stepN_hf, checkpoint-N, step_N or step-N; "
-        "name others with --checkpoint STEP=PATH"
+        "step directories are named global_step_N, checkpoint-N, step_N and the like (docs/trainers.md); name others with "
+        "--pattern 'iter_(\\d+)_hf', or one by one with --checkpoint STEP=PATH"
     )
 
 

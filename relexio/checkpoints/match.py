@@ -3,13 +3,12 @@
 Some trainers write such a head beside the embedding, others leave it out. Everything else sees the base's tensors.
 """
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 
-from relexio.checkpoints.protocol import Checkpoint, Read
-from relexio.checkpoints.record import CheckpointRecord
-from relexio.dtypes import Table
+from relexio.checkpoints.cast import Cast
+from relexio.checkpoints.protocol import Checkpoint, Read, Wrapped
+from relexio.dtypes import Table, can_cast
 from relexio.errors import CheckpointError
 
 HEAD = "lm_head.weight"
@@ -34,9 +33,12 @@ def written_from(name: str, table: Table) -> str:
 def match(checkpoint: Checkpoint, base: Table, label: str) -> Checkpoint:
     """The checkpoint with exactly the tensors of the base's table; ``label`` is how errors name the base.
 
+    Floats of other types are rounded to the table's, to nearest even.
+
     A head that it lacks is read from its embedding. An extra head must equal the embedding bit for bit; this is checked
     whenever the embedding is read. Raises CheckpointError naming step, tensor, and what differs.
     """
+    checkpoint = _cast(checkpoint, base)
     tensors = checkpoint.tensors
     extra = [name for name in tensors if name not in base]
     missing = [name for name in base if name not in tensors]
@@ -65,23 +67,31 @@ def match(checkpoint: Checkpoint, base: Table, label: str) -> Checkpoint:
     return _Tied(checkpoint, base, embedding, second) if embedding and (second or absent) else checkpoint
 
 
-class _Tied(Checkpoint):
+def _cast(checkpoint: Checkpoint, base: Table) -> Checkpoint:
+    """The checkpoint with the float types of the table, where its own are others."""
+    types = {}
+    for name, (dtype, _) in checkpoint.tensors.items():
+        wanted = base.get(written_from(name, base), (dtype,))[0]
+        types[name] = wanted if can_cast(dtype, wanted) else dtype
+    tensors = {name: (types[name], shape) for name, (_, shape) in checkpoint.tensors.items()}
+    return checkpoint if tensors == checkpoint.tensors else Cast(checkpoint, tensors)
+
+
+class _Tied(Wrapped):
     """A checkpoint whose head is its embedding: absent from its files, or there a ``second`` time."""
 
     def __init__(self, checkpoint: Checkpoint, tensors: Table, embedding: str, second: bool) -> None:
-        self.step, self.label, self.source = checkpoint.step, checkpoint.label, checkpoint.source
-        self.files, self.side, self.directory = checkpoint.files, checkpoint.side, checkpoint.directory
-        self.tensors = tensors
-        self._checkpoint, self._embedding, self._second = checkpoint, embedding, second
+        super().__init__(checkpoint, tensors)
+        self._embedding, self._second = embedding, second
 
     @contextmanager
     def held(self, name: str, first_byte: int, nbytes: int) -> Iterator[Read]:
         """As the checkpoint does; both copies of an embedding that it holds twice."""
         with ExitStack() as stack:
             own = self._embedding if name == HEAD else name
-            read = stack.enter_context(self._checkpoint.held(own, first_byte, nbytes))
+            read = stack.enter_context(self.inner.held(own, first_byte, nbytes))
             if self._second and name == self._embedding:
-                head = stack.enter_context(self._checkpoint.held(HEAD, first_byte, nbytes))
+                head = stack.enter_context(self.inner.held(HEAD, first_byte, nbytes))
                 yield self._both(read, head)
             else:
                 yield read
@@ -98,19 +108,3 @@ class _Tied(Checkpoint):
                 )
 
         return read_both
-
-    def kept_open(self) -> AbstractContextManager[None]:
-        """As the checkpoint does."""
-        return self._checkpoint.kept_open()
-
-    def assert_unchanged(self) -> None:
-        """As the checkpoint does."""
-        self._checkpoint.assert_unchanged()
-
-    def not_stored(self) -> dict[str, int]:
-        """What the checkpoint says."""
-        return self._checkpoint.not_stored()
-
-    def record(self, name_of: Callable[[Path | bytes], str]) -> CheckpointRecord:
-        """The checkpoint's own: it comes back as it was."""
-        return self._checkpoint.record(name_of)

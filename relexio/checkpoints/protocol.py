@@ -34,9 +34,10 @@ class Checkpoint(Protocol):
     ``files`` hold the weights: every worker must see them, and they must not change while they are read. Without files
     only its bytes show whether a checkpoint is still the same: they are compared, and an interrupted conversion starts anew.
     ``side`` has the model's other files by their path inside the checkpoint, or their bytes. ``directory`` holds all that
-    the trainer wrote, if there is one.
+    the trainer wrote, if there is one. ``cast`` names the types on disk that are read as others.
     """
 
+    cast: str = ""
     step: int | None
     label: str
     source: str
@@ -113,3 +114,28 @@ class Checkpoint(Protocol):
 @contextmanager
 def _as_it_is(read: Read) -> Iterator[Read]:
     yield read
+
+
+class Wrapped(Checkpoint):
+    """Another checkpoint, read in another way: what its files are, and whether they change, it knows itself."""
+
+    def __init__(self, checkpoint: Checkpoint, tensors: Table) -> None:
+        self.step, self.label, self.source = checkpoint.step, checkpoint.label, checkpoint.source
+        self.files, self.side, self.directory = checkpoint.files, checkpoint.side, checkpoint.directory
+        self.cast, self.tensors, self.inner = checkpoint.cast, tensors, checkpoint
+
+    def kept_open(self) -> AbstractContextManager[None]:
+        """As the checkpoint does."""
+        return self.inner.kept_open()
+
+    def assert_unchanged(self) -> None:
+        """As the checkpoint does."""
+        self.inner.assert_unchanged()
+
+    def not_stored(self) -> dict[str, int]:
+        """What the checkpoint says."""
+        return self.inner.not_stored()
+
+    def record(self, name_of: Callable[[Path | bytes], str]) -> CheckpointRecord:
+        """The checkpoint's own."""
+        return self.inner.record(name_of)

@@ -9,7 +9,7 @@ from typing import Any
 
 from relexio.checkpoints.files import DEEPEST, INDEX, LONGEST, SINGLE
 from relexio.checkpoints.header import header_of
-from relexio.dtypes import Table, tensor_bytes
+from relexio.dtypes import BITS, Table, tensor_bytes
 
 Json = dict[str, Any]
 _ARRAY = re.compile(r"files/[0-9a-f]{32}")
@@ -54,7 +54,8 @@ class NotStored:
 class CheckpointRecord:
     """Where a checkpoint came from, and its files. ``header``, ``index`` and ``side`` name arrays of file bytes.
 
-    Without shards it was not read from safetensors files.
+    Without shards it was not read from safetensors files. ``cast`` names the types that its files had, where the tensors are
+    stored in others.
     """
 
     step: int | None
@@ -63,11 +64,12 @@ class CheckpointRecord:
     index: str | None
     side: dict[str, str]
     not_stored: NotStored = NotStored()
+    cast: str = ""
 
     @property
     def from_safetensors(self) -> bool:
         """Whether it comes back as the files that it was."""
-        return bool(self.shards)
+        return bool(self.shards) and not self.cast
 
     @property
     def files(self) -> list[str]:
@@ -77,7 +79,7 @@ class CheckpointRecord:
     @property
     def beside(self) -> dict[str, str]:
         """The arrays of the files that lie beside the weights, by name: the side files, and the index of the shards."""
-        return self.side if self.index is None else {**self.side, INDEX: self.index}
+        return {**self.side, INDEX: self.index} if self.index is not None and self.from_safetensors else self.side
 
     @property
     def fingerprints(self) -> tuple[tuple[str, int, int], ...]:
@@ -86,7 +88,7 @@ class CheckpointRecord:
 
     def nbytes(self, table: Table) -> int:
         """Bytes of its weights' files: as they were, or as they will be written."""
-        if self.shards:
+        if self.from_safetensors:
             return sum(shard.size for shard in self.shards)
         return 8 + len(header_of(table)) + sum(tensor_bytes(*tensor) for tensor in table.values())
 
@@ -113,16 +115,18 @@ class CheckpointRecord:
                 yield name, name in ours
 
     def to_json(self) -> Json:
-        """The record for Zarr attributes; an empty list of what was not stored is left out."""
+        """The record for Zarr attributes, without what is empty."""
         value = {**asdict(self), "shards": [asdict(shard) for shard in self.shards]}
-        return value if self.not_stored.files else {k: v for k, v in value.items() if k != "not_stored"}
+        empty = {"not_stored": not self.not_stored.files, "cast": not self.cast}
+        return {k: v for k, v in value.items() if not empty.get(k)}
 
     @classmethod
     def from_json(cls, value: Json) -> "CheckpointRecord":
         """From Zarr attributes. Raises ValueError for anything that a writer would not write."""
         shards = tuple(ShardRecord(s["name"], s["size"], s["mtime_ns"], s["header"]) for s in value["shards"])
         rest = NotStored.from_json(value["not_stored"]) if "not_stored" in value else NotStored()
-        record = cls(value["step"], value["source"], shards, value["index"], dict(value["side"]), rest)
+        side, cast = dict(value["side"]), value.get("cast", "")
+        record = cls(value["step"], value["source"], shards, value["index"], side, rest, cast)
         names = [shard.name for shard in shards] or [SINGLE]
         require(is_text(record.source), "a source is text")
         for name in (*names, *record.side):
@@ -132,6 +136,7 @@ class CheckpointRecord:
         arrays = [*record.side.values(), *(s.header for s in shards), *([] if record.index is None else [record.index])]
         require(all(isinstance(a, str) and _ARRAY.fullmatch(a) for a in arrays), "files are arrays of the store")
         require(all(is_count(s.size) and _is_time(s.mtime_ns) for s in shards), "sizes and times are numbers")
+        require(isinstance(cast, str) and set(cast.split(", ")) <= {"", *BITS}, "types that were cast are types")
         require(record.step is None or is_count(record.step), "a step is a number")
         return record
 

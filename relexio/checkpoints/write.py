@@ -40,7 +40,7 @@ def output_files(
     ``from_pretrained`` would not take them. Raises StoreError where a header does not fit the tensor table.
     """
     change = header_for_transformers if loadable else bytes
-    if not record.shards:
+    if not record.from_safetensors:
         return [_output_file(SINGLE, header_of(table), record.nbytes(table), table, shown, change)]
     return [
         _output_file(shard.name, read(shard.header), shard.size, table, f"{shown}: {shard.header}", change)

@@ -1,5 +1,6 @@
 """``relexio convert``."""
 
+import re
 from dataclasses import asdict
 from dataclasses import replace as evolve
 from functools import partial
@@ -10,7 +11,7 @@ import click
 from relexio.checkpoints.layout import choose
 from relexio.cli import options
 from relexio.cli.command import Result, at_work
-from relexio.cli.follow import Freed, delete, follow_run
+from relexio.cli.follow import Freed, delete, follow_run, require_bytes
 from relexio.cli.show import not_stored, note, stages, table
 from relexio.cli.verify import report
 from relexio.engine.resources import Resources
@@ -59,6 +60,14 @@ def _named(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
     click.option(
         "--checkpoint", "named", multiple=True, metavar=_NAMED, callback=_named, help="One more checkpoint. Repeatable."
     ),
+    options.pattern,
+    click.option(
+        "--dtype",
+        type=click.Choice(["base", "stored"]),
+        default="base",
+        show_default=True,
+        help="Types of a new trajectory: the base's, to which steps are rounded, or those of the steps' files.",
+    ),
     click.option("--verify", is_flag=True, help="Then read the trajectory back and compare it with the checkpoints."),
     click.option(
         "--delete-verified",
@@ -80,6 +89,8 @@ def convert(
     steps: Selection | None,
     replace: Selection | None,
     named: dict[int, str],
+    pattern: re.Pattern[str] | None,
+    dtype: str,
     verify: bool,
     delete_verified: bool,
     keep: Keep | None,
@@ -90,8 +101,8 @@ def convert(
 ) -> Result:
     """Store a run's checkpoints losslessly, as a small trajectory.
 
-    CHECKPOINTS is a directory of step directories (global_step_N, global_stepN_hf, checkpoint-N, step_N or step-N)
-    with safetensors weights in Hugging Face layout. The model's files are stored; what is not stored (such as a trainer's
+    CHECKPOINTS is a directory of step directories (global_step_N, checkpoint-N, step_N and the like, as trainers name
+    them) with safetensors weights in Hugging Face layout. The model's files are stored; what is not stored (such as a trainer's
     state) is listed at the end. When run again, it adds new steps. It reports stored steps that have
     been written again since; --replace takes the new ones. After an interruption it continues where it stopped.
 
@@ -102,7 +113,8 @@ def convert(
         raise click.UsageError("Give CHECKPOINTS, or --checkpoint STEP=PATH.")
     _check_options(bool(named or replace or verify or dry_run), verify, delete_verified, keep, follow, until, idle)
     root, model = (local(path) if path is not None else None for path in (checkpoints, base))
-    request = verb.Request(out, model, root, {step: local(path) for step, path in named.items()}, steps, replace)
+    paths = {step: local(path) for step, path in named.items()}
+    request = verb.Request(out, model, root, paths, steps, replace, dtype, pattern)
     deleting = (keep or Keep()) if delete_verified else None
     if follow:
         return follow_run(request, until, idle, deleting, resources)
@@ -111,6 +123,8 @@ def convert(
         note(text)
     if dry_run:
         return _plan(conversion)
+    if deleting is not None:
+        require_bytes(conversion)
     done = verb.convert(conversion, stages)
     if done.resumed:
         note("continued from what an interrupted run had finished")
@@ -118,13 +132,13 @@ def convert(
         note(text)
     freed = Freed()
     if deleting is not None:
-        sources = choose(root, request.named or {}, steps)[0]
+        sources = choose(root, request.named or {}, steps, pattern)[0]
         directories = {step: path for step, path in sources.items() if isinstance(path, Path)}
         freed = delete(done.store, directories, root, deleting, resources)
     if not verify:
         left = [*freed.rows(), *not_stored(recorded(done.store))]
         return Result(partial(_facts, conversion, done, freed), partial(_show, conversion, done, left))
-    originals = find_originals(done.store, root, model)
+    originals = find_originals(done.store, root, model, pattern=pattern)
     originals = evolve(originals, steps={**originals.steps, **conversion.by_step})
     checked = report(done.store, check(done.store, originals, resources, stages))
 

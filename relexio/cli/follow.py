@@ -16,11 +16,11 @@ import click
 from relexio.cli.command import Result
 from relexio.cli.show import not_stored, note, printable, seconds, stages, table
 from relexio.engine.resources import Resources
-from relexio.errors import BudgetError, MissingError
+from relexio.errors import BudgetError, MissingError, RequestError
 from relexio.progress import silent
 from relexio.store.store import Store
 from relexio.verbs.backtest import judge
-from relexio.verbs.convert import Request
+from relexio.verbs.convert import Conversion, Request
 from relexio.verbs.convert.delete import Deleted, Keep, delete_verified
 from relexio.verbs.convert.follow import Added, Looked, follow
 from relexio.verbs.convert.left import recorded
@@ -66,6 +66,16 @@ def delete(store: Store, directories: dict[int, Path], root: Path | None, keep: 
     for deleted in delete_verified(store, directories, root, keep, resources, stages):
         freed.add(deleted)
     return freed
+
+
+def require_bytes(conversion: Conversion) -> None:
+    """Raise RequestError where the store could not give the very bytes of the steps back, so that none may be deleted."""
+    cast = next((checkpoint for checkpoint in conversion.checkpoints if checkpoint.cast), None)
+    if cast is not None:
+        raise RequestError(
+            f"{cast.label}: --delete-verified: it has {cast.cast}, and is stored rounded to other types: the trajectory could "
+            f"not give these bytes back; leave --delete-verified out, or keep the types with --dtype stored and another -o"
+        )
 
 
 class _StatusLine:
@@ -147,6 +157,7 @@ def follow_run(
     """Follow a run until it ends, and give what is there then. ``keep``: None to delete nothing."""
     line, run, freed, since = _StatusLine(), _Run(resources), Freed(), time.monotonic()
     store: Store | None = None
+    told: set[str] = set()
     try:
         for event in follow(request, until, idle, resources, line.stages):
             if isinstance(event, Looked):
@@ -159,9 +170,12 @@ def follow_run(
                 line.show(text, f"; waiting for {seconds(time.monotonic() - since)}")
                 continue
             line.clear()
-            for text in _texts(event):
+            for text in [text for text in _texts(event) if text not in told]:
                 note(text)
+                told.add(text)
             if isinstance(event, Added):
+                if keep is not None:
+                    require_bytes(event.conversion)
                 since = time.monotonic()
                 run.added(event)
     finally:

@@ -1,11 +1,13 @@
 """Options and parameter types that several commands share."""
 
+import re
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import click
 
+from relexio.checkpoints.layout import parse_pattern
 from relexio.engine.device import DEVICES
 from relexio.engine.plan import DEFAULT_MEMORY
 from relexio.errors import RequestError
@@ -35,6 +37,7 @@ class _Parsed(click.ParamType):  # type: ignore[type-arg]  # generic only since 
 SIZE = _Parsed("size", int, parse_size)
 STEPS = _Parsed("steps", Selection, parse_steps)
 DURATION = _Parsed("duration", float, parse_duration)
+PATTERN = _Parsed("pattern", re.Pattern, parse_pattern)
 KEEP = _Parsed("keep", Keep, parse_keep)
 
 
@@ -66,6 +69,11 @@ scheduler = click.option(
     "[default: threads]",
 )
 dry_run = click.option("--dry-run", is_flag=True, help="Print the plan and stop; write nothing.")
+pattern = click.option(
+    "--pattern",
+    type=PATTERN,
+    help="Names of step directories, if no trainer names them so: a regular expression, e.g. 'iter_(\\d+)_hf'.",
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 window = click.option(
     "--window", type=STEPS, help="Stored steps to fit, e.g. 1:75, 80:, 10:300:10 or 1,2,5.  [default: all]"

@@ -42,7 +42,9 @@ def restore(store: Store, resources: Resources, step: int | str, out: str) -> Re
     left = not_stored_summary_of(record)
     name = "the base" if number is None else f"step {number}"
     how = "the model's files as they were"
-    if not record.from_safetensors:
+    if record.cast:
+        how = f"as safetensors, rounded to the trajectory's types as it was stored: its own files had {record.cast}"
+    elif not record.from_safetensors:
         how = "as safetensors: it was not stored from safetensors files"
     rows = [("wrote", f"{out}: {name}, {how}"), *not_stored(left)]
     facts = {"step": number, "out": out, "not_stored": [one.to_json() for one in left]}

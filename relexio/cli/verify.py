@@ -1,9 +1,11 @@
 """``relexio verify``, and what ``convert --verify`` prints."""
 
+import re
 from pathlib import Path
 
 import click
 
+from relexio.cli import options
 from relexio.cli.command import Result, on_trajectory
 from relexio.cli.show import not_stored, note, stages, table
 from relexio.engine.resources import Resources
@@ -20,16 +22,19 @@ _SHOWN = 20
     click.option(
         "--base", type=click.Path(path_type=Path, readable=False), help="Compare the base with this model too."
     ),
+    options.pattern,
     window=False,
 )
-def verify(store: Store, resources: Resources, checkpoints: Path | None, base: Path | None) -> Result:
+def verify(
+    store: Store, resources: Resources, checkpoints: Path | None, base: Path | None, pattern: re.Pattern[str] | None
+) -> Result:
     """Check that a trajectory is whole, to the last bit.
 
     Reads all of TRAJECTORY: checksums, hashes of every tensor at every step, and structure. With CHECKPOINTS, the
     directory that it was converted from, it also compares every stored step with its files bit for bit, and lists what
     the trajectory does not hold. Do that before you delete the checkpoints.
     """
-    return report(store, verb(store, find_originals(store, checkpoints, base), resources, stages))
+    return report(store, verb(store, find_originals(store, checkpoints, base, pattern=pattern), resources, stages))
 
 
 def report(store: Store, verified: Verification) -> Result:

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from re import Pattern
 
 import numpy as np
 
@@ -76,14 +77,18 @@ class _BlockFindings:
 
 
 def find_originals(
-    store: Store, root: Path | None, base: Source | None, named: Mapping[int, Source] | None = None
+    store: Store,
+    root: Path | None,
+    base: Source | None,
+    named: Mapping[int, Source] | None = None,
+    pattern: Pattern[str] | None = None,
 ) -> Originals:
     """The checkpoints that the store holds, below a directory or named one by one, and its base.
 
     Raises CheckpointError for a base that is not a model.
     """
     label, problems, notes = f"the base of {store.shown}", [], []
-    sources = choose(root, named or {}, None)[0] if root is not None or named else {}
+    sources = choose(root, named or {}, None, pattern)[0] if root is not None or named else {}
     if absent := tuple(step for step in sources if step not in store.steps):
         notes.append(f"not in the trajectory: {describe_steps(absent)}")
     if root is not None and (alone := tuple(step for step in store.steps if step not in sources)):

@@ -17,7 +17,7 @@ from relexio.checkpoints.whole import weight_stamps
 from relexio.checkpoints.write import OutputFile
 from relexio.engine import graph
 from relexio.engine.resources import Resources
-from relexio.errors import RequestError
+from relexio.errors import CheckpointError, RequestError
 from relexio.progress import Stages
 from relexio.store.opening import open_store
 from relexio.store.read import observed
@@ -102,7 +102,7 @@ def delete_verified(
         if step in store.steps and not keep.spares(step, store.steps) and weight_stamps(directory):
             try:
                 yield Deleted(step, _delete(store, step, directory, root, resources, stages))
-            except _Refused as refused:
+            except (_Refused, CheckpointError) as refused:
                 yield Deleted(step, 0, f"step {step} ({directory}) is not deleted: {refused}")
             except FileNotFoundError:
                 yield Deleted(step, 0, f"step {step} ({directory}) is not deleted: somebody else removed it meanwhile")
@@ -115,8 +115,8 @@ def _delete(store: Store, step: int, directory: Path, root: Path | None, resourc
     ]
     if links or directory.is_symlink():
         raise _Refused(f"{(*links, directory)[0]} is a link")
-    if not record.shards:
-        raise _Refused("it was not stored from these files")
+    if not record.from_safetensors:
+        raise _Refused("the trajectory has its weights, but could not give these files back")
     files = {directory / file.name: file for file in output_files(store, record)}
     index = {directory / INDEX: store.file(record.index)} if record.index else {}
     states = {path: _state(path) for path in (*index, *files) if os.path.lexists(path)}

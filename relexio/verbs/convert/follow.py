@@ -108,7 +108,7 @@ class _Follower:
 
     def _directories(self) -> dict[int, Path]:
         try:
-            return find_steps(self._root, self._request.selection)[0]
+            return find_steps(self._root, self._request.selection, self._request.pattern)[0]
         except (MissingError, FileNotFoundError):  # training has not begun, or a step has just gone
             return {}
 
@@ -160,7 +160,8 @@ class _Follower:
 
     def _add(self, opened: dict[int, Checkpoint]) -> Added:
         begun = self.store is not None and len(self.store.steps) > 1  # by then its base has been asked about
-        request = Request(self._request.out, None if begun else self._request.base, named=opened)
+        base = None if begun else self._request.base
+        request = Request(self._request.out, base, named=opened, dtype=self._request.dtype)
         conversion = prepare(request, self._resources, self._stages)
         result = convert(conversion, self._stages)
         self.store = result.store

@@ -1,22 +1,23 @@
 """Before anything is written: find the checkpoints, check that they belong together, and plan the memory."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from re import Pattern
 
 from relexio.atomic import PARTIAL
-from relexio.checkpoints.layout import Source, choose, open_checkpoint, open_step
+from relexio.checkpoints.layout import Source, choose, open_checkpoint, open_step, weights
 from relexio.checkpoints.match import match
 from relexio.checkpoints.protocol import Checkpoint
-from relexio.dtypes import Table
+from relexio.dtypes import Table, can_cast, kind_of
 from relexio.engine import graph, plan
 from relexio.engine.executor import Executor
 from relexio.engine.process import resident_bytes
 from relexio.engine.resources import Resources
-from relexio.errors import CheckpointError, ExistsError, IncompleteError, RequestError
+from relexio.errors import CheckpointError, ExistsError, IncompleteError, MissingError, RelexioError, RequestError
 from relexio.progress import Stages
 from relexio.store.opening import has_begun, open_store
 from relexio.store.schema import FILE_CHUNK, MOST_STEPS, Block, block_elements, lay_out
@@ -30,7 +31,11 @@ from relexio.words import Selection, describe_steps
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked of ``convert``: a directory of steps and steps by name, the base, and the store to write."""
+    """What the user asked of ``convert``: a directory of steps and steps by name, the base, and the store to write.
+
+    ``dtype``: a new store has the types of the ``base``, or those that are ``stored`` in the steps' files. ``pattern``: names
+    of step directories.
+    """
 
     out: str | Path
     base: Source | None = None
@@ -38,6 +43,8 @@ class Request:
     named: Mapping[int, Source] | None = None
     selection: Selection | None = None
     replace: Selection | None = None
+    dtype: str = "base"
+    pattern: Pattern[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
     """
     target = locate(request.out)
     out, store = target.shown, existing_store(request.out)
-    sources, others = choose(request.root, request.named or {}, request.selection)
+    sources, others = choose(request.root, request.named or {}, request.selection, request.pattern)
     if store is None and request.base is None:
         raise RequestError(f"{out} does not exist yet: a new trajectory needs --base, the model before RL")
     forgotten = _forgotten(store, request, sources)
@@ -102,11 +109,11 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
     if request.replace and not any((checkpoint.step or 0) in request.replace for checkpoint in opened):
         raise IncompleteError(f"--replace {request.replace.text}: nothing was replaced: {'; '.join(unfinished)}")
     base = open_checkpoint(request.base) if request.base else None
-    table = store.table if store else base.tensors if base else {}
+    table = store.table if store else _table(base, opened, request.dtype)
     label = base.label if base else f"the base of {out}"
     checkpoints = tuple(match(checkpoint, table, label) for checkpoint in opened)
     notes = [f"not step directories, left out: {', '.join(others)}"] if others else []
-    notes += unfinished
+    notes += [*unfinished, *_casts(checkpoints, table, request, store)]
     if base is not None:
         base = match(base, table, f"the base of {out}")
         refuse_base_among(checkpoints, base)
@@ -133,6 +140,33 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
     executor = _executor(table, block, len(checkpoints), segments, largest, resources)
     still = _still_there(store, forgotten) if store and checkpoints else (None, None)
     return Conversion(target, store, base, checkpoints, still, block, executor, present, forgotten, tuple(notes))
+
+
+def _table(base: Checkpoint | None, steps: list[Checkpoint], dtype: str) -> Table:
+    """The tensors of a new store: the base's, with the float types of the first step if those on disk are wanted."""
+    table = dict(base.tensors) if base else {}
+    for name, (own, shape) in table.items() if dtype == "stored" and steps else ():
+        found = steps[0].tensors.get(name, (own, shape))[0]
+        table[name] = (found if can_cast(own, found) else own, shape)
+    return table
+
+
+def _casts(checkpoints: Sequence[Checkpoint], table: Table, request: Request, store: Store | None) -> list[str]:
+    """A note on steps whose floats are stored in other types than they have. Raises RequestError where none was to be cast."""
+    cast = sorted({checkpoint.cast for checkpoint in checkpoints if checkpoint.cast})
+    if not cast:
+        return []
+    types = sorted({dtype for dtype, _ in table.values() if kind_of(dtype).is_float})
+    if request.dtype == "stored" and store is not None:
+        raise RequestError(
+            f"{store.shown} has {', '.join(types)}: --dtype stored is for a new trajectory; give another -o"
+        )
+    why = (
+        "" if store else "; --dtype stored keeps theirs, and is larger, since in fp32 every element moves at every step"
+    )
+    return [
+        f"steps have {', '.join(cast)}, and the base {', '.join(types)}: stored in the base's types, rounded to nearest even{why}"
+    ]
 
 
 def existing_store(out: str | Path) -> Store | None:
@@ -187,7 +221,7 @@ def _only_step(store: Store | None, request: Request) -> list[Checkpoint]:
     if store is None or len(store.steps) > 1:
         return []
     step, named = store.steps[0], request.named or {}
-    sources, _ = choose(request.root, named, None)
+    sources, _ = choose(request.root, named, None, request.pattern)
     if step in sources:
         with suppress(CheckpointError):
             return [match(open_step(step, sources[step], request.root, named), store.table, store.shown)]
@@ -199,23 +233,32 @@ def _open_all(
 ) -> tuple[list[Checkpoint], list[str]]:
     """The checkpoints that are not stored yet, and notes on those at the end of the run that are still being written.
 
-    Raises IncompleteError for one that was asked for by its number, or that a later one stands behind.
+    One without weights that can be read is left out wherever it is. Raises IncompleteError for one that was asked for by its
+    number, or that has a part missing while a later one is whole.
     """
-    opened, unfinished, named = [], {}, request.named or {}
+    opened, unfinished, named = [], dict[int, RelexioError](), request.named or {}
     for step, source in sources.items():
         if step in stored:
             continue
         try:
             opened.append(open_step(step, source, request.root, named))
-        except IncompleteError as error:
-            if step in named or step in (request.selection.named if request.selection else []):
+        except (CheckpointError, MissingError) as error:
+            asked = step in named or step in (request.selection.named if request.selection else [])
+            if asked or not (isinstance(error, IncompleteError) or _has_gone(source)):
                 raise
             unfinished[step] = error
     whole = [*stored, *(checkpoint.step or 0 for checkpoint in opened)]
     for step, problem in unfinished.items():
-        if not whole or step < max(whole):
+        if not whole or (step < max(whole) and not _has_gone(sources[step])):
             raise problem
-    return opened, [f"step {step} is not complete yet, and left out: {problem}" for step, problem in unfinished.items()]
+    notes = [f"step {step} is left out: {problem}" for step, problem in unfinished.items() if step < max(whole)]
+    late = {step: problem for step, problem in unfinished.items() if step > max(whole)}
+    return opened, notes + [f"step {s} is not complete yet, and left out: {problem}" for s, problem in late.items()]
+
+
+def _has_gone(source: Source) -> bool:
+    """Whether a directory has no weights that can be read: removed by the trainer, or in another form."""
+    return isinstance(source, Path) and not weights(source)
 
 
 def _executor(table: Table, block: int, count: int, segments: int, side: int, resources: Resources) -> Executor:
