@@ -1,6 +1,7 @@
 """Which directories are checkpoints of which step, and which of them the user asked for."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from relexio.checkpoints.layout import choose, find_steps, model_directory
+from relexio.checkpoints.trainers import TRAINERS, Trainer, trainer_of
 from relexio.errors import CheckpointError, MissingError, RequestError
 from relexio.words import parse_steps
 from tests.support.command import Relexio, in_turn, snapshot
@@ -296,27 +298,12 @@ def test_files_that_make_no_model_are_refused(
     assert (snapshot(tmp_path), list(tmp_path.glob("traj*"))) == (before, [])
 
 
-#: A directory of each trainer, the model inside it, and the step.
-TRAINERS = [
-    ("global_step_12/actor/huggingface", 12),  # verl, FSDP, with hf_model
-    ("global_step_12/actor/model/huggingface", 12),  # verl, Megatron
-    ("checkpoint-12", 12),  # TRL and the Trainer
-    ("checkpoint-0012", 12),
-    ("global_step12_hf", 12),  # OpenRLHF
-    ("step_12/policy/weights/model/consolidated", 12),  # NeMo-RL
-    ("global_step_12/policy", 12),  # SkyRL
-    ("step_12", 12),  # prime-rl, open-instruct
-    ("weight_v000012", 12),  # slime, miles
-    ("epoch0epochstep11globalstep11", 12),  # AReaL counts from 0
-    ("checkpoint-12/actor_train", 12),  # ROLL
-    ("step-12", 12),  # torchtitan
-    ("global_step_12/hf_model", 12),  # readers of papers' runs
-]
-
-
-@pytest.mark.parametrize(("inside", "step"), TRAINERS)
-def test_directories_of_trainers(run: Run, tmp_path: Path, inside: str, step: int) -> None:
-    save_checkpoint(tmp_path / "run" / inside, run.steps[2])
+@pytest.mark.parametrize("trainer", TRAINERS, ids=[trainer.name for trainer in TRAINERS])
+def test_directories_of_trainers(run: Run, tmp_path: Path, trainer: Trainer) -> None:
+    name = re.sub(r"_hf\)\?$|\(\?:", "", trainer.directory).replace(r"(\d+)", f"{12 - trainer.added:06}")
+    name = name.replace(r"\d+", "3").replace("_?", "")
+    inside = tmp_path / "run" / name / trainer.inside
+    save_checkpoint(inside, run.steps[2])
     for name in (
         "tmp_step_12",
         "old_step_12",
@@ -328,7 +315,17 @@ def test_directories_of_trainers(run: Run, tmp_path: Path, inside: str, step: in
     ):
         save_checkpoint(tmp_path / "run" / name, run.steps[2])
     found, rest = find_steps(tmp_path / "run")
-    assert found == {step: tmp_path / "run" / inside} and len(rest) == 7
+    assert found == {12: inside} and len(rest) == 7
+    assert trainer_of(tmp_path / "run" / inside.relative_to(tmp_path / "run").parts[0], inside) == trainer.name
+    page = (Path(__file__).parents[1] / "docs" / "trainers.md").read_text()
+    assert all(part in page for part in (*trainer.name.split(", "), trainer.inside, trainer.marker, trainer.beside))
+
+
+def test_a_dry_run_says_what_it_sees(run: Run, tmp_path: Path, relexio: Relexio) -> None:
+    for step, tensors in run.steps.items():
+        save_checkpoint(tmp_path / "run" / f"checkpoint-{step}", {n: a.astype("f4") for n, a in tensors.items()})
+    done = relexio("convert", tmp_path / "run", "--base", run.base_path, "-o", tmp_path / "traj", "--dry-run")
+    assert "from     TRL, Trainer; F32 on disk, stored as BF16\n" in done.out
 
 
 def test_directories_of_any_name(run: Run, tmp_path: Path, relexio: Relexio) -> None:

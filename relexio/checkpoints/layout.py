@@ -7,21 +7,10 @@ from typing import NamedTuple
 
 from relexio.checkpoints import safetensors
 from relexio.checkpoints.protocol import Checkpoint
+from relexio.checkpoints.trainers import INSIDE, step_of
 from relexio.errors import CheckpointError, MissingError, RequestError
 from relexio.words import Selection, digits
 
-#: Names of step directories, and what is to be added to the number in them (AReaL counts from 0).
-_NAMES = (
-    (re.compile(r"(?:global_step_?|checkpoint-|step_|step-|weight_v)(\d{1,15})(?:_hf)?"), 0),
-    (re.compile(r"epoch\d+epochstep\d+globalstep(\d{1,15})"), 1),
-)
-#: Where trainers put the model in a step: verl (twice with Megatron), SkyRL, NeMo-RL, ROLL, and readers of papers' runs.
-_INSIDE = (
-    "", "huggingface", "actor/huggingface", "actor/model/huggingface", "policy/weights/model/consolidated", "hf_model",
-    "policy", "actor_train", "actor",
-)  # fmt: skip
-
-_DIGITS = 15
 #: A checkpoint, or the directory that it is in.
 Source = Path | Checkpoint
 
@@ -59,26 +48,6 @@ def open_step(step: int, source: Source, root: Path | None, named: Mapping[int, 
     return open_checkpoint(source, step, top if isinstance(top, Path) else _step_directory(source, root))
 
 
-def parse_pattern(text: str) -> re.Pattern[str]:
-    """Parse a pattern of names of step directories, such as ``iter_(\\d+)_hf``. Raises RequestError if it gives no number."""
-    try:
-        pattern = re.compile(text)
-    except re.error as error:
-        raise RequestError(f"{text!r} is no pattern: {error}; write one like 'iter_(\\d+)_hf'") from error
-    if pattern.groups != 1:
-        raise RequestError(f"{text!r}: a pattern has one group, which gives the step, like 'iter_(\\d+)_hf'")
-    return pattern
-
-
-def _step_of(name: str, pattern: re.Pattern[str] | None) -> int | None:
-    """The step that the name of a directory tells; None if it tells none."""
-    for names, added in _NAMES if pattern is None else ((pattern, 0),):
-        found = names.fullmatch(name)
-        if found and found[1] and found[1].isascii() and found[1].isdigit() and len(found[1]) <= _DIGITS:
-            return int(found[1]) + added
-    return None
-
-
 def find_steps(
     root: Path, selection: Selection | None = None, pattern: re.Pattern[str] | None = None
 ) -> tuple[dict[int, Path], list[str]]:
@@ -94,7 +63,7 @@ def find_steps(
     for path in sorted(root.iterdir(), key=lambda p: digits(p.name)):
         if not path.is_dir():
             continue
-        step = _step_of(path.name, pattern)
+        step = step_of(path.name, pattern)
         if step is None:
             rest.append(path.name)
             continue
@@ -143,11 +112,9 @@ def _step_directory(model: Path, root: Path | None) -> Path:
 
 def _advice(root: Path | None) -> str:
     """Advice where a directory holds no steps."""
-    if root is not None and (step := _step_of(root.name, None)) is not None:
+    if root is not None and (step := step_of(root.name)) is not None:
         return f"it is itself a step; give its parent directory, or --checkpoint {step}={root}"
-    below = (
-        sorted(p.parent for p in root.glob("*/*") if p.is_dir() and _step_of(p.name, None) is not None) if root else []
-    )
+    below = sorted(p.parent for p in root.glob("*/*") if p.is_dir() and step_of(p.name) is not None) if root else []
     if below:
         return f"did you mean {below[0]}?"
     return (
@@ -171,7 +138,7 @@ def weights(path: Path) -> list[Path]:
 
 def model_directory(path: Path) -> Path:
     """The directory inside a step directory that holds the weights; the step directory itself if none does."""
-    for inside in _INSIDE:
+    for inside in INSIDE:
         candidate = path / inside if inside else path
         if candidate.is_dir() and not candidate.resolve().is_relative_to(path.resolve()):
             raise CheckpointError(
@@ -179,7 +146,7 @@ def model_directory(path: Path) -> Path:
             )
         if candidate.is_dir() and _holds_model(candidate):
             return candidate
-    for inside in reversed(_INSIDE):
+    for inside in reversed(INSIDE):
         if (path / inside).is_dir():
             return path / inside
     return path

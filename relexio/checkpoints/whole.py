@@ -5,11 +5,7 @@ from pathlib import Path
 
 from relexio.checkpoints.files import INDEX
 from relexio.checkpoints.layout import weights
-
-#: Files that trainers write into a step behind its weights (TRL and all of Trainer, verl with Megatron, prime-rl).
-_INSIDE = ("trainer_state.json", "actor/ckpt_contents.json", "ckpt_contents.json", "STABLE")
-#: Files beside the steps that name the last one that is whole (verl, SkyRL).
-_BESIDE = ("latest_checkpointed_iteration.txt", "latest_ckpt_global_step.txt")
+from relexio.checkpoints.trainers import BESIDE, MARKERS
 
 #: Name, size and time of the files that hold a step's weights.
 Stamps = tuple[tuple[str, int, int], ...]
@@ -50,9 +46,9 @@ class Watch:
         """Whether a marker says so that is no older than the weights: a step may be written again."""
         newest = max((time for _, _, time in stamps), default=0)
         top = self._root / model.relative_to(self._root).parts[0]
-        if any(_time(folder / name) >= newest for name in _INSIDE for folder in {top, model}):
+        if any(_time(folder / name) >= newest for name in MARKERS for folder in (top, model)):
             return True
-        return any(_time(self._root / name) >= newest and _number(self._root / name) >= step for name in _BESIDE)
+        return any(_time(self._root / name) >= newest and _number(self._root / name) >= step for name in BESIDE)
 
 
 def _time(file: Path) -> int:

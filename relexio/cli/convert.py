@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from relexio.checkpoints.layout import choose
+from relexio.checkpoints.trainers import trainer_of
 from relexio.cli import options
 from relexio.cli.command import Result, at_work
 from relexio.cli.follow import Freed, delete, follow_run, require_bytes
@@ -192,7 +193,13 @@ def _plan(conversion: verb.Conversion) -> Result:
         **plan.to_json(),
     }
     room = "" if free is None else f", {show(free)} free"
+    facts |= {"from": _written_by(conversion), "types": _types(conversion)}
     rows = [
+        *(
+            [("from", f"{_written_by(conversion) or 'a trainer that the names do not tell'}; {_types(conversion)}")]
+            if conversion.steps
+            else []
+        ),
         *_replaced(conversion),
         ("to add", _added(conversion)),
         ("to read", show(conversion.bytes_read)),
@@ -200,6 +207,25 @@ def _plan(conversion: verb.Conversion) -> Result:
         ("memory", str(plan)),
     ]
     return Result(lambda: facts, lambda: table(rows))
+
+
+def _written_by(conversion: verb.Conversion) -> str | None:
+    """The trainer whose directories these are, as far as their names tell."""
+    for checkpoint in conversion.checkpoints:
+        if checkpoint.directory is not None:
+            return trainer_of(checkpoint.directory.resolve(), Path(checkpoint.source))
+    return None
+
+
+def _types(conversion: verb.Conversion) -> str:
+    """The types of the steps' files, and those that they are stored in, where these are others."""
+    stored = sorted({dtype for checkpoint in conversion.checkpoints for dtype, _ in checkpoint.tensors.values()})
+    cast = sorted({checkpoint.cast for checkpoint in conversion.checkpoints if checkpoint.cast})
+    return (
+        f"{', '.join(cast)} on disk, stored as {', '.join(stored)}"
+        if cast
+        else f"{', '.join(stored)} on disk and stored"
+    )
 
 
 def _facts(conversion: verb.Conversion, done: verb.ConversionResult, freed: Freed) -> object:

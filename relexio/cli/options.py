@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from relexio.checkpoints.layout import parse_pattern
+from relexio.checkpoints.trainers import parse_pattern
 from relexio.engine.device import DEVICES
 from relexio.engine.plan import DEFAULT_MEMORY
 from relexio.errors import RequestError
