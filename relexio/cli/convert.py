@@ -19,6 +19,8 @@ from relexio.engine.resources import Resources
 from relexio.store.storage import local
 from relexio.verbs import convert as verb
 from relexio.verbs.convert.delete import Keep
+from relexio.verbs.convert.follow import follow as follow_steps
+from relexio.verbs.convert.hub import SCHEME, Repository, convert_revisions
 from relexio.verbs.convert.left import recorded
 from relexio.verbs.inspect import sizes
 from relexio.verbs.verify import find_originals
@@ -62,6 +64,7 @@ def _named(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
         "--checkpoint", "named", multiple=True, metavar=_NAMED, callback=_named, help="One more checkpoint. Repeatable."
     ),
     options.pattern,
+    click.option("--revisions", help="What the revisions of hf://ORG/NAME are called, e.g. 'step_{step}'."),
     click.option(
         "--dtype",
         type=click.Choice(["base", "stored"]),
@@ -91,6 +94,7 @@ def convert(
     replace: Selection | None,
     named: dict[int, str],
     pattern: re.Pattern[str] | None,
+    revisions: str | None,
     dtype: str,
     verify: bool,
     delete_verified: bool,
@@ -109,16 +113,24 @@ def convert(
 
     With --follow it stays beside a running trainer. A step is whole when the trainer's own marker says so, or when its
     files have been the same for five seconds.
+
+    CHECKPOINTS may be hf://ORG/NAME, a repository on the Hub with a revision for each step: one at a time is fetched,
+    stored, compared, and deleted.
     """
     if checkpoints is None and not named:
         raise click.UsageError("Give CHECKPOINTS, or --checkpoint STEP=PATH.")
+    if (revisions is not None) != (checkpoints or "").startswith(SCHEME):
+        raise click.UsageError(f"{SCHEME}ORG/NAME and --revisions go together, as in --revisions 'step_{{step}}'.")
     _check_options(bool(named or replace or verify or dry_run), verify, delete_verified, keep, follow, until, idle)
-    root, model = (local(path) if path is not None else None for path in (checkpoints, base))
+    model = local(base) if base is not None else None
+    if checkpoints is not None and checkpoints.startswith(SCHEME):
+        return _from_hub(checkpoints, revisions, verb.Request(out, model, None, {}, steps, None, dtype), resources)
+    root = local(checkpoints) if checkpoints is not None else None
     paths = {step: local(path) for step, path in named.items()}
     request = verb.Request(out, model, root, paths, steps, replace, dtype, pattern)
     deleting = (keep or Keep()) if delete_verified else None
     if follow:
-        return follow_run(request, until, idle, deleting, resources)
+        return follow_run(request, partial(follow_steps, request, until, idle, resources), deleting, resources)
     conversion = verb.prepare(request, resources, stages)
     for text in conversion.notes:
         note(text)
@@ -148,6 +160,11 @@ def convert(
         checked.show()
 
     return evolve(checked, show=show_both)
+
+
+def _from_hub(address: str, revisions: str | None, request: verb.Request, resources: Resources) -> Result:
+    repository = Repository.parse(address, revisions or "")
+    return follow_run(request, partial(convert_revisions, repository, request, resources), None, resources)
 
 
 def _check_options(

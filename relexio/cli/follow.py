@@ -3,7 +3,7 @@
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -17,12 +17,12 @@ from relexio.cli.command import Result
 from relexio.cli.show import not_stored, note, printable, seconds, stages, table
 from relexio.engine.resources import Resources
 from relexio.errors import BudgetError, MissingError, RequestError
-from relexio.progress import silent
+from relexio.progress import Stages, silent
 from relexio.store.store import Store
 from relexio.verbs.backtest import judge
 from relexio.verbs.convert import Conversion, Request
 from relexio.verbs.convert.delete import Deleted, Keep, delete_verified
-from relexio.verbs.convert.follow import Added, Looked, follow
+from relexio.verbs.convert.follow import Added, Looked
 from relexio.verbs.convert.left import recorded
 from relexio.verbs.inspect import sizes
 from relexio.words import describe_steps, show
@@ -151,15 +151,17 @@ class _Run:
         return "; ".join(part for part in parts if part)
 
 
-def follow_run(
-    request: Request, until: int | None, idle: float | None, keep: Keep | None, resources: Resources
-) -> Result:
-    """Follow a run until it ends, and give what is there then. ``keep``: None to delete nothing."""
+#: What happens to a run, given how progress is shown.
+Events = Callable[[Stages], Iterator[Added | Looked | str]]
+
+
+def follow_run(request: Request, events: Events, keep: Keep | None, resources: Resources) -> Result:
+    """Show what happens until it ends, and give what is there then. ``keep``: None to delete nothing."""
     line, run, freed, since = _StatusLine(), _Run(resources), Freed(), time.monotonic()
     store: Store | None = None
     told: set[str] = set()
     try:
-        for event in follow(request, until, idle, resources, line.stages):
+        for event in events(line.stages):
             if isinstance(event, Looked):
                 store = event.store
                 if store and keep is not None:
@@ -176,8 +178,9 @@ def follow_run(
             if isinstance(event, Added):
                 if keep is not None:
                     require_bytes(event.conversion)
-                since = time.monotonic()
+                since, store = time.monotonic(), event.result.store
                 run.added(event)
+                line.show(run.words(store))
     finally:
         line.end()
     if store is None:

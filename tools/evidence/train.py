@@ -48,9 +48,9 @@ def new_model(task: Task, hidden: int = 192, layers: int = 4) -> Any:
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def save(model: Any, directory: Path) -> None:
-    """Write the weights, rounded to bf16, with config and tokenizer."""
-    copy = transformers.AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
+def save(model: Any, directory: Path, dtype: Any = torch.bfloat16) -> None:
+    """Write the weights, rounded, with config and tokenizer."""
+    copy = transformers.AutoModelForCausalLM.from_config(model.config, dtype=dtype)
     copy.load_state_dict(model.state_dict())
     copy.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
@@ -79,23 +79,24 @@ def train_base(task: Task, model: Any, seed: int, steps: int, stop: int, rate: f
 class SaveEveryStep(transformers.TrainerCallback):  # type: ignore[misc]  # mypy does not look into transformers
     """Writes global_step_N after the Nth optimizer step, and keeps the time of each step, saving included."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory, self._last = directory, time.perf_counter()
+    def __init__(self, directory: Path, dtype: Any) -> None:
+        self.directory, self.dtype, self._last = directory, dtype, time.perf_counter()
         self.seconds: list[float] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._last = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        save(model, self.directory / f"global_step_{state.global_step}")
+        save(model, self.directory / f"global_step_{state.global_step}", self.dtype)
         now = time.perf_counter()
         self.seconds.append(now - self._last)
         self._last = now
 
 
 def train_grpo(
-    task: Task, base: Path, out: Path, seed: int, steps: int, rate: float, prompts: int = 32, samples: int = 8
-) -> None:
+    task: Task, base: Path, out: Path, seed: int, steps: int, rate: float, dtype: Any = torch.bfloat16,
+    prompts: int = 32, samples: int = 8,
+) -> None:  # fmt: skip
     """GRPO from ``base``: each step ``prompts`` new problems, ``samples`` answers to each, and one optimizer step."""
     problems = itertools.islice(task.training(1_000_000 + seed), steps * prompts)
     data = datasets.Dataset.from_list([{"prompt": p.prompt, "answer": p.answer} for p in problems])
@@ -106,7 +107,7 @@ def train_grpo(
         gradient_checkpointing=False, save_strategy="no", logging_steps=1, report_to="none", disable_tqdm=True,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    saver = SaveEveryStep(out)
+    saver = SaveEveryStep(out, dtype)
     trainer = trl.GRPOTrainer(
         model, reward, config, train_dataset=data, processing_class=tokenizer(), callbacks=[saver]
     )  # fmt: skip
@@ -130,6 +131,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--stop", type=int, help="end the training of a base at this step")
     parser.add_argument("--rate", type=float, help="learning rate")
+    parser.add_argument("--fp32", action="store_true", help="save the steps of grpo in fp32")
     given = parser.parse_args()
     torch.set_num_threads(1)
     transformers.set_seed(given.seed)
@@ -141,7 +143,8 @@ def main() -> None:
     elif given.base is None:
         parser.error("grpo needs --base")
     else:
-        train_grpo(task, given.base, given.out, given.seed, given.steps, given.rate or 3e-6)
+        dtype = torch.float32 if given.fp32 else torch.bfloat16
+        train_grpo(task, given.base, given.out, given.seed, given.steps, given.rate or 3e-6, dtype)
 
 
 if __name__ == "__main__":
