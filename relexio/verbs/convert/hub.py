@@ -72,10 +72,12 @@ class Repository:
 def _hub_errors(what: str) -> Iterator[None]:
     """Turn an error of the Hub's library into one clear error."""
     try:
-        yield
+        from huggingface_hub.errors import HTTPError
     except ImportError as error:
         raise RequestError(f"{SCHEME} needs huggingface_hub ({error}); pip install 'relexio[hub]'") from error
-    except OSError as error:  # what the library raises for networks and servers, too
+    try:
+        yield
+    except (OSError, HTTPError) as error:
         text = " ".join(str(error).split())[:300]
         raise StorageError(f"{SCHEME}{what}: {text}; run the same command again to go on") from error
 
