@@ -116,6 +116,8 @@ def _delete(store: Store, step: int, directory: Path, root: Path | None, resourc
     if links or directory.is_symlink():
         raise _Refused(f"{(*links, directory)[0]} is a link")
     if not record.shards:
+        if record.made_of:
+            raise _Refused("it is an adapter, and the store has the model that it makes of its base, not the adapter")
         raise _Refused("it was not stored from these files")
     files = {directory / file.name: file for file in output_files(store, record)}
     index = {directory / INDEX: store.file(record.index)} if record.index else {}
