@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from relexio import loops
 from relexio.checkpoints import product
 from relexio.checkpoints.product import Product
 from relexio.engine import plan
@@ -72,13 +73,13 @@ def test_any_split_of_a_read_gives_the_same_bits(case: str, small: bool, monkeyp
 
 def test_a_read_makes_only_what_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    sums = product._product
+    sums = loops.product
 
     def count(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         made.append(rows.shape[1] * columns.shape[1])
         return sums(rows, columns)
 
-    monkeypatch.setattr(product, "_product", count)
+    monkeypatch.setattr("relexio.checkpoints.product.product", count)
     checkpoint = over(CORPUS / "plain", CORPUS / "llama-bf16")
     checkpoint.read(f"{Q}.weight", 2 * 20, memoryview(bytearray(2 * 41)))
     assert sum(made) == 41
@@ -256,16 +257,21 @@ def test_a_grpo_run_of_trl_is_what_peft_makes_of_it(load: Callable[[str], Module
     pytest.importorskip("trl", reason="needs trl: pip install -e '.[rlvr]'")
     peft = pytest.importorskip("peft", reason="needs peft: pip install -e '.[rlvr]'")
     transformers = pytest.importorskip("transformers")
-    from tests.test_callback import grpo
+    from tests.test_callback import grpo, recorder
 
     train, task = load("train"), load("tasks").TASKS["add"]
     torch.manual_seed(0)
     train.save(train.new_model(task, hidden=32, layers=1), tmp_path / "base")
     lora = peft.LoraConfig(target_modules=["q_proj", "up_proj"], r=4)
-    trainer = grpo(train, task, str(tmp_path / "base"), tmp_path / "out", [], peft_config=lora)
+    trainer = grpo(
+        train, task, str(tmp_path / "base"), tmp_path / "out", [recorder(tmp_path / "recorded.zarr")], peft_config=lora
+    )
     trainer.args.set_save(strategy="steps", steps=1)
     trainer.train()
     stored = store_adapters(tmp_path / "run.zarr", tmp_path / "out", tmp_path / "base")
+    assert (
+        stored.contents == open_store(tmp_path / "recorded.zarr").contents
+    )  # merged in memory, by peft's own functions
     assert stored.steps == (1, 2) and len(set(stored.contents.values())) == 2
     assert not verify(stored, find_originals(stored, tmp_path / "out", None), CPU, silent).problems
     for step in stored.steps:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from relexio.errors import CheckpointError, IncompleteError
-from tests.support.adapters import CONFIG, CORPUS, WEIGHTS, Q, over
+from tests.support.adapters import CONFIG, CORPUS, WEIGHTS, Q, over, store_adapters
 from tests.support.make import Tensors, load_file, save_checkpoint, save_file
 
 Spoil = Callable[[Path], object]
@@ -86,6 +86,14 @@ def test_what_is_not_merged_is_refused_by_name(tmp_path: Path, kind: str) -> Non
     assert str(adapter) in str(error.value) and not [word for word in words if word not in str(error.value)], (
         error.value
     )
+
+
+def test_an_adapter_that_changes_nothing_is_the_base(tmp_path: Path) -> None:
+    """As the first one that a trainer saves may be: B begins as zeros."""
+    adapter = Path(shutil.copytree(CORPUS / "plain", tmp_path / "run" / "checkpoint-1"))
+    tensors(lambda t: t.update({name: 0 * array for name, array in t.items() if "lora_B" in name}))(adapter)
+    with pytest.raises(CheckpointError, match=r"step 1 .* is the base itself \(bit for bit\)"):
+        store_adapters(tmp_path / "run.zarr", tmp_path / "run", CORPUS / "llama-bf16")
 
 
 def test_an_adapter_without_its_configuration_is_incomplete(tmp_path: Path) -> None:

@@ -121,7 +121,8 @@ class Merged(Checkpoint):
 
         def fill(first: int, bits: np.ndarray) -> None:
             read(first * kind.itemsize, bits.data.cast("B"))
-            product.add_to(bits, kind, first, self._adapter.read)
+            with self._adapter.held(product.a[0], 0, 1) as a, self._adapter.held(product.b[0], 0, 1) as b:
+                product.add_to(bits, kind, first, a, b)
 
         _by_element(first_byte, out, np.dtype(kind.bits), fill)
 

@@ -1,14 +1,13 @@
 """The product of two factors of an adapter, added to a part of a weight: any elements, in small memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from relexio.checkpoints.protocol import Read
 from relexio.dtypes import Kind, from_float32, kind_of, to_native
-
-#: Reads a tensor's bytes from a certain one on: ``read(name, first_byte, out)``.
-ReadFactor = Callable[[str, int, memoryview], None]
+from relexio.loops import product
 
 _STRIP = 1 << 13  # elements that are summed at once: in the cache
 _PART = 1 << 18  # elements of a factor that are held at once, in float64
@@ -30,35 +29,31 @@ class Product:
     embedding: bool
     scaling: float
 
-    def add_to(self, bits: np.ndarray, kind: Kind, first: int, read: ReadFactor) -> None:
-        """Add it to element bits [n] of the weight, which begin at its element ``first``."""
+    def add_to(self, bits: np.ndarray, kind: Kind, first: int, a: Read, b: Read) -> None:
+        """Add it to element bits [n] of the weight, which begin at its element ``first``; ``a`` and ``b`` read the factors."""
+        of_rows, of_columns = (a, b) if self.turned else (b, a)
         for (top, bottom), (left, right) in _rectangles(first, first + bits.size, self.shape[1]):
             begin = top * self.shape[1] + left - first
             part = bits[begin : begin + (bottom - top) * (right - left)].reshape(bottom - top, right - left)
             most = max(1, _PART // self.rank)
             for column in range(left, right, most):
                 columns = column, min(column + most, right)
-                of_columns = self._factor(not self.turned, *columns, self.shape[1], read)
+                right_factor = self._factor(not self.turned, *columns, self.shape[1], of_columns)
                 for row in range(top, bottom, most):
                     rows = row, min(row + most, bottom)
-                    of_rows = self._factor(self.turned, *rows, self.shape[0], read)
-                    self._add(
-                        part[rows[0] - top : rows[1] - top, columns[0] - left : columns[1] - left],
-                        kind,
-                        of_rows,
-                        of_columns,
-                    )
+                    left_factor = self._factor(self.turned, *rows, self.shape[0], of_rows)
+                    here = part[rows[0] - top : rows[1] - top, columns[0] - left : columns[1] - left]
+                    self._add(here, kind, left_factor, right_factor)
 
-    def _factor(self, is_a: bool, first: int, last: int, count: int, read: ReadFactor) -> np.ndarray:
+    def _factor(self, is_a: bool, first: int, last: int, count: int, read: Read) -> np.ndarray:
         """Elements ``first`` to ``last`` of ``count`` of a factor: float64 [rank, n]."""
-        name, dtype = self.a if is_a else self.b
-        kind, size = kind_of(dtype), last - first
+        kind, size = kind_of((self.a if is_a else self.b)[1]), last - first
         bits = np.empty((self.rank, size) if is_a else (size, self.rank), kind.bits)
         if is_a and size < count:
             for number, row in enumerate(bits):
-                read(name, (number * count + first) * kind.itemsize, row.data.cast("B"))
+                read((number * count + first) * kind.itemsize, row.data.cast("B"))
         else:
-            read(name, 0 if is_a else first * self.rank * kind.itemsize, bits.reshape(-1).data.cast("B"))
+            read(0 if is_a else first * self.rank * kind.itemsize, bits.reshape(-1).data.cast("B"))
         values = to_native(bits, kind)
         return np.ascontiguousarray(values if is_a else values.T, np.float64)
 
@@ -73,25 +68,12 @@ class Product:
         count = max(1, _STRIP // bits.shape[1])
         for first in range(0, bits.shape[0], count):
             part = bits[first : first + count]
-            product = _product(rows[:, first : first + count], columns)
+            summed = product(np.ascontiguousarray(rows[:, first : first + count]), columns)
             with np.errstate(over="ignore", invalid="ignore"):
-                difference = product * np.float32(self.scaling)
+                difference = summed * np.float32(self.scaling)
                 if self.embedding:
                     difference = to_native(from_float32(difference, kind), kind).astype(np.float32)
                 part[:] = from_float32(to_native(part, kind).astype(np.float32) + difference, kind)
-
-
-def _product(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """The float32 product [n, m] of factors [rank, n] and [rank, m], which hold float32 values as float64."""
-    shape = rows.shape[1], columns.shape[1]
-    total, wide, term = np.zeros(shape, np.float32), np.zeros(shape), np.empty(shape)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for row, column in zip(rows, columns, strict=True):
-            np.multiply(row[:, None], column, out=term)  # exact
-            term += wide
-            total[:] = term
-            wide[:] = total
-    return total
 
 
 def _rectangles(first: int, last: int, width: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
