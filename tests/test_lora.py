@@ -18,7 +18,10 @@ from relexio.engine import plan
 from relexio.engine.resources import Resources
 from relexio.progress import silent
 from relexio.store.opening import open_store
+from relexio.store.schema import Block
+from relexio.store.store import Store
 from relexio.verbs.convert import Request, convert, prepare
+from relexio.verbs.convert.base import StoredBase
 from relexio.verbs.verify import find_originals, verify
 from tests.support.adapters import (
     BASES,
@@ -132,6 +135,31 @@ def test_steps_are_added_without_the_base(tmp_path: Path, monkeypatch: pytest.Mo
     assert not verify(stored, find_originals(stored, root, None, {5: later}), CPU, silent).problems
     wrong = verify(stored, find_originals(stored, None, None, {5: tmp_path / "last"}), CPU, silent).problems
     assert wrong and all("differs from what" in text for text in wrong)
+
+
+def test_any_range_of_the_base_comes_from_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one of several blocks, and parts of elements; and a block is decoded once for all who read it."""
+    small_blocks(monkeypatch, 64, 64)
+    stored = store_adapters(tmp_path / "run.zarr", run_of(tmp_path), tmp_path / "base")
+    base, rng = StoredBase(stored), np.random.default_rng(3)
+    decoded: list[Block] = []
+    real = Store.base_bits
+
+    def count(self: Store, block: Block) -> np.ndarray:
+        decoded.append(block)
+        return real(self, block)
+
+    monkeypatch.setattr(Store, "base_bits", count)
+    for name, array in load_file(CORPUS / "llama-bf16" / "model.safetensors").items():
+        for first, last in np.sort(rng.integers(0, array.nbytes + 1, (20, 2))):
+            out = bytearray(int(last - first))
+            base.read(name, int(first), memoryview(out))
+            assert out == array.tobytes()[first:last], (name, first, last)
+    decoded.clear()
+    with base.held("lm_head.weight", 0, 8) as one, base.held("lm_head.weight", 0, 8) as other:
+        for read in (one, other, one):
+            read(0, memoryview(bytearray(8)))
+    assert len(decoded) == 1
 
 
 def test_neither_blocks_nor_workers_change_the_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from relexio.errors import CheckpointError, IncompleteError
 CONFIG = "adapter_config.json"
 MERGE = "merge it into its base first (peft: merge_and_unload, then save_pretrained)"
 _MOST = 1 << 20  # bytes
+_WHOLE = r"(.*\.)?({})$"
 _SCALINGS = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"}
 #: What chooses layers, or counts in training only, or where the keys above say all that it led to.
 _HARMLESS = {
@@ -49,7 +50,7 @@ class LoraConfig:
 
 def _pattern(patterns: Mapping[str, Any], module: str) -> str:
     """The first pattern that fits, as PEFT chooses it (``get_pattern_key``)."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), "")
+    return next((key for key in patterns if re.match(_WHOLE.format(key), module)), "")
 
 
 def read_config(directory: Path) -> LoraConfig:
@@ -86,7 +87,7 @@ def _checked(value: dict[str, Any]) -> LoraConfig:
     if not isinstance(ranks, dict) or not isinstance(alphas, dict):
         raise ValueError("rank_pattern and alpha_pattern are not objects")
     for pattern in (*ranks, *alphas):
-        re.compile(pattern)
+        re.compile(_WHOLE.format(pattern))
     if not all(type(rank) is int and rank > 0 for rank in (value.get("r"), *ranks.values())):
         raise ValueError("a rank is not a number above 0")
     if not all(

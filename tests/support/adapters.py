@@ -61,6 +61,11 @@ def run_of(root: Path, place: str = PLACES[0], steps: dict[int, str] = RUN) -> P
         directory = root / "run" / place.format(step)
         shutil.copytree(CORPUS / case, directory)
         (directory / "tokenizer.json").write_text("{}")
+        (directory / "ref").mkdir()  # TRL keeps the adapter that it began from
+        shutil.copy(CORPUS / case / CONFIG, directory / "ref")
+        if directory.parent.name == "actor":  # verl: no weights there
+            (directory.parent / "huggingface").mkdir()
+            (directory.parent / "huggingface" / "config.json").write_text("{}")
         (directory / "optimizer.pt").write_bytes(bytes(100))
     return root / "run"
 
