@@ -63,7 +63,8 @@ class Product:
         The terms of each element are added one after the other by operations on single elements: a matrix product of a BLAS
         may be another one for another number of rows, and the stored bits must not depend on which rows are asked for
         together. Each sum is rounded to float32, as by fused multiply-add: of that order and rounding are the products of
-        torch on CPUs as well (MKL), so that the bits are mostly those of PEFT. An exact sum would be no nearer to them.
+        torch on CPUs as well (MKL: all bits were those of PEFT at rank 64; from some 200 on it sums in parts). An exact
+        sum would be no nearer.
         """
         count = max(1, _STRIP // bits.shape[1])
         for first in range(0, bits.shape[0], count):
