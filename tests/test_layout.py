@@ -20,7 +20,7 @@ from tests.support.make import Run, load_file, make_run, save_checkpoint
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
 TENSORS = {"w": np.arange(4, dtype=np.float32)}
-INSIDE = ["", "huggingface", "actor/huggingface", "actor"]
+INSIDE = ["", "huggingface", "actor/huggingface", "actor", "lora_adapter", "actor/lora_adapter", "policy/lora_adapter"]
 
 Spoil = Callable[[Path], object]
 
@@ -241,7 +241,8 @@ def only(name: str = "config.json") -> Spoil:
 FAULTS: dict[str, tuple[Spoil, list[str]]] = {
     "a config and no weights": (only(), ["a config and no weights"]),
     "FSDP shards": (only("actor/model_world_size_8_rank_0.pt"), ["FSDP", "verl.model_merger"]),
-    "a LoRA adapter": (only("adapter_model.safetensors"), ["LoRA", "merge"]),
+    "a LoRA adapter": (only("adapter_model.safetensors"), ["adapter"]),
+    "a LoRA adapter of torch": (only("adapter_model.bin"), ["LoRA", "safe_serialization"]),
     "a DCP checkpoint": (only("dcp/__0_0.distcp"), ["DCP"]),
     "torch files": (only("pytorch_model.bin"), ["safe_serialization"]),
     "an index and a single file": (lambda c: (c / INDEX).write_text("{}"), [FILE, INDEX]),

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -460,12 +461,43 @@ LAYOUTS: dict[str, Misuse] = {
     "states of another type": lambda k, moves, states: found(k, states, KINDS["f32"]),
     "bits of another type": lambda k, moves, states: k.increments(moves, states[0].astype(np.uint32), BF16),
     "bits with gaps": lambda k, moves, states: k.increments(moves, np.repeat(states[0], 2)[::2], BF16),
+    "factors of another type": lambda k, moves, states: k.product(np.ones((2, 3), np.float32), np.ones((2, 3))),
     "weights of another type": lambda k, moves, states: k.predict(moves, states[0].copy(), np.ones((9, 1), int), BF16),
     "names of another type": lambda k, moves, states: k.fold(moves, np.arange(9), BF16),
     "starts of another type": lambda k, moves, states: k.pack(
         Moves(moves.start.astype(np.int32), moves.row, moves.by), 9
     ),
 }
+
+
+@each_version
+@pytest.mark.parametrize(
+    ("rank", "n", "m"), [(0, 2, 3), (1, 1, 1), (4, 3, 300), (33, 5, 256), (7, 40, 19), (3, 0, 5), (3, 5, 0)]
+)
+def test_a_product_is_added_up_as_by_fused_multiply_add(loops: ModuleType, rank: int, n: int, m: int) -> None:
+    """Held against exact rationals; and each element is the same in any part of it."""
+    rng = np.random.default_rng(rank)
+    rows, columns = (rng.standard_normal((rank, size)).astype(np.float32).astype(np.float64) for size in (n, m))
+    found = loops.product(rows, columns)
+    assert (found.dtype, found.shape) == (np.float32, (n, m))
+    for i, j in zip(rng.integers(0, max(n, 1), 40 * (n * m > 0)), rng.integers(0, max(m, 1), 40), strict=False):
+        total = np.float32(0)
+        for a, b in zip(rows[:, i], columns[:, j], strict=True):
+            exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(total))
+            near = np.float32(float(exact))
+            beside = [np.nextafter(near, np.float32(side)) for side in (-np.inf, np.inf)]
+            total = min((near, *beside), key=lambda x: abs(Fraction(float(x)) - exact))
+        assert found[i, j] == total
+        part = loops.product(rows[:, i : i + 1].copy(), columns[:, j : j + 2].copy())
+        assert part.tobytes() == found[i : i + 1, j : j + 2].tobytes()
+
+
+@each_version
+@pytest.mark.filterwarnings("error")
+def test_a_product_beyond_float32_is_infinite(loops: ModuleType) -> None:
+    large = np.full((2, 1), 3e38)
+    assert np.isinf(loops.product(large, large)).all()
+    assert np.isnan(loops.product(large, np.array([[1e38], [-np.inf]]) * np.array([[1], [1]]))).all()
 
 
 @each_version

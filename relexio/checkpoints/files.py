@@ -13,6 +13,7 @@ from relexio.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
 #: Names in the path of a stored file, and bytes of it.
 DEEPEST, LONGEST = 32, 1024
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from relexio.checkpoints import safetensors
+from relexio.checkpoints import lora, safetensors
 from relexio.checkpoints.protocol import Checkpoint
 from relexio.checkpoints.trainers import INSIDE, step_of
 from relexio.errors import CheckpointError, MissingError, RequestError
@@ -23,7 +23,10 @@ class Format(NamedTuple):
 
 
 #: The first that a directory has weights in; a directory that has none is opened as the first, which says what is wrong.
-FORMATS = (Format(safetensors.weight_files, safetensors.open_directory),)
+FORMATS = (
+    Format(safetensors.weight_files, safetensors.open_directory),
+    Format(lora.weight_files, lora.open_directory),
+)
 
 
 def open_checkpoint(source: Source, step: int | None = None, top: Path | None = None) -> Checkpoint:

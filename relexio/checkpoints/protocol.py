@@ -10,7 +10,7 @@ under a plain header, and ``restore`` says so. A prediction has the form of its 
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -99,6 +99,16 @@ class Checkpoint(Protocol):
     def nbytes(self) -> int:
         """Bytes of its weights."""
         return sum(file.size for file in self.files) or sum(tensor_bytes(*tensor) for tensor in self.tensors.values())
+
+    @property
+    def moved(self) -> Collection[str]:
+        """The tensors that may differ from the base's: all, where it does not know better."""
+        return self.tensors.keys()
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of memory that a read takes besides what it fills."""
+        return 0
 
     @property
     def fingerprints(self) -> tuple[tuple[str, int, int], ...]:

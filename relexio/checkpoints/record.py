@@ -54,7 +54,8 @@ class NotStored:
 class CheckpointRecord:
     """Where a checkpoint came from, and its files. ``header``, ``index`` and ``side`` name arrays of file bytes.
 
-    Without shards it was not read from safetensors files. ``cast`` names the types that its files had, where the tensors are
+    Without shards it was not read from safetensors files; ``made_of`` has then name, size and time of the files that it was
+    made from, if there were any. These are not stored. ``cast`` names the types that its files had, where the tensors are
     stored in others.
     """
 
@@ -65,6 +66,7 @@ class CheckpointRecord:
     side: dict[str, str]
     not_stored: NotStored = NotStored()
     cast: str = ""
+    made_of: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def from_safetensors(self) -> bool:
@@ -84,7 +86,7 @@ class CheckpointRecord:
     @property
     def fingerprints(self) -> tuple[tuple[str, int, int], ...]:
         """Name, size and time of the files that it was read from."""
-        return tuple((shard.name, shard.size, shard.mtime_ns) for shard in self.shards)
+        return tuple((shard.name, shard.size, shard.mtime_ns) for shard in self.shards) or self.made_of
 
     def nbytes(self, table: Table) -> int:
         """Bytes of its weights' files: as they were, or as they will be written."""
@@ -95,11 +97,11 @@ class CheckpointRecord:
     def is_still_in(self, directory: Path) -> bool:
         """Whether a directory has the files that it was read from, by their sizes and times."""
         try:
-            stats = [(directory / shard.name).stat() for shard in self.shards]
+            stats = [(directory / name).stat() for name, _, _ in self.fingerprints]
         except FileNotFoundError:
             return False
         stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-        return bool(stamps) and stamps == [(shard.size, shard.mtime_ns) for shard in self.shards]
+        return bool(stamps) and stamps == [(size, time) for _, size, time in self.fingerprints]
 
     def unlike(self, other: "CheckpointRecord") -> Iterator[tuple[str, bool]]:
         """The names of files that differ between the two, by the hashes that name their arrays, and whether this one has them.
@@ -117,7 +119,8 @@ class CheckpointRecord:
     def to_json(self) -> Json:
         """The record for Zarr attributes, without what is empty."""
         value = {**asdict(self), "shards": [asdict(shard) for shard in self.shards]}
-        empty = {"not_stored": not self.not_stored.files, "cast": not self.cast}
+        value["made_of"] = [list(stamp) for stamp in self.made_of]
+        empty = {"not_stored": not self.not_stored.files, "cast": not self.cast, "made_of": not self.made_of}
         return {k: v for k, v in value.items() if not empty.get(k)}
 
     @classmethod
@@ -126,7 +129,8 @@ class CheckpointRecord:
         shards = tuple(ShardRecord(s["name"], s["size"], s["mtime_ns"], s["header"]) for s in value["shards"])
         rest = NotStored.from_json(value["not_stored"]) if "not_stored" in value else NotStored()
         side, cast = dict(value["side"]), value.get("cast", "")
-        record = cls(value["step"], value["source"], shards, value["index"], side, rest, cast)
+        made_of = tuple((name, size, time) for name, size, time in value.get("made_of", ()))
+        record = cls(value["step"], value["source"], shards, value["index"], side, rest, cast, made_of)
         names = [shard.name for shard in shards] or [SINGLE]
         require(is_text(record.source), "a source is text")
         for name in (*names, *record.side):
@@ -135,7 +139,8 @@ class CheckpointRecord:
         require(record.side.keys().isdisjoint(names), "a side file has a name of its own")
         arrays = [*record.side.values(), *(s.header for s in shards), *([] if record.index is None else [record.index])]
         require(all(isinstance(a, str) and _ARRAY.fullmatch(a) for a in arrays), "files are arrays of the store")
-        require(all(is_count(s.size) and _is_time(s.mtime_ns) for s in shards), "sizes and times are numbers")
+        require(all(is_text(n) and _is_plain(n) for n, _, _ in made_of), "what a step was made of is in its directory")
+        require(all(is_count(n) and _is_time(t) for _, n, t in record.fingerprints), "sizes and times are numbers")
         require(isinstance(cast, str) and set(cast.split(", ")) <= {"", *BITS}, "types that were cast are types")
         require(record.step is None or is_count(record.step), "a step is a number")
         return record
@@ -166,6 +171,10 @@ def _is_inside(name: str) -> bool:
     plain = all(part not in ("/", "..") and "\0" not in part and len(os.fsencode(part)) < 256 for part in parts)
     short = 1 <= len(parts) <= DEEPEST and len(os.fsencode(name)) <= LONGEST
     return plain and short and str(PurePosixPath(name)) == name
+
+
+def _is_plain(name: str) -> bool:
+    return _is_inside(name) and name == PurePosixPath(name).name
 
 
 def _is_time(value: Any) -> bool:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from relexio.checkpoints.files import INDEX, SINGLE, inside, is_file, left_out, side_files
+from relexio.checkpoints.files import ADAPTER, INDEX, SINGLE, inside, is_file, left_out, side_files
 from relexio.checkpoints.header import MAX_HEADER, Entry, Shard, parse_json, parse_once, read_shard
 from relexio.checkpoints.protocol import Checkpoint, Read
 from relexio.checkpoints.record import CheckpointRecord, NotStored, ShardRecord
@@ -149,7 +149,12 @@ def _single(path: Path, step: int | None) -> Path:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files of a directory that can hold a whole model: safetensors files, sorted, or what is left: their index."""
+    """The files of a directory that can hold a whole model: safetensors files, sorted, or what is left: their index.
+
+    Beside an adapter, a file of any name but those that a model is saved under is none.
+    """
+    if is_file(path / ADAPTER) and not is_file(path / SINGLE) and not is_file(path / INDEX):
+        return []
     return _shards(path) or [path / INDEX] * is_file(path / INDEX)
 
 
@@ -159,8 +164,8 @@ def _shards(path: Path) -> list[Path]:
 
 def _other_format(path: Path) -> str | None:
     """What a directory holds in place of safetensors weights, and what to do; None if it holds no weights at all."""
-    if is_file(path / "adapter_model.safetensors"):
-        return "holds a LoRA adapter, not a model; merge it into its base first (peft: merge_and_unload)"
+    if is_file(path / "adapter_model.bin"):
+        return "holds a LoRA adapter as a torch file; save it again as safetensors (peft: safe_serialization=True)"
     shards = list(path.glob("**/model_world_size_*_rank_*.pt")) or list(
         path.parent.glob("model_world_size_*_rank_*.pt")
     )

@@ -37,7 +37,10 @@ TRAINERS = (
     Trainer("ROLL", r"checkpoint-(\d+)", "actor_train"),
 )
 #: Other places of a model in a step: those of verl's parts, and of runs that were published with papers.
-_OTHERS = ("huggingface", "hf_model", "actor")
+_OTHERS = (
+    "huggingface", "hf_model", "actor", "lora_adapter", "actor/lora_adapter", "policy/lora_adapter",
+    "policy/huggingface", "policy/weights/model", "sharded", "pytorch_model_fsdp_0",
+)  # fmt: skip
 INSIDE = tuple(dict.fromkeys([trainer.inside for trainer in TRAINERS] + [*_OTHERS]))
 MARKERS = tuple(trainer.marker for trainer in TRAINERS if trainer.marker)
 BESIDE = tuple(trainer.beside for trainer in TRAINERS if trainer.beside)

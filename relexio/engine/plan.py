@@ -71,13 +71,14 @@ class Need:
         return int(self.device_fixed + self.device_per_tile * tile)
 
 
-def convert_need(block: int, itemsize: int, steps: int, segments: int) -> Need:
+def convert_need(block: int, itemsize: int, steps: int, segments: int, scratch: int = 0) -> Need:
     """A block of ``convert``: bits of the base, the step before and one more, chunks, notes; per tile its bits and moves.
 
-    So many ``segments`` are read at once: to have the step before, or to make them one.
+    So many ``segments`` are read at once: to have the step before, or to make them one. ``scratch`` is what reading a step
+    takes besides.
     """
     streams = (segments + 3) * MOVES_CHUNK * (1 + itemsize)  # one is written; two copies of it, as it is packed
-    return Need(block * 3 * itemsize + streams + steps * 4096, 8.0 + 48.0 / itemsize)
+    return Need(block * 3 * itemsize + streams + steps * 4096 + scratch, 8.0 + 48.0 / itemsize)
 
 
 @dataclass(frozen=True)

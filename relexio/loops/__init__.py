@@ -13,9 +13,9 @@ from relexio.loops.plain import expand
 COMPILED = find_spec("relexio.loops._loops") is not None
 
 if TYPE_CHECKING or COMPILED:
-    from relexio.loops.compiled import Reader, advance, dense, find, fold, gram, increments, pack, predict
+    from relexio.loops.compiled import Reader, advance, dense, find, fold, gram, increments, pack, predict, product
 else:
-    from relexio.loops.plain import Reader, advance, dense, find, fold, gram, increments, pack, predict
+    from relexio.loops.plain import Reader, advance, dense, find, fold, gram, increments, pack, predict, product
 
 __all__ = [
     "COMPILED",
@@ -32,4 +32,5 @@ __all__ = [
     "increments",
     "pack",
     "predict",
+    "product",
 ]

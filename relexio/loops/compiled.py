@@ -34,6 +34,7 @@ _FUNCTIONS = {
     "mark": ("piiiip", True), "collect": ("pipiippppi", False),
     "fold": ("pppippppi", True), "advance": ("pppiipi", False),
     "increments": ("pppipi", False), "gram": ("ppppiippi", False), "dense": ("pppiip", False), "predict": ("pppppiipi", True),
+    "product": ("ppiiip", False),
 }  # fmt: skip
 
 
@@ -269,3 +270,15 @@ def predict(moves: Moves, bits: np.ndarray, weights: np.ndarray, kind: Kind) -> 
         result.ctypes.data, _FLOAT[kind.name],
     )  # fmt: skip
     return result, int(lost)
+
+
+# Adapters.
+
+
+def product(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """The product [n, m] of factors [rank, n] and [rank, m] of float32 values as float64: as ``plain.product``."""
+    if len(rows) != len(columns):
+        raise ValueError(f"factors of rank {len(rows)} and {len(columns)}")
+    out = np.zeros((rows.shape[1], columns.shape[1]), np.float32)
+    _loops.product(_at(rows, "f8"), _at(columns, "f8"), len(rows), *out.shape, _at(out, "f4"))
+    return out

@@ -578,6 +578,25 @@ WIDE int64_t predict(const int64_t *start, const uint16_t *row, const void *by, 
     return FLOATS(predict_kind, start, row, by, bits, weights, targets, n, out);
 }
 
+/* ---- adapters ---- */
+
+/* Factors [rank, n] and [rank, m] of float32 values: their product, out [n, m], zero before. Terms are added in the order
+ * of ranks, and each sum is rounded to float32: as by fused multiply-add, since a term is exact. Some columns at a time of
+ * all rows, so that they stay in the cache. */
+WIDE void product(const double *rows, const double *columns, int64_t rank, int64_t n, int64_t m, float *restrict out) {
+    for (int64_t first = 0; first < m; first += 256) {
+        int64_t some = m - first < 256 ? m - first : 256;
+        for (int64_t i = 0; i < n; i++) {
+            float *sum = out + i * m + first;
+            for (int64_t k = 0; k < rank; k++) {
+                const double *column = columns + k * m + first;
+                double row = rows[k * n + i];
+                for (int64_t j = 0; j < some; j++) sum[j] = (float)(row * column[j] + sum[j]);
+            }
+        }
+    }
+}
+
 /* setuptools builds modules of Python; this one is only ever loaded by ctypes. */
 extern void *PyExc_ImportError;
 void PyErr_SetString(void *type, const char *message);

@@ -324,3 +324,22 @@ def predict(moves: Moves, bits: np.ndarray, weights: np.ndarray, kind: Kind) -> 
             total = base + np.bincount(owner, values * weight[moves.row], len(bits))[moving]
             line[moving] = from_float64(np.where(np.isnan(total), np.nan, total), kind)
     return result, int(np.count_nonzero(nonfinite(result, kind) & ~nonfinite(bits, kind)))
+
+
+# Adapters.
+
+
+def product(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """The product [n, m] of factors [rank, n] and [rank, m] of float32 values as float64.
+
+    The terms of each element are added in the order of ranks; each sum is rounded to float32, as by fused multiply-add.
+    """
+    shape = rows.shape[1], columns.shape[1]
+    total, wide, term = np.zeros(shape, np.float32), np.zeros(shape), np.empty(shape)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for row, column in zip(rows, columns, strict=True):
+            np.multiply(row[:, None], column, out=term)  # exact
+            term += wide
+            total[:] = term
+            wide[:] = total
+    return total

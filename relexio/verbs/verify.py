@@ -25,6 +25,7 @@ from relexio.store.state import block_states, digest_of
 from relexio.store.storage import METADATA, locate
 from relexio.store.store import Store, file_digest
 from relexio.store.write import content_hashes
+from relexio.verbs.convert.base import StoredBase, as_stored
 from relexio.verbs.convert.encode import held, read_block
 from relexio.verbs.convert.left import NotStoredSummary, present
 from relexio.words import describe_steps
@@ -93,13 +94,13 @@ def find_originals(
         notes.append(f"not in the trajectory: {describe_steps(absent)}")
     if root is not None and (alone := tuple(step for step in store.steps if step not in sources)):
         notes.append(f"not compared, no such directory: {describe_steps(alone)}")
-    originals, empty = {}, []
+    originals, empty, below = {}, [], StoredBase(store)
     for step in (step for step in sources if step in store.steps):
         if isinstance(source := sources[step], Path) and source.is_dir() and not weight_stamps(source):
             empty.append(step)
             continue
         try:
-            originals[step] = match(open_step(step, sources[step], root, named or {}), store.table, label)
+            originals[step] = as_stored(open_step(step, sources[step], root, named or {}), below)
         except CheckpointError as error:
             problems.append(str(error))
     if empty:
@@ -110,7 +111,8 @@ def find_originals(
 
 def verify(store: Store, originals: Originals, resources: Resources, stages: Stages) -> Verification:
     """Read all of a store: checksums, hashes, structure; and compare it bit for bit with the checkpoints given."""
-    need = plan.convert_need(store.block, 4, len(store.steps), len(store.segments))
+    scratch = max((original.scratch for original in originals.steps.values()), default=0)
+    need = plan.convert_need(store.block, 4, len(store.steps), len(store.segments), scratch)
     executor = resources.on_cpu(need)
     executor.require(store.files(METADATA))
     total = sum(tensor.nbytes for tensor in store.tensors) * (1 + len(store.steps))

@@ -10,7 +10,6 @@ from shlex import quote
 import numpy as np
 
 from relexio.checkpoints.layout import Source, open_checkpoint
-from relexio.checkpoints.match import match
 from relexio.checkpoints.protocol import Checkpoint
 from relexio.checkpoints.record import CheckpointRecord
 from relexio.dtypes import Kind, kind_of, nonfinite, tensor_bytes, to_float64
@@ -19,6 +18,7 @@ from relexio.methods.line_tests import base_doubt
 from relexio.store.schema import Block
 from relexio.store.state import digest_of
 from relexio.store.store import Store
+from relexio.verbs.convert.base import StoredBase, as_stored
 from relexio.verbs.convert.encode import read_bits, read_block
 
 _PIECES = 128  # of each checkpoint, evenly spread over the elements of its float tensors
@@ -42,7 +42,7 @@ def refuse_base_among(checkpoints: Iterable[Checkpoint], base: Checkpoint) -> No
 
 def _same_bytes(checkpoint: Checkpoint, base: Checkpoint) -> bool:
     """Compare tensor by tensor, stopping at the first difference: for any real step that is within a few MB."""
-    sizes = {name: tensor_bytes(*tensor) for name, tensor in base.tensors.items()}
+    sizes = {name: tensor_bytes(*base.tensors[name]) for name in checkpoint.moved}
     for name in sorted(sizes, key=lambda name: -sizes[name]):
         with checkpoint.held(name, 0, sizes[name]) as read, base.held(name, 0, sizes[name]) as read_base:
             for first in range(0, sizes[name], _COMPARED):
@@ -127,7 +127,7 @@ def _is_other(store: Store, record: CheckpointRecord, source: Source) -> bool:
     if now and then and (now == then or {stamp[:2] for stamp in now} != {stamp[:2] for stamp in then}):
         return now != then
     try:
-        checkpoint = match(checkpoint, store.table, store.address)
+        checkpoint = as_stored(checkpoint, StoredBase(store))
         return any(_differs(store, checkpoint, block) for block in _telling(store, record.step or 0))
     except CheckpointError:
         return True

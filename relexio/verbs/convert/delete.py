@@ -115,6 +115,8 @@ def _delete(store: Store, step: int, directory: Path, root: Path | None, resourc
     ]
     if links or directory.is_symlink():
         raise _Refused(f"{(*links, directory)[0]} is a link")
+    if record.made_of:
+        raise _Refused("the trajectory has the model that these files make, not the files")
     if not record.from_safetensors:
         raise _Refused("the trajectory has its weights, but could not give these files back")
     files = {directory / file.name: file for file in output_files(store, record)}

@@ -8,13 +8,13 @@ from pathlib import Path
 from shlex import quote
 
 from relexio.checkpoints.layout import find_steps, open_step
-from relexio.checkpoints.match import match
 from relexio.checkpoints.protocol import Checkpoint
 from relexio.checkpoints.whole import Stamps, Watch, weight_stamps
 from relexio.engine.resources import Resources
 from relexio.errors import CheckpointError, IncompleteError, MissingError, StorageError
 from relexio.progress import Stages
 from relexio.store.store import Store
+from relexio.verbs.convert.base import StoredBase, as_stored
 from relexio.verbs.convert.before import require_same
 from relexio.verbs.convert.request import Conversion, Request, existing_store, prepare
 from relexio.verbs.convert.write import ConversionResult, convert
@@ -156,7 +156,7 @@ class _Follower:
             return
         command = f"relexio convert {quote(str(self._root))} -o {quote(self.store.shown)} --replace {checkpoint.step}:"
         advice = f"training was resumed and wrote it again; to have the new steps, run {command}, then follow again"
-        require_same(self.store, match(checkpoint, self.store.table, self.store.shown), advice)
+        require_same(self.store, as_stored(checkpoint, StoredBase(self.store)), advice)
 
     def _add(self, opened: dict[int, Checkpoint]) -> Added:
         begun = self.store is not None and len(self.store.steps) > 1  # by then its base has been asked about

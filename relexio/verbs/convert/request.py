@@ -24,6 +24,7 @@ from relexio.store.schema import FILE_CHUNK, MOST_STEPS, Block, block_elements, 
 from relexio.store.state import digest_of
 from relexio.store.storage import METADATA, Location, locate
 from relexio.store.store import Store
+from relexio.verbs.convert.base import StoredBase, as_stored
 from relexio.verbs.convert.before import doubt_of_base, refuse_base_among, written_again
 from relexio.verbs.convert.encode import read_block
 from relexio.words import Selection, describe_steps
@@ -111,7 +112,8 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
     base = open_checkpoint(request.base) if request.base else None
     table = store.table if store else _table(base, opened, request.dtype)
     label = base.label if base else f"the base of {out}"
-    checkpoints = tuple(match(checkpoint, table, label) for checkpoint in opened)
+    below = base or (StoredBase(store) if store else None)
+    checkpoints = tuple(match(c.over(below) if below else c, table, label) for c in opened)
     notes = [f"not step directories, left out: {', '.join(others)}"] if others else []
     notes += [*unfinished, *_casts(checkpoints, table, request, store)]
     if base is not None:
@@ -137,7 +139,8 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
     segments = len(store.segments) if store else 0
     if any(isinstance(source, Path) for source in sources.values()):
         resources = replace(resources, held=resident_bytes())  # the headers of all steps are held by now
-    executor = _executor(table, block, len(checkpoints), segments, largest, resources)
+    scratch = max((checkpoint.scratch for checkpoint in checkpoints), default=0)
+    executor = _executor(table, block, len(checkpoints), segments, largest, scratch, resources)
     still = _still_there(store, forgotten) if store and checkpoints else (None, None)
     return Conversion(target, store, base, checkpoints, still, block, executor, present, forgotten, tuple(notes))
 
@@ -211,7 +214,7 @@ def _still_there(store: Store, forgotten: tuple[int, ...]) -> tuple[Checkpoint |
     found: list[Checkpoint | None] = [None, None]
     for place, record in enumerate(records):
         with suppress(CheckpointError, OSError):
-            if record is not None and record.is_still_in(directory := Path(record.source)):
+            if record is not None and record.from_safetensors and record.is_still_in(directory := Path(record.source)):
                 found[place] = match(open_checkpoint(directory, record.step), store.table, store.shown)
     return found[0], found[1]
 
@@ -224,7 +227,7 @@ def _only_step(store: Store | None, request: Request) -> list[Checkpoint]:
     sources, _ = choose(request.root, named, None, request.pattern)
     if step in sources:
         with suppress(CheckpointError):
-            return [match(open_step(step, sources[step], request.root, named), store.table, store.shown)]
+            return [as_stored(open_step(step, sources[step], request.root, named), StoredBase(store))]
     return []
 
 
@@ -261,14 +264,16 @@ def _has_gone(source: Source) -> bool:
     return isinstance(source, Path) and not weights(source)
 
 
-def _executor(table: Table, block: int, count: int, segments: int, side: int, resources: Resources) -> Executor:
-    """Where the blocks of so many steps are encoded, and so many ``segments`` read, the largest side file ``side`` bytes:
-    within the memory. Raises BudgetError."""
+def _executor(
+    table: Table, block: int, count: int, segments: int, side: int, scratch: int, resources: Resources
+) -> Executor:
+    """Where the blocks of so many steps are encoded, and so many ``segments`` read, the largest side file ``side`` bytes, and
+    ``scratch`` to read a step: within the memory. Raises BudgetError."""
     tensors = [tensor for tensor in lay_out(table, block) if tensor.size]
     kinds = {tensor.kind for tensor in tensors}
     steps = max(count, 1)
     itemsize = max((kind.itemsize for kind in kinds), default=1)
-    need = plan.convert_need(block, itemsize, steps, segments)
+    need = plan.convert_need(block, itemsize, steps, segments, scratch)
     return resources.on_cpu(need, shared=3 * min(side, FILE_CHUNK))
 
 

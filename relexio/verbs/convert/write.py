@@ -223,7 +223,8 @@ def _begin(conversion: Conversion, store: Store, segment: Segment) -> bool:
     source = conversion.base.record(files.name).to_json() if conversion.base and not conversion.store else None
     location = locate(store.address)
     if location.below(segment.path).exists():
-        certain = all(checkpoint.files for checkpoint in conversion.read)  # else the record would fit other tensors too
+        certain = all(record.fingerprints for record in records)  # else the record would fit other tensors too
+        certain = certain and all(checkpoint.files for checkpoint in conversion.read)
         same = _as_sources(_recorded(store, segment.path)) == _as_sources(sources)
         if source is not None:
             same = same and _as_sources([_recorded(store, "base", "source")]) == _as_sources([source])
