@@ -237,10 +237,11 @@ def only(name: str = "config.json") -> Spoil:
 #: What can be wrong with the files of one directory, and words that the error must hold.
 FAULTS: dict[str, tuple[Spoil, list[str]]] = {
     "a config and no weights": (only(), ["a config and no weights"]),
-    "FSDP shards": (only("actor/model_world_size_8_rank_0.pt"), ["FSDP", "verl.model_merger"]),
+    "a shard without end": (only("actor/model_world_size_8_rank_0.pt"), ["/actor"]),
     "a LoRA adapter": (only("adapter_model.safetensors"), ["LoRA", "merge"]),
     "a DCP checkpoint": (only("dcp/__0_0.distcp"), ["DCP"]),
-    "torch files": (only("pytorch_model.bin"), ["safe_serialization"]),
+    "a torch file without end": (only("pytorch_model.bin"), ["pytorch_model.bin: truncated"]),
+    "torch files of other names": (only("model.pt"), ["safe_serialization"]),
     "an index and a single file": (lambda c: (c / INDEX).write_text("{}"), [FILE, INDEX]),
     "two files and no index": (in_turn(sharded(len), lambda c: (c / INDEX).unlink()), ["2 safetensors files", INDEX]),
     "an index that is no JSON": (in_turn(only(INDEX), lambda c: (c / INDEX).write_bytes(b"\xff")), [INDEX, "JSON"]),

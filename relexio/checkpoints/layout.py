@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from relexio.checkpoints import safetensors
+from relexio.checkpoints import fsdp, safetensors, torch_bin
 from relexio.checkpoints.protocol import Checkpoint
 from relexio.errors import CheckpointError, MissingError, RequestError
 from relexio.words import Selection, digits
 
 _STEP = re.compile(r"(?:global_step_?|checkpoint-|step_|step-)(\d{1,15})(?:_hf)?")
-_INSIDE = ("", "huggingface", "actor/huggingface", "actor")
+_INSIDE = ("", "huggingface", "actor/huggingface", "actor", "policy/huggingface", "policy")
 
 #: A checkpoint, or the directory that it is in.
 Source = Path | Checkpoint
@@ -25,7 +25,11 @@ class Format(NamedTuple):
 
 
 #: The first that a directory has weights in; a directory that has none is opened as the first, which says what is wrong.
-FORMATS = (Format(safetensors.weight_files, safetensors.open_directory),)
+FORMATS = (
+    Format(safetensors.weight_files, safetensors.open_directory),
+    Format(fsdp.weight_files, fsdp.open_directory),
+    Format(torch_bin.weight_files, torch_bin.open_directory),
+)
 
 
 def open_checkpoint(source: Source, step: int | None = None, top: Path | None = None) -> Checkpoint:
