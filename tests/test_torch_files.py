@@ -6,15 +6,17 @@ tests/torch_files/make.py made the fixtures; no torch is needed to read them.
 import json
 import pickle
 import shutil
+import struct
 import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from relexio.checkpoints.layout import find_steps, open_checkpoint
+from relexio.checkpoints.layout import FORMATS, Format, find_steps, open_checkpoint
 from relexio.checkpoints.protocol import Checkpoint
 from relexio.errors import CheckpointError, IncompleteError
 from relexio.store.opening import open_store
@@ -251,3 +253,74 @@ def test_an_adapter_around_the_model_is_refused(made: Path, relexio: Relexio, tm
 
 def test_nothing_of_torch_is_imported() -> None:
     assert "torch" not in sys.modules
+
+
+@pytest.fixture
+def chunks(tmp_path: Path) -> Path:
+    """DCP in safetensors, which torch 2.6 cannot write."""
+    with tarfile.open(FILES / "torch-2.13.tar.xz") as tar:
+        tar.extractall(tmp_path / "made", filter="data")
+    return tmp_path / "made" / "chunks" / "step-3" / "sharded"
+
+
+CHUNK = "shard-0000{}-model-00001-of-00001.safetensors"
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the header of a safetensors file; the offsets of tensors are under "offsets"."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    info = json.loads(header["__metadata__"].get("DCP_SHARDING_INFO", "{}"))
+    change({"header": header, "offsets": info, "metadata": header["__metadata__"]})
+    if "DCP_SHARDING_INFO" in header["__metadata__"]:
+        header["__metadata__"]["DCP_SHARDING_INFO"] = json.dumps(info)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def test_chunks_in_safetensors_are_one_model(chunks: Path) -> None:
+    checkpoint = open_checkpoint(chunks)
+    same(checkpoint, ordered(model(), checkpoint))
+    assert find_steps(chunks.parents[1])[0] == {3: chunks}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda h: h["offsets"]["lm_head.weight"].update(saved_offsets=[4, 0]),
+            "tensor lm_head.weight: its .*9 rows of 8",
+        ),
+        (
+            lambda h: h["offsets"]["lm_head.weight"].update(saved_offsets=[6, 0]),
+            "tensor lm_head.weight: its .*9 rows of 10",
+        ),
+        (lambda h: h["offsets"]["lm_head.weight"].update(saved_offsets=[5, 1]), "tensor lm_head.weight: .*dimension"),
+        (
+            lambda h: h["offsets"]["lm_head.weight"].update(saved_offsets=[5]),
+            "tensor lm_head.weight: its saved_offsets",
+        ),
+        (lambda h: h["offsets"]["lm_head.weight"].update(saved_offsets="05"), "lm_head.weight: its saved_offsets"),
+        (lambda h: h["offsets"].pop("lm_head.weight"), "tensor lm_head.weight: its"),
+        (lambda h: h["metadata"].pop("DCP_SHARDING_INFO"), "no DCP_SHARDING_INFO"),
+        (lambda h: h["metadata"].update(DCP_VERSION="2.0"), "DCP_VERSION 1.0"),
+        (lambda h: h["header"].pop("lm_head.weight"), "offset|overlap|gap|begin"),
+    ],
+)
+def test_chunks_that_do_not_tile_a_tensor(chunks: Path, change: Callable[[dict[str, Any]], object], says: str) -> None:
+    rewrite(chunks / CHUNK.format(2), change)
+    with pytest.raises(CheckpointError, match=f"^{chunks}.*({says})"):
+        open_checkpoint(chunks)
+
+
+def test_a_file_of_chunks_that_is_missing(chunks: Path) -> None:
+    (chunks / CHUNK.format(1)).unlink()
+    with pytest.raises(IncompleteError, match=r"shard-00001-\* are missing"):
+        open_checkpoint(chunks)
+
+
+@pytest.mark.parametrize("form", [FORMATS[0], *FORMATS[2:]])
+def test_files_that_are_gone_by_now(tmp_path: Path, form: Format) -> None:
+    with pytest.raises(IncompleteError, match="are gone"):
+        form.open(tmp_path, 1, None)

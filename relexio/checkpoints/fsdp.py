@@ -8,7 +8,7 @@ from pathlib import Path
 
 from relexio.checkpoints.dtensor import SHARD_NAMES, Local, local_of
 from relexio.checkpoints.files import File, inside, is_file, side_files
-from relexio.checkpoints.pieces import Piece, Pieced, Where, piece_of, tiled
+from relexio.checkpoints.pieces import Piece, Pieced, Where, piece_of, present, tiled
 from relexio.checkpoints.torch_file import Contents, read_torch, state_dict
 from relexio.dtypes import BITS, Table
 from relexio.errors import CheckpointError, IncompleteError
@@ -55,7 +55,7 @@ def open_directory(path: Path, step: int | None = None, top: Path | None = None)
 
 def _ranks(path: Path) -> dict[int, Path]:
     """The files by rank, all of one world size."""
-    files = {match: file for file in weight_files(path) if (match := _NAME.fullmatch(file.name))}
+    files = {match: file for file in present(path, weight_files(path)) if (match := _NAME.fullmatch(file.name))}
     sizes = sorted({int(match[1]) for match in files})
     if len(sizes) > 1:
         raise CheckpointError(

@@ -5,13 +5,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from relexio.checkpoints import fsdp, safetensors, torch_bin
+from relexio.checkpoints import chunks, fsdp, safetensors, torch_bin
 from relexio.checkpoints.protocol import Checkpoint
 from relexio.errors import CheckpointError, MissingError, RequestError
 from relexio.words import Selection, digits
 
 _STEP = re.compile(r"(?:global_step_?|checkpoint-|step_|step-)(\d{1,15})(?:_hf)?")
-_INSIDE = ("", "huggingface", "actor/huggingface", "actor", "policy/huggingface", "policy")
+_INSIDE = (
+    "", "huggingface", "actor/huggingface", "actor", "policy/huggingface", "policy", "policy/weights/model/consolidated",
+    "policy/weights/model", "sharded",
+)  # fmt: skip
 
 #: A checkpoint, or the directory that it is in.
 Source = Path | Checkpoint
@@ -24,9 +27,12 @@ class Format(NamedTuple):
     open: Callable[[Path, int | None, Path | None], Checkpoint]
 
 
-#: The first that a directory has weights in; a directory that has none is opened as the first, which says what is wrong.
+#: A directory that has weights in no format is opened as this one, which says what is wrong.
+_PLAIN = Format(safetensors.weight_files, safetensors.open_directory)
+#: A directory is opened as the first that it has weights in. Chunks are safetensors files, and known by their names.
 FORMATS = (
-    Format(safetensors.weight_files, safetensors.open_directory),
+    Format(chunks.weight_files, chunks.open_directory),
+    _PLAIN,
     Format(fsdp.weight_files, fsdp.open_directory),
     Format(torch_bin.weight_files, torch_bin.open_directory),
 )
@@ -39,7 +45,7 @@ def open_checkpoint(source: Source, step: int | None = None, top: Path | None = 
     naming the directory and file, for anything that is not whole.
     """
     if isinstance(source, Path):
-        fitting = next((form for form in FORMATS if form.weights(source)), FORMATS[0])
+        fitting = next((form for form in FORMATS if form.weights(source)), _PLAIN)
         return fitting.open(source, step, top)
     if source.step != step:
         raise CheckpointError(f"{source.label}: was given as {'the base' if step is None else f'step {step}'}")

@@ -12,7 +12,7 @@ from relexio.checkpoints.files import File, left_out
 from relexio.checkpoints.protocol import Read
 from relexio.checkpoints.torch_file import Array
 from relexio.dtypes import Table, tensor_bytes
-from relexio.errors import CheckpointError
+from relexio.errors import CheckpointError, IncompleteError
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,13 @@ class _Reader:
         if self._fd >= 0:
             os.close(self._fd)
         self._fd, self._file = -1, -1
+
+
+def present(path: Path, files: list[Path]) -> list[Path]:
+    """The files that hold a model's weights. Raises IncompleteError if there are none: they were removed meanwhile."""
+    if not files:
+        raise IncompleteError(f"{path}: its files of weights are gone; leave it out, or copy it again")
+    return files
 
 
 def piece_of(array: Array, file: int, first: int = 0) -> Piece | None:

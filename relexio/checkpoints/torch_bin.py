@@ -5,7 +5,7 @@ from typing import Any
 
 from relexio.checkpoints.files import inside, is_file, side_files
 from relexio.checkpoints.header import MAX_HEADER, parse_json
-from relexio.checkpoints.pieces import Piece, Pieced, Where, piece_of
+from relexio.checkpoints.pieces import Piece, Pieced, Where, piece_of, present
 from relexio.checkpoints.torch_file import TENSOR_NAMES, Contents, read_torch, state_dict
 from relexio.dtypes import Table
 from relexio.errors import CheckpointError, IncompleteError
@@ -69,7 +69,7 @@ def _tensor(path: Path, name: str, value: Any, contents: Contents, number: int) 
 
 
 def _single(path: Path) -> Path:
-    files = weight_files(path)
+    files = present(path, weight_files(path))
     if path / SINGLE in files:
         return path / SINGLE
     if len(files) > 1:

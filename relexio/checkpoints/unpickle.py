@@ -14,7 +14,7 @@ from typing import Any
 
 from relexio.errors import CheckpointError
 
-#: Bytes of the largest pickle, and opcodes in one: a tensor of FSDP takes about 90, and models have some 40,000 tensors.
+#: Bytes of the largest pickle, and opcodes in one: a DTensor takes about 150, and models have some 40,000.
 MAX_PICKLE, _MAX_STEPS = 64 << 20, 6_000_000
 _MAX_NAME, _MAX_MARKS = 200, 200
 _CUT = "its pickle is damaged; copy the file again"
