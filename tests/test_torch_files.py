@@ -219,12 +219,13 @@ def test_a_run_of_shards_is_stored_as_the_same_safetensors_would_be(
     for step, name in kinds.items():
         shutil.copytree(made / name, tmp_path / f"run/global_step_{step}")
         save_checkpoint(tmp_path / f"plain/global_step_{step}", model())
-    shutil.copytree(made / "bins", tmp_path / "run/global_step_5")
-    save_checkpoint(tmp_path / "plain/global_step_5", model())
+    for step, name in {5: "bins", 6: "dcp/checkpoint-3"}.items():
+        shutil.copytree(made / name, tmp_path / f"run/global_step_{step}")
+        save_checkpoint(tmp_path / f"plain/global_step_{step}", model())
     assert find_steps(tmp_path / "run")[0][1].name == "actor"
     stored = convert(relexio, tmp_path / "run", base, tmp_path / "run.zarr")
     assert stored == convert(relexio, tmp_path / "plain", base, tmp_path / "plain.zarr")
-    assert list(stored) == [1, 2, 3, 4, 5]
+    assert list(stored) == [1, 2, 3, 4, 5, 6]
     done = relexio("restore", tmp_path / "run.zarr", "--step", 2, "-o", tmp_path / "back")
     assert done.code == 0, done.err
     back = load_checkpoint(tmp_path / "back")
@@ -324,3 +325,53 @@ def test_a_file_of_chunks_that_is_missing(chunks: Path) -> None:
 def test_files_that_are_gone_by_now(tmp_path: Path, form: Format) -> None:
     with pytest.raises(IncompleteError, match="are gone"):
         form.open(tmp_path, 1, None)
+
+
+def test_what_accelerate_saves_under_fsdp_two(made: Path) -> None:
+    (made / "dcp/checkpoint-3/config.json").write_text("{}")
+    (made / "dcp/checkpoint-3/optimizer_0").mkdir()
+    (made / "dcp/checkpoint-3/optimizer_0/__0_0.distcp").write_bytes(b"state")
+    assert find_steps(made / "dcp")[0] == {3: made / "dcp/checkpoint-3"}
+    for path in (made / "dcp/checkpoint-3", made / "dcp/checkpoint-3/pytorch_model_fsdp_0"):
+        checkpoint = open_checkpoint(path)
+        same(checkpoint, ordered(model(), checkpoint))
+    checkpoint = open_checkpoint(made / "dcp/checkpoint-3")
+    assert (set(checkpoint.side), set(checkpoint.not_stored())) == ({"config.json"}, {"optimizer_0/"})
+
+
+def replace(old: bytes, new: bytes) -> Callable[[Path], object]:
+    """Other bytes in .metadata, as many."""
+
+    def do(path: Path) -> None:
+        data = (path / ".metadata").read_bytes()
+        assert old in data and len(old) == len(new)
+        (path / ".metadata").write_bytes(data.replace(old, new))
+
+    return do
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda p: (p / ".metadata").unlink(), ".metadata: missing"),
+        (lambda p: (p / ".metadata").write_bytes(b"x"), ".metadata: its pickle has opcode 0x78"),
+        (
+            lambda p: (p / ".metadata").write_bytes((p / ".metadata").read_bytes()[:-9]),
+            ".metadata: its pickle is damaged",
+        ),
+        (lambda p: (p / "__1_0.distcp").unlink(), "__1_0.distcp: missing"),
+        (lambda p: cut(p / "__1_0.distcp"), "__1_0.distcp: truncated"),
+        (replace(b"_StorageInfo", b"_StorageInfX"), "filesystem._StorageInfX"),
+        (replace(b"PosixPath", b"PosixPatX"), "PosixPatX"),
+        (replace(b"__1_0.distcp", b"../_0.distcp"), "outside its directory: '../_0.distcp'"),
+        (replace(b"__1_0.distcp", b"__0_0.distcp"), "two chunks overlap in __0_0.distcp"),
+        (replace(b"\x8c\x05model\x94", b"\x8c\x05mXdel\x94"), "not below 'model'"),
+        (replace(b"float32", b"float64"), "tensor .*: its chunk in __._0.distcp is something else"),
+        (replace(b"\x8c\x06offset", b"\x8c\x06offsex"), "list of numbers"),
+    ],
+)
+def test_a_dcp_that_is_not_right(made: Path, spoil: Callable[[Path], object], says: str) -> None:
+    path = made / "dcp/checkpoint-3/pytorch_model_fsdp_0"
+    spoil(path)
+    with pytest.raises(CheckpointError, match=f"^{path}.*({says})"):
+        open_checkpoint(path.parent)

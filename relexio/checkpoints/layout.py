@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from relexio.checkpoints import chunks, fsdp, safetensors, torch_bin
+from relexio.checkpoints import chunks, dcp, fsdp, safetensors, torch_bin
 from relexio.checkpoints.protocol import Checkpoint
 from relexio.errors import CheckpointError, MissingError, RequestError
 from relexio.words import Selection, digits
@@ -35,6 +35,7 @@ FORMATS = (
     _PLAIN,
     Format(fsdp.weight_files, fsdp.open_directory),
     Format(torch_bin.weight_files, torch_bin.open_directory),
+    Format(dcp.weight_files, dcp.open_directory),
 )
 
 

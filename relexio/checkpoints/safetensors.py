@@ -147,7 +147,7 @@ def _other_format(path: Path) -> str | None:
     if shards:
         return f"holds no model itself; there are FSDP shards in {shards[0].parent}: give that directory"
     if any(path.glob("**/*.distcp")):
-        return "holds a torch distributed checkpoint (DCP), no safetensors; convert it to Hugging Face format first"
+        return "holds a torch distributed checkpoint (DCP) that accelerate did not write; convert it to Hugging Face format first"
     if any(path.glob("*.bin")) or any(path.glob("*.pt")):
         return "holds torch files that are not named pytorch_model*.bin; save it again with safe_serialization=True"
     return None

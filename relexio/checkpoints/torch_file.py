@@ -1,6 +1,7 @@
 """Files of torch.save: which tensors they hold, and where the bytes of each lie. No byte of a tensor is read here."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -91,7 +92,7 @@ def read_torch(path: Path, known: frozenset[str], window: tuple[int, int] | None
         stat = os.fstat(file.fileno())
         start, size = window or (0, stat.st_size)
         try:
-            contents = _read(file.fileno(), start, size, known)
+            contents = _read(file.fileno(), start, size, known, _contents if window is None else _contents.__wrapped__)
         except CheckpointError as error:
             raise type(error)(f"{path}: {error}") from error
         except _Legacy:
@@ -106,7 +107,7 @@ class _Legacy(Exception):  # noqa: N818
     pass
 
 
-def _read(fd: int, start: int, size: int, known: frozenset[str]) -> Contents:
+def _read(fd: int, start: int, size: int, known: frozenset[str], make: Callable[..., Contents]) -> Contents:
     begin = os.pread(fd, len(_LEGACY), start)
     if begin == _LEGACY:
         raise _Legacy
@@ -128,7 +129,7 @@ def _read(fd: int, start: int, size: int, known: frozenset[str]) -> Contents:
     data = os.pread(fd, pickled.size, pickled.start)
     prefix = f"{top}/data/"
     storages = ((name.removeprefix(prefix), member) for name, member in members.items() if name.startswith(prefix))
-    return _contents(data, tuple(sorted(storages)), known)
+    return make(data, tuple(sorted(storages)), known)
 
 
 @lru_cache(maxsize=512)
