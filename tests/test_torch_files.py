@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from relexio.checkpoints.layout import FORMATS, Format, find_steps, open_checkpoint
+from relexio.checkpoints.pieces import Piece, tiled
 from relexio.checkpoints.protocol import Checkpoint
 from relexio.errors import CheckpointError, IncompleteError
 from relexio.store.opening import open_store
@@ -375,3 +376,13 @@ def test_a_dcp_that_is_not_right(made: Path, spoil: Callable[[Path], object], sa
     spoil(path)
     with pytest.raises(CheckpointError, match=f"^{path}.*({says})"):
         open_checkpoint(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("firsts", "says"),
+    [((0, 4), "overlap at byte 4"), ((0, 12), "leave a gap at byte 12"), ((8, 16), "gap"), ((0,), "has|have")],
+)
+def test_pieces_that_do_not_tile(firsts: tuple[int, ...], says: str) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        tiled([Piece(first, 8, 0, 100, 8, 8) for first in firsts], "F32", (4,))
+    assert len(tiled([Piece(first, 8, 0, 100, 8, 8) for first in (8, 0)], "F32", (4,))) == 2
