@@ -239,10 +239,19 @@ def test_a_directory_with_no_weights_that_can_be_read_is_told(
 ) -> None:
     def write() -> None:
         trainer.directory(1).mkdir(parents=True)
-        (trainer.directory(1) / "pytorch_model.bin").write_bytes(b"x")
+        (trainer.directory(1) / "model.pt").write_bytes(b"x")
 
     (text,) = following(write, idle=100)
-    assert text.startswith("step 1 is left out: ") and "torch files and no safetensors" in text
+    assert text.startswith("step 1 is left out: ") and "torch files that are not named pytorch_model*.bin" in text
+
+
+def test_a_torch_file_without_its_end_is_waited_for(following: Any, trainer: Trainer, run: Run, tmp_path: Path) -> None:
+    def write() -> None:
+        trainer.directory(1).mkdir(parents=True)
+        (trainer.directory(1) / "pytorch_model.bin").write_bytes(b"PK")
+
+    (text,) = following(write, idle=100)
+    assert text.startswith("step 1 is not complete: ") and "pytorch_model.bin: truncated" in text
 
 
 def test_a_disk_that_is_full_and_has_room_again(

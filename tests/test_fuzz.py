@@ -68,7 +68,7 @@ def test_every_target_has_a_corpus(fuzz: ModuleType) -> None:
     assert sum(file.stat().st_size for file in CORPUS.rglob("*") if file.is_file()) < 100_000
 
 
-@pytest.mark.parametrize("name", ["header", "index", "side", "steps", "size", "cli"])
+@pytest.mark.parametrize("name", ["header", "index", "side", "torch", "steps", "size", "cli"])
 def test_any_bytes(fuzz: ModuleType, world: Any, name: str) -> None:
     seeds = fuzz.good_seeds(world, name)
 

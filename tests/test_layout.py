@@ -240,11 +240,12 @@ def only(name: str = "config.json") -> Spoil:
 #: What can be wrong with the files of one directory, and words that the error must hold.
 FAULTS: dict[str, tuple[Spoil, list[str]]] = {
     "a config and no weights": (only(), ["a config and no weights"]),
-    "FSDP shards": (only("actor/model_world_size_8_rank_0.pt"), ["FSDP", "verl.model_merger"]),
+    "a shard without end": (only("actor/model_world_size_8_rank_0.pt"), ["/actor"]),
     "a LoRA adapter": (only("adapter_model.safetensors"), ["adapter"]),
     "a LoRA adapter of torch": (only("adapter_model.bin"), ["LoRA", "safe_serialization"]),
     "a DCP checkpoint": (only("dcp/__0_0.distcp"), ["DCP"]),
-    "torch files": (only("pytorch_model.bin"), ["safe_serialization"]),
+    "a torch file without end": (only("pytorch_model.bin"), ["pytorch_model.bin: truncated"]),
+    "torch files of other names": (only("model.pt"), ["safe_serialization"]),
     "an index and a single file": (lambda c: (c / INDEX).write_text("{}"), [FILE, INDEX]),
     "two files and no index": (in_turn(sharded(len), lambda c: (c / INDEX).unlink()), ["2 safetensors files", INDEX]),
     "an index that is no JSON": (in_turn(only(INDEX), lambda c: (c / INDEX).write_bytes(b"\xff")), [INDEX, "JSON"]),
@@ -262,7 +263,7 @@ FAULTS: dict[str, tuple[Spoil, list[str]]] = {
 
 
 #: Those with no weights that can be read: one such step does not stop a run.
-GONE = ["a config and no weights", "FSDP shards", "a LoRA adapter", "a DCP checkpoint", "torch files"]
+GONE = ["a config and no weights", "a LoRA adapter of torch", "a DCP checkpoint", "torch files of other names"]
 
 
 @pytest.mark.parametrize("fault", GONE)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from relexio.checkpoints import lora, safetensors
+from relexio.checkpoints import chunks, dcp, fsdp, lora, safetensors, torch_bin
 from relexio.checkpoints.protocol import Checkpoint
 from relexio.checkpoints.trainers import INSIDE, step_of
 from relexio.errors import CheckpointError, MissingError, RequestError
@@ -22,9 +22,15 @@ class Format(NamedTuple):
     open: Callable[[Path, int | None, Path | None], Checkpoint]
 
 
-#: The first that a directory has weights in; a directory that has none is opened as the first, which says what is wrong.
+#: A directory that has weights in no format is opened as this one, which says what is wrong.
+_PLAIN = Format(safetensors.weight_files, safetensors.open_directory)
+#: A directory is opened as the first that it has weights in. Chunks are safetensors files, and known by their names.
 FORMATS = (
-    Format(safetensors.weight_files, safetensors.open_directory),
+    Format(chunks.weight_files, chunks.open_directory),
+    _PLAIN,
+    Format(fsdp.weight_files, fsdp.open_directory),
+    Format(torch_bin.weight_files, torch_bin.open_directory),
+    Format(dcp.weight_files, dcp.open_directory),
     Format(lora.weight_files, lora.open_directory),
 )
 
@@ -36,7 +42,7 @@ def open_checkpoint(source: Source, step: int | None = None, top: Path | None = 
     naming the directory and file, for anything that is not whole.
     """
     if isinstance(source, Path):
-        fitting = next((form for form in FORMATS if form.weights(source)), FORMATS[0])
+        fitting = next((form for form in FORMATS if form.weights(source)), _PLAIN)
         return fitting.open(source, step, top)
     if source.step != step:
         raise CheckpointError(f"{source.label}: was given as {'the base' if step is None else f'step {step}'}")

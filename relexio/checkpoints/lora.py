@@ -77,7 +77,7 @@ class Adapter(HuggingFace):
         """What the store keeps of it: no files to be written again, but how to see that they are the same."""
         side = {name: name_of(path) for name, path in self.side.items()}
         left = NotStored.of(self.not_stored())
-        return CheckpointRecord(self.step, self.source, (), None, side, left, self.fingerprints)
+        return CheckpointRecord(self.step, self.source, (), None, side, left, made_of=self.fingerprints)
 
 
 class Merged(Checkpoint):

@@ -93,7 +93,8 @@ class Checkpoint(Protocol):
             if name in self.side:
                 raise CheckpointError(f"{self.label}: a side file is named {name}, as its weights will be")
         side = {name: name_of(data) for name, data in self.side.items()}
-        return CheckpointRecord(self.step, self.source, (), None, side, NotStored.of(self.not_stored()))
+        left = NotStored.of(self.not_stored())
+        return CheckpointRecord(self.step, self.source, (), None, side, left, made_of=self.fingerprints)
 
     @property
     def nbytes(self) -> int:

@@ -6,17 +6,18 @@ from contextlib import contextmanager
 from errno import ENAMETOOLONG
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
+from relexio.checkpoints.disk import OnDisk
+from relexio.checkpoints.disk import read_exactly as read_exactly
 from relexio.checkpoints.files import ADAPTER, INDEX, SINGLE, inside, is_file, left_out, side_files
 from relexio.checkpoints.header import MAX_HEADER, Entry, Shard, parse_json, parse_once, read_shard
-from relexio.checkpoints.protocol import Checkpoint, Read
+from relexio.checkpoints.protocol import Read
 from relexio.checkpoints.record import CheckpointRecord, NotStored, ShardRecord
 from relexio.dtypes import Table
 from relexio.errors import CheckpointError, IncompleteError, MissingError
 
 
-class HuggingFace(Checkpoint):
+class HuggingFace(OnDisk):
     """One model directory at one training step (None: the base); ``top`` is all that the trainer wrote, with the model in it.
 
     ``index`` has the bytes of the index of the shards, if it has one.
@@ -31,12 +32,12 @@ class HuggingFace(Checkpoint):
         side: dict[str, Path],
         top: Path | None = None,
     ) -> None:
+        super().__init__()
         self.label = f"base {path}" if step is None else f"step {step} ({path})"
         self.source = str(path.resolve())
         self.path, self.step, self.shards, self.index = path, step, shards, index
         self.side: dict[str, Path] = side
         self.files, self.directory = shards, top or path
-        self._open: dict[Path, int] = {}
         self.tensors, self._places = _tables(tuple((shard.header, shard.size) for shard in shards))
 
     def locate(self, name: str) -> tuple[Path, Entry]:
@@ -48,30 +49,11 @@ class HuggingFace(Checkpoint):
     def held(self, name: str, first_byte: int, nbytes: int) -> Iterator[Read]:
         """Keep the file of a tensor open, and read these bytes ahead."""
         path, entry = self.locate(name)
-        fd = os.dup(self._open[path]) if path in self._open else os.open(path, os.O_RDONLY)
+        fd = self.descriptor(path, entry.start + first_byte, nbytes)
         try:
-            if hasattr(os, "posix_fadvise"):  # of hundreds of files small pieces are read in turn
-                os.posix_fadvise(fd, entry.start + first_byte, nbytes, os.POSIX_FADV_WILLNEED)
             yield lambda first, out: read_exactly(fd, entry.start + first, out, path)
         finally:
             os.close(fd)
-
-    @contextmanager
-    def kept_open(self) -> Iterator[None]:
-        """Let it be read to its end, though a trainer removes its files meanwhile: in this process only."""
-        try:
-            for shard in self.shards:
-                self._open[shard.path] = os.open(shard.path, os.O_RDONLY)
-            yield
-        finally:
-            while self._open:
-                os.close(self._open.popitem()[1])
-
-    def _stat(self, file: Path) -> os.stat_result:
-        return os.fstat(self._open[file]) if file in self._open else file.stat()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
 
     def not_stored(self) -> dict[str, int]:
         """Bytes, by path, of everything that does not belong to the model; a directory of such files is one entry."""
@@ -166,15 +148,13 @@ def _other_format(path: Path) -> str | None:
     """What a directory holds in place of safetensors weights, and what to do; None if it holds no weights at all."""
     if is_file(path / "adapter_model.bin"):
         return "holds a LoRA adapter as a torch file; save it again as safetensors (peft: safe_serialization=True)"
-    shards = list(path.glob("**/model_world_size_*_rank_*.pt")) or list(
-        path.parent.glob("model_world_size_*_rank_*.pt")
-    )
+    shards = [*path.glob("**/model_world_size_*_rank_*.pt"), *path.parent.glob("model_world_size_*_rank_*.pt")]
     if shards:
-        return "holds FSDP shards (torch), no safetensors; merge them first (verl: python -m verl.model_merger merge)"
+        return f"holds no model itself; there are FSDP shards in {shards[0].parent}: give that directory"
     if any(path.glob("**/*.distcp")):
-        return "holds a torch distributed checkpoint (DCP), no safetensors; convert it to Hugging Face format first"
+        return "holds a torch distributed checkpoint (DCP) that accelerate did not write; convert it to Hugging Face format first"
     if any(path.glob("*.bin")) or any(path.glob("*.pt")):
-        return "holds torch files and no safetensors; save it again with safe_serialization=True"
+        return "holds torch files that are not named pytorch_model*.bin; save it again with safe_serialization=True"
     return None
 
 
@@ -199,13 +179,3 @@ def _sharded(path: Path, data: bytes) -> tuple[Shard, ...]:
                 f"{index}: tensor {tensor}: the index says {weight_map.get(tensor)}, the shards say {shard_of.get(tensor)}"
             )
     return tuple(shards)
-
-
-def read_exactly(fd: int, start: int, out: memoryview, path: Path) -> None:
-    """Fill ``out`` with the file's bytes from ``start`` on. Raises CheckpointError if the file ends before."""
-    done = 0
-    while done < len(out):
-        count = os.preadv(fd, [out[done:]], start + done)
-        if count == 0:
-            raise CheckpointError(f"{path}: ended while it was read: its header says more bytes; copy it again")
-        done += count

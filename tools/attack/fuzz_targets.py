@@ -1,11 +1,13 @@
 """What tools/attack/fuzz.py gives its bytes to: each target lets only a RelexioError pass, and stays in its directory."""
 
+import io
 import json
 import os
 import resource
 import shutil
 import struct
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +21,7 @@ from relexio import atomic
 from relexio.checkpoints.header import parse_header, read_shard
 from relexio.checkpoints.layout import open_checkpoint
 from relexio.cli.main import main
+from relexio.dtypes import tensor_bytes
 from relexio.engine.resources import Resources
 from relexio.errors import RelexioError
 from relexio.fit.fit import fit
@@ -225,6 +228,45 @@ def side(world: World, data: bytes) -> None:
         shutil.rmtree(where)
 
 
+def torch(world: World, data: bytes) -> None:
+    """A torch file, or a pickle that is put into one; the first byte says which, and as which file."""
+    names = ["pytorch_model.bin", "model_world_size_1_rank_0.pt"]
+    kinds = [f"{kind} {name}" for kind in ("file", "pickle") for name in names]
+    name, data = pick([*kinds, "file pytorch_model_fsdp_0/.metadata"], data)
+    kind, name = name.split()
+    where = world.area / "torch"
+    (where / name).parent.mkdir(parents=True)
+    (where / "pytorch_model_fsdp_0").mkdir(exist_ok=True)
+    (where / "pytorch_model_fsdp_0" / "__0_0.distcp").write_bytes(torch_file_of(TORCH[:2] + TORCH[13:-2] + b"."))
+    (where / name).write_bytes(data if kind == "file" else torch_file_of(data))
+    try:
+        with allowed():
+            found = open_checkpoint(where)
+            for tensor, (dtype, shape) in found.tensors.items():
+                count = tensor_bytes(dtype, shape)
+                assert count <= len(data) + 1000
+                found.read(tensor, 0, memoryview(bytearray(count)))
+    finally:
+        shutil.rmtree(where)
+
+
+def torch_file_of(pickle: bytes) -> bytes:
+    """A good torch file, with this pickle and a storage of six float32."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as file:
+        for name, member in (("data.pkl", pickle), ("byteorder", b"little"), ("data/0", bytes(24))):
+            file.writestr(zipfile.ZipInfo(f"a/{name}"), member)
+    return out.getvalue()
+
+
+#: The pickle of {"w": a tensor [2, 3]}, as torch writes it.
+TORCH = (
+    b"\x80\x02}q\x00X\x01\x00\x00\x00wq\x01ctorch._utils\n_rebuild_tensor_v2\nq\x02((X\x07\x00\x00\x00storageq\x03"
+    b"ctorch\nFloatStorage\nq\x04X\x01\x00\x00\x000q\x05X\x03\x00\x00\x00cpuq\x06K\x06tq\x07QK\x00K\x02K\x03\x86q\x08K\x03K\x01\x86"
+    b"q\t\x89ccollections\nOrderedDict\nq\n)Rq\x0btq\x0cRq\rs."
+)
+
+
 class _Names:
     def name(self, data: bytes | Path) -> str:
         return str(len(data if isinstance(data, bytes) else data.read_bytes()))
@@ -349,8 +391,8 @@ def cli(world: World, data: bytes) -> None:
 
 Target_ = Callable[[World, bytes], None]
 TARGETS: dict[str, Target_] = {
-    "header": header, "index": index, "side": side, "steps": steps, "size": size, "marker": marker, "metadata": metadata,
-    "chunk": chunk, "moves": moves, "kept": kept, "cli": cli,
+    "header": header, "index": index, "side": side, "torch": torch, "steps": steps, "size": size, "marker": marker,
+    "metadata": metadata, "chunk": chunk, "moves": moves, "kept": kept, "cli": cli,
 }  # fmt: skip
 
 
@@ -376,6 +418,7 @@ def good_seeds(world: World, name: str) -> list[bytes]:
             file_of({"w": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}, b"abcd"),
         ],
         "index": [json.dumps({"metadata": {}, "weight_map": weights}).encode()],
+        "torch": [*(bytes([i]) + torch_file_of(TORCH) for i in (0, 1)), *(bytes([i]) + TORCH for i in (2, 3))],
         "side": [json.dumps(table).encode() for table in (entry, special)],
         "steps": [b"1:75", b"10:300:10", b"1,2,5", b"80:", b"0:999999999999999:1"],
         "size": [b"2GB", b"512MiB", b"1.5G", b"1000000"],
