@@ -103,7 +103,7 @@ def test_a_run_of_adapters_goes_through_every_verb(tmp_path: Path, relexio: Rele
     assert list(load_checkpoint(tmp_path / "predicted")) == list(merged("plain"))
     before = snapshot(root)
     done = relexio("convert", root, "-o", out, "--delete-verified")
-    assert "it is an adapter, and the store has the model" in done.out + done.err
+    assert "the trajectory has the model that these files make" in done.out + done.err
     assert snapshot(root) == before
     file = root / place.format(5) / WEIGHTS
     factors = load_file(file)

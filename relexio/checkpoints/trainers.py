@@ -36,10 +36,10 @@ TRAINERS = (
     Trainer("AReaL", r"epoch\d+epochstep\d+globalstep(\d+)", added=1),
     Trainer("ROLL", r"checkpoint-(\d+)", "actor_train"),
 )
-#: Other places of a model in a step: those of verl's parts, and of runs that were published with papers.
+#: Other places of a model in a step. An adapter comes before the shards beside it, which hold base and adapter apart.
 _OTHERS = (
-    "huggingface", "hf_model", "actor", "lora_adapter", "actor/lora_adapter", "policy/lora_adapter",
-    "policy/huggingface", "policy/weights/model", "sharded", "pytorch_model_fsdp_0",
+    "huggingface", "hf_model", "lora_adapter", "actor/lora_adapter", "policy/lora_adapter", "actor", "policy/huggingface",
+    "policy/weights/model", "sharded",
 )  # fmt: skip
 INSIDE = tuple(dict.fromkeys([trainer.inside for trainer in TRAINERS] + [*_OTHERS]))
 MARKERS = tuple(trainer.marker for trainer in TRAINERS if trainer.marker)
