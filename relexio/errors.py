@@ -13,6 +13,14 @@ class IncompleteError(CheckpointError):
     """A checkpoint of which a part is missing: still being written, or cut off."""
 
 
+class BaseItselfError(CheckpointError):
+    """A step that is the base itself, bit for bit: nothing has moved yet."""
+
+    def __init__(self, text: str, step: int | None = None) -> None:
+        super().__init__(text)
+        self.step = step
+
+
 class MissingError(RelexioError, FileNotFoundError):
     """A file or directory that was named but does not exist."""
 

@@ -2,13 +2,16 @@
 
 import atexit
 import logging
+import os
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from operator import index
 from pathlib import Path
 from threading import Semaphore
+from typing import Any
 from weakref import ref
 
 from relexio.checkpoints.arrays import Arrays, Tensors
@@ -19,7 +22,7 @@ from relexio.dtypes import Table
 from relexio.engine.plan import DEFAULT_MEMORY
 from relexio.engine.process import resident_bytes
 from relexio.engine.resources import Resources
-from relexio.errors import RelexioError, RequestError
+from relexio.errors import BaseItselfError, RelexioError, RequestError
 from relexio.progress import silent
 from relexio.store.storage import local
 from relexio.verbs.convert import Request, convert, prepare
@@ -29,6 +32,7 @@ from relexio.words import describe_steps, parse_size, parse_steps
 
 #: Steps that are held in memory: one that is being encoded, and one that waits.
 _HELD = 2
+_MOST = 10**15  # steps
 _ADVICE = "if training was resumed, make the Recorder with resumed=STEP, the step that it goes on from"
 _log = logging.getLogger("relexio")
 
@@ -60,19 +64,21 @@ class Recorder:
         store = existing_store(out)
         self._steps = set(store.steps) if store else set[int]()
         self._base: Checkpoint | None = None
+        if base is not None:  # that of a trajectory that exists is compared
+            like = store.table if store else None
+            self._base = open_checkpoint(local(base)) if isinstance(base, str | Path) else Arrays(None, base, like=like)
         if store is not None:
             self._table, self._label = store.table, f"the base of {store.shown}"
-        else:
-            if base is None:
-                raise RequestError(f"{out} does not exist yet: a new trajectory needs a base, the model before RL")
-            self._base = open_checkpoint(local(base)) if isinstance(base, str | Path) else Arrays(None, base)
+        elif self._base is not None:
             self._table, self._label = self._base.tensors, self._base.label
+        else:
+            raise RequestError(f"{out} does not exist yet: a new trajectory needs a base, the model before RL")
         self._closed = False
         self._last: Checkpoint | None = None
         self._room, self._pool = Semaphore(_HELD), ThreadPoolExecutor(1, "relexio")
         self._adding: list[Future[None]] = []
         # before Python ends its threads; what atexit knows comes after
-        getattr(threading, "_register_atexit", atexit.register)(partial(_close, ref(self)))
+        getattr(threading, "_register_atexit", atexit.register)(partial(_close, ref(self), os.getpid()))
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -99,6 +105,7 @@ class Recorder:
         """
         if self._closed:
             raise RequestError(f"{self._out}: the recorder is closed; make another")
+        step = _as_step(step)
         self._raise_failure(wait=False)
         self._room.acquire()
         try:
@@ -121,8 +128,11 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:  # what went wrong first is what matters
+            _close(ref(self), os.getpid())
 
     def _raise_failure(self, wait: bool) -> None:
         ended = [future for future in self._adding if wait or future.done()]
@@ -152,14 +162,27 @@ class Recorder:
             self._steps, self._base, self._last = set(done.store.steps), None, checkpoint
             if step > (self._resumed or 0):
                 self._resumed = None
+        except BaseItselfError:  # nothing has moved yet, as while the rate warms up from 0
+            _log.warning("%s: step %d is the base itself (bit for bit), and left out", self._out, step)
         finally:
             self._room.release()
 
 
-def _close(recorder: "ref[Recorder]") -> None:
-    """Finish what was added, where a script ends, or fails, without closing its recorder."""
+def _as_step(step: Any) -> int:
+    """A step as a number. Raises RequestError for what is none."""
+    try:
+        number = index(step)
+    except TypeError:
+        number = -1
+    if not 0 <= number < _MOST:
+        raise RequestError(f"step {step!r}: a step is a whole number from 0 on")
+    return number
+
+
+def _close(recorder: "ref[Recorder]", process: int) -> None:
+    """Finish what was added, where a script ends, or fails, without closing its recorder. Not in a process forked from it."""
     left = recorder()
-    if left is not None:
+    if left is not None and os.getpid() == process:
         try:
             left.close()
         except RelexioError as error:

@@ -16,7 +16,7 @@ from relexio.store.store import Store
 from relexio.verbs.convert import delete as module
 from relexio.verbs.convert.delete import Keep, delete_verified, parse_keep
 from tests.support.command import Relexio, snapshot
-from tests.support.make import Run, load_checkpoint, make_run
+from tests.support.make import Run, load_checkpoint, make_run, save_checkpoint, save_file
 from tests.support.steps import CPU, small_blocks, store_run
 from tests.support.striking import Killed
 
@@ -51,7 +51,7 @@ def weights(run: Run, step: int) -> list[str]:
 def delete(run: Run, store: Store, keep: Keep | None = None) -> list[str]:
     """Delete what can be deleted; why the rest stays."""
     directories = {step: directory(run, step) for step in STEPS}
-    found = [*delete_verified(store, directories, run.steps_path, keep or Keep(), CPU, silent)]
+    found = [*delete_verified(store, directories, directories, keep or Keep(), CPU, silent)]
     return [deleted.problem for deleted in found if deleted.problem]
 
 
@@ -149,6 +149,61 @@ def test_a_file_that_changes_while_it_is_compared_stays(
     assert shard.exists()
 
 
+def test_a_link_inside_the_step_is_not_followed(tmp_path: Path, relexio: Relexio) -> None:
+    made = make_run(tmp_path / "made", steps=(1,))
+    save_checkpoint(tmp_path / "elsewhere" / "huggingface", made.steps[1])
+    (tmp_path / "linked").symlink_to(tmp_path / "elsewhere")
+    command = (
+        "convert",
+        "--checkpoint",
+        f"1={tmp_path / 'linked'}",
+        "--base",
+        made.base_path,
+        "-o",
+        tmp_path / "run.zarr",
+    )
+    done = relexio(*command, "--delete-verified")
+    assert done.code == 0 and f"is not deleted: {tmp_path / 'linked'} is a link" in done.err
+    assert (tmp_path / "elsewhere" / "huggingface" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("left", [[], ["model-00002-of-00002.safetensors"]])
+def test_what_lay_beside_deleted_weights_is_no_model(
+    run: Run, tmp_path: Path, relexio: Relexio, left: list[str]
+) -> None:
+    """A value head, or the average that another tool keeps, is not taken for the step; nor is a shard that a kill has left."""
+    for step in STEPS:
+        save_file(directory(run, step) / "ema.safetensors", run.steps[1])
+        (directory(run, step) / "value_head.safetensors").write_bytes(b"head")
+    out = tmp_path / "run.zarr"
+    kept = {name: (directory(run, 3) / name).read_bytes() for name in left}
+    times = {name: (directory(run, 3) / name).stat().st_mtime_ns for name in left}
+    command = ("convert", run.steps_path, "--base", run.base_path, "-o", out)
+    assert relexio(*command, "--delete-verified").code == 0
+    for name, data in kept.items():
+        (directory(run, 3) / name).write_bytes(data)
+        os.utime(directory(run, 3) / name, ns=(times[name], times[name]))
+    done = relexio(*command)
+    assert done.code == 0 and "written again" not in done.err
+    done = relexio("verify", out, run.steps_path)
+    assert done.code == 0 and "weights deleted there: steps 1, 2, 3, 5, 8" in done.err
+    done = relexio(*command, "--follow", "--delete-verified", "--idle", "0s", "--json")
+    assert done.code == 0 and f'"deleted": {{"steps": {[3] if left else []}' in done.out
+
+
+def test_what_may_not_be_deleted_stays(run: Run, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.is_relative_to(directory(run, 3)):
+            raise PermissionError(13, "Permission denied", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert delete(run, store) == [f"step 3 ({directory(run, 3)}) is not deleted: Permission denied"]
+    assert [step for step in STEPS if weights(run, step)] == [3]
+
+
 def test_a_damaged_store_deletes_nothing(run: Run, store: Store) -> None:
     chunk = next(p for p in sorted(Path(store.address).glob("segments/0000/bf16/by/c/*")))
     flip(chunk, chunk.stat().st_size // 2)
@@ -199,7 +254,11 @@ def test_the_command(run: Run, tmp_path: Path, relexio: Relexio) -> None:
     assert '"deleted": {"steps": [8], ' in done.out
     assert relexio("convert", run.steps_path, "-o", out, "--verify", "--delete-verified").code == 2
     done = relexio("verify", out, run.steps_path)
-    assert done.code == 0 and "not compared, no weights there: steps 1, 2, 3, 5, 8" in done.err and "whole" in done.out
+    assert (
+        done.code == 0
+        and "not compared, weights deleted there: steps 1, 2, 3, 5, 8" in done.err
+        and "whole" in done.out
+    )
     # what is gone is no unfinished step
     done = relexio("convert", run.steps_path, "-o", out)
     assert done.code == 0 and "not complete" not in done.err

@@ -204,6 +204,55 @@ def test_at_most_one_step_waits(tmp_path: Path, run: Run, monkeypatch: pytest.Mo
     assert open_store(tmp_path / "run.zarr").steps == (1, 2, 4)
 
 
+def test_a_step_that_is_the_base_is_left_out(tmp_path: Path, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    with Recorder(tmp_path / "run.zarr", run.base_path) as recorder:
+        recorder.add(1, run.base)
+        recorder.add(2, run.steps[2])
+        recorder.add(3, run.base)  # and when the base is the store's
+    assert open_store(tmp_path / "run.zarr").steps == (2,)
+    assert caplog.text.count("is the base itself") == 2
+
+
+@pytest.mark.parametrize("step", [-1, 1.0, "3", None, 10**15])
+def test_a_step_is_a_number(tmp_path: Path, run: Run, step: Any) -> None:
+    with Recorder(tmp_path / "run.zarr", run.base_path) as recorder:
+        with pytest.raises(RequestError, match="a whole number"):
+            recorder.add(step, run.steps[1])
+        recorder.add(np.int64(4), run.steps[4])  # type: ignore[arg-type]
+    assert open_store(tmp_path / "run.zarr").steps == (4,)
+
+
+def test_another_base_is_refused(tmp_path: Path, run: Run) -> None:
+    with Recorder(tmp_path / "run.zarr", run.base) as recorder:
+        recorder.add(1, run.steps[1])
+    other = Recorder(tmp_path / "run.zarr", run.steps[7])
+    other.add(2, run.steps[2])
+    with pytest.raises(CheckpointError, match="differs from the base"):
+        other.close()
+
+
+def test_a_process_forked_meanwhile_ends(tmp_path: Path, run: Run) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, str(run.base_path), str(tmp_path / "run.zarr")], capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+FORKS = """
+import multiprocessing, os, sys
+from pathlib import Path
+from relexio import Recorder
+from tests.support.make import load_checkpoint, move
+base = load_checkpoint(Path(sys.argv[1]))
+with Recorder(sys.argv[2], sys.argv[1]) as recorder:
+    for step, tensors in move(base, [1, 2]).items():
+        recorder.add(step, tensors)
+    child = multiprocessing.get_context("fork").Process(target=print)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+"""
+
 FAILS = """
 import sys
 from relexio import Recorder

@@ -82,7 +82,15 @@ def find_steps(
             raise CheckpointError(f"two directories for step {step}: {directories[step]} and {path}; move one away")
         if step not in directories or _holds_weights(path):  # some trainers write optimizer states beside the model
             directories[step] = path
-    return {step: model_directory(directories[step]) for step in sorted(directories)}, rest
+    return {step: _model_directory(directories[step]) for step in sorted(directories)}, rest
+
+
+def _model_directory(path: Path) -> Path:
+    """As ``model_directory``; one that may not be read is left to whoever opens it."""
+    try:
+        return model_directory(path)
+    except PermissionError:
+        return path
 
 
 def choose(

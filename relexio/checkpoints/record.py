@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -102,6 +102,14 @@ class CheckpointRecord:
             return False
         stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
         return bool(stamps) and stamps == [(size, time) for _, size, time in self.fingerprints]
+
+    def changed_in(self, stamps: Iterable[tuple[str, int, int]]) -> bool:
+        """Whether a directory with weights of these names, sizes and times has others than those that it was read from.
+
+        What lay beside them then does not count, nor do files that have gone. Without files of its own, it cannot tell: True.
+        """
+        beside = self.side.keys() | self.not_stored.files.keys()
+        return not self.fingerprints or any(s not in self.fingerprints for s in stamps if s[0] not in beside)
 
     def unlike(self, other: "CheckpointRecord") -> Iterator[tuple[str, bool]]:
         """The names of files that differ between the two, by the hashes that name their arrays, and whether this one has them.

@@ -1,6 +1,7 @@
 """Checkpoints as Hugging Face directories: which safetensors files hold which tensors, and which other files exist."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from errno import ENAMETOOLONG
@@ -15,6 +16,9 @@ from relexio.checkpoints.protocol import Read
 from relexio.checkpoints.record import CheckpointRecord, NotStored, ShardRecord
 from relexio.dtypes import Table
 from relexio.errors import CheckpointError, IncompleteError, MissingError
+
+#: What a shard's name says of how many there are.
+_PART = re.compile(r"-of-(\d{1,9})\.safetensors$")
 
 
 class HuggingFace(OnDisk):
@@ -118,7 +122,8 @@ def _single(path: Path, step: int | None) -> Path:
     files = _shards(path)
     if path / SINGLE in files:
         return path / SINGLE
-    if len(files) == 1:
+    part = _PART.search(files[0].name) if len(files) == 1 else None
+    if len(files) == 1 and (part is None or int(part[1]) == 1):
         return files[0]
     if files:
         raise IncompleteError(f"{path}: {len(files)} safetensors files and no {INDEX}; a shard or the index is missing")

@@ -19,19 +19,27 @@ def weight_stamps(model: Path) -> Stamps:
     return ()
 
 
+#: A trainer that marks its steps may take so many times longer from one file to the next.
+_MARKING = 12
+
+
 class Watch:
-    """What was seen of steps so far. A step without a marker is whole when its files were the same for ``quiet`` seconds.
+    """What was seen of steps so far. A step without a marker is whole when its files were the same for ``quiet`` seconds, or
+    for longer where other steps had a marker.
 
     Times of files are compared with each other only: a file server's clock may differ from ours.
     """
 
     def __init__(self, root: Path, quiet: float) -> None:
         self._root, self._quiet = root, quiet
+        self._marks = False
         self._seen: dict[int, tuple[Stamps, float]] = {}
 
     def is_whole(self, step: int, model: Path, stamps: Stamps, now: float) -> bool:
         """Whether a step with files of these stamps is whole, at ``now`` (seconds)."""
-        return self.quiet_for(step, model, stamps, now) >= self._quiet or self._is_marked(step, model, stamps)
+        quiet, marked = self.quiet_for(step, model, stamps, now), self._is_marked(step, model, stamps)
+        self._marks = self._marks or marked
+        return marked or quiet >= self._quiet * (_MARKING if self._marks else 1)
 
     def quiet_for(self, step: int, model: Path, stamps: Stamps, now: float) -> float:
         """Seconds since the weights of a step, or its index, were last seen to change."""

@@ -12,7 +12,7 @@ from relexio.checkpoints.layout import choose
 from relexio.checkpoints.trainers import trainer_of
 from relexio.cli import options
 from relexio.cli.command import Result, at_work
-from relexio.cli.follow import Freed, delete, follow_run, require_bytes
+from relexio.cli.follow import Freed, delete, follow_run, require_bytes, step_directories
 from relexio.cli.show import not_stored, note, stages, table
 from relexio.cli.verify import report
 from relexio.engine.resources import Resources
@@ -147,7 +147,7 @@ def convert(
     if deleting is not None:
         sources = choose(root, request.named or {}, steps, pattern)[0]
         directories = {step: path for step, path in sources.items() if isinstance(path, Path)}
-        freed = delete(done.store, directories, root, deleting, resources)
+        freed = delete(done.store, directories, step_directories(directories, root, paths), deleting, resources)
     if not verify:
         left = [*freed.rows(), *not_stored(recorded(done.store))]
         return Result(partial(_facts, conversion, done, freed), partial(_show, conversion, done, left))

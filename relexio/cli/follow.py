@@ -3,7 +3,7 @@
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -60,10 +60,23 @@ class Freed:
         return {"steps": self.steps, "bytes": self.bytes, "left": [*self.refused.values()]}
 
 
-def delete(store: Store, directories: dict[int, Path], root: Path | None, keep: Keep, resources: Resources) -> Freed:
+def step_directories(
+    models: Mapping[int, Path], root: Path | None, named: Mapping[int, Path] | None = None
+) -> dict[int, Path]:
+    """The directory of each step, given those of its models: the one in ``root``, or that which was named."""
+    named = named or {}
+    return {
+        step: named[step] if step in named or root is None else root / model.relative_to(root).parts[0]
+        for step, model in models.items()
+    }
+
+
+def delete(
+    store: Store, models: Mapping[int, Path], tops: Mapping[int, Path], keep: Keep, resources: Resources
+) -> Freed:
     """Delete what the store has given back, and tell what is left."""
     freed = Freed()
-    for deleted in delete_verified(store, directories, root, keep, resources, stages):
+    for deleted in delete_verified(store, models, tops, keep, resources, stages):
         freed.add(deleted)
     return freed
 
@@ -125,16 +138,16 @@ class _Run:
         steps = added.result.store.steps
         if len(steps) >= max(_FEWEST, _MORE * self._judged):
             self._judged = len(steps)
-            self._verdict = f"verdict at step {steps[-1]}: {self._judge(added.result.store)}"
+            self._verdict = f"verdict: {self._judge(added.result.store)}"
 
     def _judge(self, store: Store) -> str:
         try:
             judged = judge(store, store.steps, self._resources, silent)
         except BudgetError:
             return "needs more --memory"
-        if judged.verdict is None or (pick := judged.advised) is None:
+        if judged.verdict is None or judged.advised is None:
             return "do not extrapolate yet"
-        return f"{pick.recipe}, up to step {judged.verdict.farthest}, confidence {judged.verdict.sure}"
+        return f"to step {judged.verdict.farthest}, {judged.verdict.sure}"
 
     def words(self, store: Store) -> str:
         """The line."""
@@ -146,7 +159,7 @@ class _Run:
         size, pace = sizes(store), ""
         (few, begun), (many, last) = (self._times[0], self._times[-1]) if self._times else ((0, 0.0), (0, 0.0))
         if many > few:
-            pace = f", one every {(last - begun) / (many - few):.3g} s"
+            pace = f", every {(last - begun) / (many - few):.2g} s"
         parts = [f"step {store.steps[-1]} stored: {len(store.steps)} in {show(size.steps)}{pace}", self._verdict]
         return "; ".join(part for part in parts if part)
 
@@ -165,11 +178,13 @@ def follow_run(request: Request, events: Events, keep: Keep | None, resources: R
             if isinstance(event, Looked):
                 store = event.store
                 if store and keep is not None:
-                    left = {step: path for step, path in event.directories.items() if step not in freed.refused}
-                    for deleted in delete_verified(store, left, request.root, keep, resources, line.stages):
+                    done = {*freed.refused, *freed.steps}  # what a user puts back stays
+                    left = {step: path for step, path in event.directories.items() if step not in done}
+                    tops = step_directories(left, request.root)
+                    for deleted in delete_verified(store, left, tops, keep, resources, line.stages):
                         freed.add(deleted, line.clear)
                 text = run.words(store) if store else f"waiting for the first step in {request.root}"
-                line.show(text, f"; waiting for {seconds(time.monotonic() - since)}")
+                line.show(text, f"; waiting {seconds(time.monotonic() - since)}")
                 continue
             line.clear()
             for text in [text for text in _texts(event) if text not in told]:

@@ -96,7 +96,7 @@ def find_originals(
         notes.append(f"not compared, no such directory: {describe_steps(alone)}")
     originals, empty, below = {}, [], StoredBase(store)
     for step in (step for step in sources if step in store.steps):
-        if isinstance(source := sources[step], Path) and source.is_dir() and not weight_stamps(source):
+        if isinstance(source := sources[step], Path) and _has_gone(store.record(step), source):
             empty.append(step)
             continue
         try:
@@ -104,9 +104,16 @@ def find_originals(
         except CheckpointError as error:
             problems.append(str(error))
     if empty:
-        notes.append(f"not compared, no weights there: {describe_steps(tuple(empty))}")
+        notes.append(f"not compared, weights deleted there: {describe_steps(tuple(empty))}")
     original = match(open_checkpoint(base), store.table, label) if base else None
     return Originals(originals, original, root, tuple(problems), tuple(notes))
+
+
+def _has_gone(record: CheckpointRecord, directory: Path) -> bool:
+    """Whether weights that were stored are no longer there, or not all of them, and no others are in their place."""
+    stamps = weight_stamps(directory) if directory.is_dir() else ()
+    whole = {name for name, _, _ in record.fingerprints} <= {name for name, _, _ in stamps}
+    return directory.is_dir() and (not stamps or (not whole and not record.changed_in(stamps)))
 
 
 def verify(store: Store, originals: Originals, resources: Resources, stages: Stages) -> Verification:

@@ -12,8 +12,9 @@ import numpy as np
 from relexio.checkpoints.layout import Source, open_checkpoint
 from relexio.checkpoints.protocol import Checkpoint
 from relexio.checkpoints.record import CheckpointRecord
+from relexio.checkpoints.whole import weight_stamps
 from relexio.dtypes import Kind, kind_of, nonfinite, tensor_bytes, to_float64
-from relexio.errors import CheckpointError
+from relexio.errors import BaseItselfError, CheckpointError
 from relexio.methods.line_tests import base_doubt
 from relexio.store.schema import Block
 from relexio.store.state import digest_of
@@ -34,9 +35,10 @@ def refuse_base_among(checkpoints: Iterable[Checkpoint], base: Checkpoint) -> No
     for checkpoint in checkpoints:
         same = bool(files) and files == [os.path.realpath(file.path) for file in checkpoint.files]
         if same or _same_bytes(checkpoint, base):
-            raise CheckpointError(
+            raise BaseItselfError(
                 f"{checkpoint.label}: is the base itself{'' if same else ' (bit for bit)'}; "
-                f"leave step {checkpoint.step} out, as with --steps {(checkpoint.step or 0) + 1}:, or give another --base"
+                f"leave step {checkpoint.step} out, as with --steps {(checkpoint.step or 0) + 1}:, or give another --base",
+                checkpoint.step,
             )
 
 
@@ -118,7 +120,7 @@ def written_again(
 def _is_other(store: Store, record: CheckpointRecord, source: Source) -> bool:
     """Whether a source is another checkpoint than the one that was stored for its step."""
     try:
-        if isinstance(source, Path) and record.is_still_in(source):
+        if isinstance(source, Path) and not record.changed_in(weight_stamps(source)):
             return False
         checkpoint = open_checkpoint(source, record.step)
     except (CheckpointError, OSError):

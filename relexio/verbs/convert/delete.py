@@ -3,7 +3,7 @@
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,8 @@ import numpy as np
 
 from relexio.atomic import sync
 from relexio.checkpoints.files import INDEX
+from relexio.checkpoints.record import CheckpointRecord
 from relexio.checkpoints.safetensors import read_exactly
-from relexio.checkpoints.whole import weight_stamps
 from relexio.checkpoints.write import OutputFile
 from relexio.engine import graph
 from relexio.engine.resources import Resources
@@ -90,31 +90,43 @@ class Deleted:
 
 
 def delete_verified(
-    store: Store, directories: dict[int, Path], root: Path | None, keep: Keep, resources: Resources, stages: Stages
+    store: Store,
+    directories: Mapping[int, Path],
+    tops: Mapping[int, Path],
+    keep: Keep,
+    resources: Resources,
+    stages: Stages,
 ) -> Iterator[Deleted]:
     """Restore each step from its last commit, compare it with its files, and remove these if all bytes are equal.
 
-    They are the shards that were stored and their index, or what an interrupted run has left of them, in the step's directory,
-    which is in ``root`` or was named; nothing else is touched. Raises StoreError for a damaged store.
+    They are the shards that were stored and their index, or what an interrupted run has left of them, in the model's directory,
+    which is in the step's (``tops``); nothing else is touched, and no link between the two is followed. Raises StoreError for a
+    damaged store.
     """
     store = open_store(store.address)  # what is on the disk, not what this process believes
     for step, directory in directories.items():
-        if step in store.steps and not keep.spares(step, store.steps) and weight_stamps(directory):
-            try:
-                yield Deleted(step, _delete(store, step, directory, root, resources, stages))
-            except (_Refused, CheckpointError) as refused:
-                yield Deleted(step, 0, f"step {step} ({directory}) is not deleted: {refused}")
-            except FileNotFoundError:
-                yield Deleted(step, 0, f"step {step} ({directory}) is not deleted: somebody else removed it meanwhile")
+        if step not in store.steps or keep.spares(step, store.steps):
+            continue
+        record = store.record(step)
+        if not any(os.path.lexists(directory / name) for name, _, _ in record.fingerprints):
+            continue  # nothing is left
+        try:
+            _refuse_links(directory, tops[step])
+            yield Deleted(step, _delete(store, record, directory, resources, stages))
+        except (_Refused, CheckpointError, OSError) as refused:
+            why = refused.strerror if isinstance(refused, OSError) and refused.strerror else refused
+            yield Deleted(step, 0, f"step {step} ({directory}) is not deleted: {why}")
 
 
-def _delete(store: Store, step: int, directory: Path, root: Path | None, resources: Resources, stages: Stages) -> int:
-    record = store.record(step)
-    links = [
-        str(folder) for folder in (directory, *directory.parents) if root in folder.parents and folder.is_symlink()
-    ]
-    if links or directory.is_symlink():
-        raise _Refused(f"{(*links, directory)[0]} is a link")
+def _refuse_links(directory: Path, top: Path) -> None:
+    inside = [folder for folder in (directory, *directory.parents) if folder == top or top in folder.parents]
+    for folder in inside:
+        if folder.is_symlink():
+            raise _Refused(f"{folder} is a link")
+
+
+def _delete(store: Store, record: CheckpointRecord, directory: Path, resources: Resources, stages: Stages) -> int:
+    step = record.step or 0
     if record.made_of:
         raise _Refused("the trajectory has the model that these files make, not the files")
     if not record.from_safetensors:
@@ -149,7 +161,7 @@ def _state(path: Path) -> tuple[int, ...]:
     state = path.lstat()
     if not stat.S_ISREG(state.st_mode):
         raise _Refused(f"{path} is {'a link' if stat.S_ISLNK(state.st_mode) else 'no plain file'}")
-    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
 def _begins_with(path: Path, data: bytes, size: int) -> bool:

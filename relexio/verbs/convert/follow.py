@@ -7,11 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
-from relexio.checkpoints.layout import find_steps, open_step
+from relexio.checkpoints.layout import choose, find_steps, open_checkpoint, open_step
 from relexio.checkpoints.protocol import Checkpoint
+from relexio.checkpoints.record import CheckpointRecord
 from relexio.checkpoints.whole import Stamps, Watch, weight_stamps
 from relexio.engine.resources import Resources
-from relexio.errors import CheckpointError, IncompleteError, MissingError, StorageError
+from relexio.errors import (
+    BaseItselfError,
+    CheckpointError,
+    IncompleteError,
+    MissingError,
+    RelexioError,
+    RequestError,
+    StorageError,
+)
 from relexio.progress import Stages
 from relexio.store.store import Store
 from relexio.verbs.convert.base import StoredBase, as_stored
@@ -53,6 +62,7 @@ def follow(
     other bits.
     """
     follower = _Follower(request, resources, stages)
+    yield from _doubts(request, follower.store)
     last = time.monotonic()
     while True:
         added = False
@@ -69,6 +79,22 @@ def follow(
             time.sleep(min(max((time.monotonic() - last) / 20, _SOONEST), _LATEST))
 
 
+def _doubts(request: Request, store: Store | None) -> Iterator[str]:
+    """Raise at once what no waiting would mend, and say what may be wrong with the directory."""
+    if store is None and request.base is None:
+        raise RequestError(f"{request.out} does not exist yet: a new trajectory needs --base, the model before RL")
+    if request.base is not None:
+        open_checkpoint(request.base)
+    if request.root is not None and request.root.exists():
+        try:
+            choose(request.root, {}, request.selection, request.pattern)
+        except RequestError as error:
+            yield f"nothing to store yet: {error}"
+        except RelexioError:
+            if not request.root.is_dir():
+                raise
+
+
 class _Follower:
     """What is known of a run: its store, and the files of its steps as they were when they were stored or compared."""
 
@@ -78,10 +104,10 @@ class _Follower:
         self._watch = Watch(self._root, _QUIET)
         self.store = existing_store(request.out)
         self.stored: dict[int, Path] = {}
-        self._known: dict[int, set[tuple[str, int, int]]] = {}
+        self._records = dict[int, CheckpointRecord]()
         for segment in self.store.segments if self.store else ():
-            records = self.store.checkpoints(segment) if self.store else {}
-            self._known |= {step: set(record.fingerprints) for step, record in records.items()}
+            self._records |= self.store.checkpoints(segment) if self.store else {}
+        self._done: dict[int, Stamps] = {}
         self._told: set[str] = set()
 
     def look(self) -> Iterator[Added | str]:
@@ -89,11 +115,12 @@ class _Follower:
         ready, self.stored, now = {}, {}, time.monotonic()
         for step, model in self._directories().items():
             stamps = weight_stamps(model)
-            if stamps and self._known.get(step, set()).issuperset(stamps):  # fewer where some were deleted
-                self.stored[step] = model
+            record = self._records.get(step)
+            if stamps and (self._done.get(step) == stamps or (record and not record.changed_in(stamps))):
+                self.stored |= {step: model} if record else {}
             elif stamps and self._watch.is_whole(step, model, stamps, now):
                 ready[step] = model, stamps
-            elif not stamps and step not in self._known:
+            elif not stamps and record is None:
                 yield from self._ask(step, model, now)
         yield from self._take(ready) if ready else ()
 
@@ -102,14 +129,14 @@ class _Follower:
         if not self._told and self._watch.quiet_for(step, model, (), now) >= _PATIENCE:
             try:
                 open_step(step, model, self._root, {})
-            except (CheckpointError, MissingError) as error:
+            except (CheckpointError, MissingError, OSError) as error:
                 self._told.add(str(error))
                 yield f"step {step} is left out: {error}"
 
     def _directories(self) -> dict[int, Path]:
         try:
             return find_steps(self._root, self._request.selection, self._request.pattern)[0]
-        except (MissingError, FileNotFoundError):  # training has not begun, or a step has just gone
+        except (MissingError, OSError):  # training has not begun, or a step has just gone
             return {}
 
     def _take(self, ready: dict[int, tuple[Path, Stamps]]) -> Iterator[Added | str]:
@@ -121,22 +148,22 @@ class _Follower:
                     checkpoint = open_step(step, model, self._root, {})
                     stack.enter_context(checkpoint.kept_open())
                     opened[step] = checkpoint
-                except (CheckpointError, MissingError, FileNotFoundError) as error:
+                except (CheckpointError, MissingError, OSError) as error:
                     yield from self._left_out(step, model, stamps, error)
             try:
                 for step in [step for step in opened if self.store and step in self.store.steps]:
                     self._compare(opened.pop(step))
-                if opened:
-                    yield self._add(opened)
+                yield from self._add(opened)
             except (CheckpointError, MissingError, StorageError, FileNotFoundError):
                 gone = [step for step, (model, stamps) in ready.items() if weight_stamps(model) != stamps]
                 if not gone:
                     raise
                 yield f"{describe_steps(tuple(gone))} changed or vanished while being read"
                 return
-        done = {step: ready[step] for step in ready if self.store and step in self.store.steps}
-        self._known |= {step: set(stamps) for step, (_, stamps) in done.items()}
-        self.stored |= {step: model for step, (model, _) in done.items()}
+        for step, (model, stamps) in ready.items():
+            if self.store and step in self.store.steps:
+                self._records[step] = self.store.record(step)
+                self._done[step], self.stored[step] = stamps, model
 
     def _left_out(self, step: int, model: Path, stamps: Stamps, error: Exception) -> Iterator[str]:
         """Say once why a step that seemed whole is not stored. Raises what is no matter of time."""
@@ -144,6 +171,8 @@ class _Follower:
             text = f"step {step} changed or vanished before it could be read"
         elif isinstance(error, IncompleteError):
             text = f"step {step} is not complete: {error}"
+        elif isinstance(error, PermissionError):
+            text = f"step {step} is left out: {error.filename}: {error.strerror}"
         else:
             raise error
         if text not in self._told:
@@ -158,7 +187,17 @@ class _Follower:
         advice = f"training was resumed and wrote it again; to have the new steps, run {command}, then follow again"
         require_same(self.store, as_stored(checkpoint, StoredBase(self.store)), advice)
 
-    def _add(self, opened: dict[int, Checkpoint]) -> Added:
+    def _add(self, opened: dict[int, Checkpoint]) -> Iterator[Added | str]:
+        while opened:
+            try:
+                yield self._convert(opened)
+                return
+            except BaseItselfError as error:  # before training moves anything, as while its rate warms up from 0
+                yield f"step {error.step} is the base itself (bit for bit), and left out"
+                step = error.step or 0
+                self._done[step] = weight_stamps(Path(opened.pop(step).source))
+
+    def _convert(self, opened: dict[int, Checkpoint]) -> Added:
         begun = self.store is not None and len(self.store.steps) > 1  # by then its base has been asked about
         base = None if begun else self._request.base
         request = Request(self._request.out, base, named=opened, dtype=self._request.dtype)

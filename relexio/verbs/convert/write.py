@@ -15,7 +15,16 @@ from relexio.checkpoints.side import COMPARED, differences
 from relexio.dtypes import is_buffer
 from relexio.engine import graph
 from relexio.engine.executor import Executor
-from relexio.errors import BusyError, CheckpointError, ClusterError, ExistsError, RelexioError, StorageError, StoreError
+from relexio.errors import (
+    BaseItselfError,
+    BusyError,
+    CheckpointError,
+    ClusterError,
+    ExistsError,
+    RelexioError,
+    StorageError,
+    StoreError,
+)
 from relexio.progress import Stages
 from relexio.store.blocks import FINISHED, Written, write_small
 from relexio.store.opening import has_begun, open_store, unfinished_store
@@ -270,7 +279,7 @@ def _commit(
     segment = replace(segment, content=tuple(content_hashes(store, segment.path, segment.columns)))
     if base in segment.content:
         step = segment.steps[segment.content.index(base)]
-        raise CheckpointError(f"step {step}: is the base itself (bit for bit); leave it out with --steps")
+        raise BaseItselfError(f"step {step}: is the base itself (bit for bit); leave it out with --steps", step)
     where = locate(store.address)
     for part in ("base", segment.path):
         where.below(f"{part}/{FINISHED}").remove()
