@@ -1,4 +1,4 @@
-"""LoRA adapters as input: the stored steps are the models that the real peft made of the same files (tests/corpus/adapters)."""
+"""LoRA adapters as input: the stored steps are the models that the real peft made of the same files (tests/adapters)."""
 
 import os
 import shutil

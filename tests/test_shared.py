@@ -24,7 +24,7 @@ verbs = [found.name for found in pkgutil.walk_packages(relexio.__path__, "relexi
 for name in verbs:
     if name.startswith("relexio.loops."):
         continue  # imported as far as it can be
-    if name.split(".")[1] not in ("__main__", "cluster", "demo", "report") or name == "relexio.cli.report":
+    if name.split(".")[1] not in ("__main__", "cluster", "demo", "integrations", "report") or name == "relexio.cli.report":
         importlib.import_module(name)
 if '"report"' in sys.argv[1]:
     import altair, vl_convert, relexio.report.figures, relexio.report.page

@@ -108,7 +108,8 @@ class CheckpointRecord:
 
         What lay beside them then does not count, nor do files that have gone. Without files of its own, it cannot tell: True.
         """
-        beside = self.side.keys() | self.not_stored.files.keys()
+        own = {name for name, _, _ in self.fingerprints}
+        beside = (self.side.keys() | self.not_stored.files.keys()) - own
         return not self.fingerprints or any(s not in self.fingerprints for s in stamps if s[0] not in beside)
 
     def unlike(self, other: "CheckpointRecord") -> Iterator[tuple[str, bool]]:

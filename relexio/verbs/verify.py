@@ -112,7 +112,7 @@ def find_originals(
 def _has_gone(record: CheckpointRecord, directory: Path) -> bool:
     """Whether weights that were stored are no longer there, or not all of them, and no others are in their place."""
     stamps = weight_stamps(directory) if directory.is_dir() else ()
-    whole = {name for name, _, _ in record.fingerprints} <= {name for name, _, _ in stamps}
+    whole = all((directory / name).exists() for name, _, _ in record.fingerprints)
     return directory.is_dir() and (not stamps or (not whole and not record.changed_in(stamps)))
 
 

@@ -1,4 +1,4 @@
-"""Adapters that the real peft wrote, and what it made of them (tests/corpus/make_adapters.py), for tests."""
+"""Adapters that the real peft wrote, and what it made of them (tests/adapters/make.py), for tests."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ from relexio.verbs.restore import restore
 from tests.support.make import BF16, Tensors, load_file
 from tests.support.steps import CPU
 
-CORPUS = Path(__file__).parents[1] / "corpus" / "adapters"
+CORPUS = Path(__file__).parents[1] / "adapters"
 BASES = {
     "plain": "llama-bf16", "bf16": "llama-bf16", "fp32": "llama-f32", "f16": "llama-f16", "patterns": "llama-bf16",
     "whole": "llama-bf16", "embeddings": "llama-bf16", "bias": "gpt2", "conv1d": "gpt2",

@@ -1,4 +1,4 @@
-"""Make tests/corpus/adapters with the real peft: ``python tests/corpus/make_adapters.py``. Needs torch, transformers, peft.
+"""Make tests/adapters with the real peft: ``python tests/adapters/make.py``. Needs torch, transformers, peft.
 
 Each case has the adapter as peft saved it, and as ``merged/CASE.safetensors`` what peft makes of the directory and the base:
 ``PeftModel.from_pretrained(base, directory).merge_and_unload()``. The weights are random, so none of the factors is 0.
@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-HERE = Path(__file__).parent / "adapters"
+HERE = Path(__file__).parent
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 #: By name: the base, the type of the factors, and what LoraConfig gets.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
