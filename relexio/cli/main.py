@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> Any:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt) as stop:
         click.echo(INTERRUPTED, err=True)
-        sys.exit(getattr(stop.__cause__ or stop, "code", 130))  # click wraps it
+        sys.exit(getattr(stop.__cause__ or stop.__context__ or stop, "code", 130))  # click wraps it
     except BrokenPipeError:
         sys.exit(1)
     except (RelexioError, OSError) as error:
