@@ -21,7 +21,7 @@ from relexio.checkpoints.files import ADAPTER, File, inside, is_file, left_out, 
 from relexio.checkpoints.header import Shard, read_shard
 from relexio.checkpoints.match import EMBEDDINGS, HEAD
 from relexio.checkpoints.product import SCRATCH, Product
-from relexio.checkpoints.protocol import Checkpoint, Read
+from relexio.checkpoints.protocol import Checkpoint, Read, Wrapped
 from relexio.checkpoints.record import CheckpointRecord, NotStored
 from relexio.checkpoints.safetensors import HuggingFace
 from relexio.dtypes import Kind, from_float32, kind_of, tensor_bytes, to_native
@@ -80,13 +80,11 @@ class Adapter(HuggingFace):
         return CheckpointRecord(self.step, self.source, (), None, side, left, made_of=self.fingerprints)
 
 
-class Merged(Checkpoint):
+class Merged(Wrapped):
     """The model that an adapter makes of its base. Nothing of it is held: each read makes what it is asked for."""
 
     def __init__(self, adapter: Adapter, base: Checkpoint) -> None:
-        self.step, self.label, self.source = adapter.step, adapter.label, adapter.source
-        self.files, self.side, self.directory = adapter.files, adapter.side, adapter.directory
-        self.tensors = base.tensors
+        super().__init__(adapter, base.tensors)
         self._adapter, self._base = adapter, base
         plan = _Plan(adapter, base)
         self._own, self._products = plan.own, plan.products
@@ -126,22 +124,6 @@ class Merged(Checkpoint):
 
         _by_element(first_byte, out, np.dtype(kind.bits), fill)
 
-    def kept_open(self) -> AbstractContextManager[None]:
-        """As the adapter does."""
-        return self._adapter.kept_open()
-
-    def assert_unchanged(self) -> None:
-        """As the adapter does."""
-        self._adapter.assert_unchanged()
-
-    def not_stored(self) -> dict[str, int]:
-        """What the adapter says."""
-        return self._adapter.not_stored()
-
-    def record(self, name_of: Callable[[Path | bytes], str]) -> CheckpointRecord:
-        """The adapter's."""
-        return self._adapter.record(name_of)
-
     @property
     def nbytes(self) -> int:
         """Bytes of the model."""
@@ -156,11 +138,6 @@ class Merged(Checkpoint):
     def scratch(self) -> int:
         """Bytes in which a product is made, and what the base needs."""
         return SCRATCH + self._base.scratch
-
-    @property
-    def fingerprints(self) -> tuple[tuple[str, int, int], ...]:
-        """The adapter's."""
-        return self._adapter.fingerprints
 
 
 def _by_element(first_byte: int, out: memoryview, dtype: np.dtype, fill: Callable[[int, np.ndarray], None]) -> None:

@@ -150,3 +150,18 @@ class Wrapped(Checkpoint):
     def record(self, name_of: Callable[[Path | bytes], str]) -> CheckpointRecord:
         """The checkpoint's own."""
         return self.inner.record(name_of)
+
+    @property
+    def nbytes(self) -> int:
+        """The checkpoint's."""
+        return self.inner.nbytes
+
+    @property
+    def fingerprints(self) -> tuple[tuple[str, int, int], ...]:
+        """The checkpoint's."""
+        return self.inner.fingerprints
+
+    @property
+    def scratch(self) -> int:
+        """The checkpoint's."""
+        return self.inner.scratch
