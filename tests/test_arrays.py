@@ -16,7 +16,7 @@ from relexio.errors import CheckpointError
 from relexio.progress import silent
 from relexio.store.store import Store
 from relexio.sweep.candidates import Request as SweepRequest
-from relexio.sweep.run import prepare as prepare_sweep
+from relexio.sweep.plan import prepare as prepare_sweep
 from relexio.sweep.run import sweep
 from relexio.verbs.convert import Request, convert, prepare
 from relexio.verbs.inspect import sizes
@@ -235,8 +235,8 @@ def test_other_processes_read_them(tmp_path: Path, run: Run, stored: Store, monk
 
 def test_a_sweep_evaluates_observed_arrays(tmp_path: Path, stored: Store) -> None:
     command = "test -f {checkpoint}/model.safetensors && test -f {checkpoint}/config.json && echo {step}"
-    request = SweepRequest((1, 2, 4), (7, 9), (1.0,), ("relex",), command, tmp_path / "sweep")
-    table = sweep(prepare_sweep(stored, request, CPU), silent, lambda *_: None, lambda _: None)
+    request = SweepRequest((1, 2, 4), command, tmp_path / "sweep", (7, 9), methods=("relex",))
+    table = sweep(prepare_sweep(stored, request, CPU, silent), silent, lambda *_: None, lambda _: None)
     assert {result.candidate.method for result in table.results} == {"base", "observed", "relex"}
     assert all(result.score is not None for result in table.results)
 

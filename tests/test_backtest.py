@@ -304,8 +304,8 @@ def test_command(run: Run, tmp_path: Path, relexio: Relexio) -> None:
     assert {recipe["method"] for recipe in facts["recipes"]} == set(METHODS) - {"reconstruct"}
     assert facts["recipes"][0]["score"] >= facts["recipes"][-1]["score"]
     # what it recommends can be run as it is printed
-    command = shown.out.strip().splitlines()[-1].split()
-    done = relexio(*command[1:-1], tmp_path / "out")
+    command = shown.out.strip().splitlines()[-2].split()
+    done = relexio(*command[1:], "-o", tmp_path / "out")
     assert done.code == 0 and "beat keeping the last checkpoint" in done.out and "beyond" not in done.err
 
 
@@ -314,7 +314,9 @@ def test_predict_warns(tmp_path: Path, relexio: Relexio) -> None:
     there_and_back = {step: run.steps[step if step < 6 else 11 - step] for step in range(1, 10)}
     run = Run(tmp_path / "turned", run.base, {**there_and_back, 10: there_and_back[9]})
     store_run(run, tmp_path / "run.zarr")
-    done = relexio("predict", tmp_path / "run.zarr", "--step", 11, "--step", 500, "-o", tmp_path / "{step}")
+    done = relexio(
+        "predict", tmp_path / "run.zarr", "--method", "relex", "--step", 11, "--step", 500, "-o", tmp_path / "{step}"
+    )
     assert done.code == 0, done.err
     assert "step 6 is the same as step 5, and 4 more repeat one before them" in done.err
     assert "predictions this far ahead had no skill" in done.err and "step 500 is beyond step " in done.err

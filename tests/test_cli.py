@@ -53,7 +53,7 @@ def test_convert_tells_what_it_will_do_and_did(run: Run, tmp_path: Path, relexio
 
 def test_predict_tells_what_it_will_do_and_did(run: Run, tmp_path: Path, relexio: Relexio) -> None:
     store_run(run, tmp_path / "run.zarr")
-    command = ("predict", tmp_path / "run.zarr", "--step", 100, "-o", tmp_path / "out")
+    command = ("predict", tmp_path / "run.zarr", "--method", "relex", "--step", 100, "-o", tmp_path / "out")
     before = snapshot(tmp_path / "run.zarr")
     plan = relexio(*command, "--dry-run")
     assert plan.code == 0 and "to be computed" in plan.out and "free" in plan.out

@@ -59,7 +59,8 @@ def store(run: Run) -> Store:
 
 
 def swept(relexio: Relexio, store: Store, out: Path, command: str, *more: object) -> Outcome:
-    return relexio("sweep", store.address, "--window", "10:40", "-o", out, "--eval", command, *more)
+    methods = () if "--methods" in more else ("--methods", "relex")
+    return relexio("sweep", store.address, "--window", "10:40", "-o", out, "--eval", command, *methods, *more)
 
 
 def table(out: Path) -> dict[str, dict[str, Any]]:
@@ -86,7 +87,7 @@ def test_scores_are_those_of_the_checkpoints(run: Run, store: Store, tmp_path: P
         for strength, name in ((0.5, "0.5"), (1.0, "1")):
             fitted = fit_run(store, Recipe(method=method, rank=2, strength=strength), "10:40")
             for step in (50, 60, 90):
-                out = predict_run(fitted, step, tmp_path / f"{method}-step-{step}-strength-{name}")
+                out = predict_run(fitted, step, tmp_path / f"{method}-step-{step}-strength-{name}-rank-2")
                 truth[out.name] = score(out, float(wanted))
     assert scores(tmp_path / "out") == truth
     best = max((name for name in truth if "strength" in name), key=lambda name: truth[name])
@@ -97,10 +98,14 @@ def test_scores_are_those_of_the_checkpoints(run: Run, store: Store, tmp_path: P
     assert "loading" in (tmp_path / "out" / "logs" / f"{best}.log").read_text()
     gain = truth[best] - truth["observed-step-40"]
     assert gain > 0 and f"+{gain:.4g} over the last observed checkpoint (step 40" in done.out
-    lines = done.err.splitlines()
+    lines = [re.sub(r", [\d:]+ left$", "", line) for line in done.err.splitlines()]
     assert len(lines) == 15 and lines[0] == f"[1/15] base: {truth['base']:.4g}"
+    assert all(line.endswith(" left") for line in done.err.splitlines()[:-1])
     last = f"(last observed {truth['observed-step-40']:.4g})"
-    assert lines[-1] == f"[15/15] pinned, step 90, strength 1: {truth['pinned-step-90-strength-1']:.4g} {last}"
+    assert (
+        lines[-1]
+        == f"[15/15] pinned, rank 2, strength 1, step 90: {truth['pinned-step-90-strength-1-rank-2']:.4g} {last}"
+    )
     assert "the best of 12 predictions" in done.out and "looks better than it is" in done.out
     shown = done.out[: done.out.index("\n\n")].splitlines()
     assert len(shown) == 17 and max(map(len, shown)) <= 80 and sum("*" in line for line in shown[1:-1]) == 1
@@ -176,6 +181,7 @@ BROKEN = """case $RELEXIO_METHOD-$RELEXIO_STEP in
   relex-70) (trap '' TERM; sleep 60) & echo $! > "$PIDS"; echo waiting; wait;;
   relex-80) sleep 60 & echo $! > "$PIDS-2"; echo 5;;
   relex-90) kill -9 $$;;
+  base-*) echo '{"acc": 1}';;
   *) echo '{"acc": 1, "n": 7}';;
 esac"""
 
@@ -197,7 +203,7 @@ def test_evaluations_that_fail_or_hang_do_not_end_it(
     found = {name: (row["score"], row["failed"]) for name, row in table(out).items()}
     many = "2 numbers (acc, n) in the last line; choose one with --metric"
     assert found == {
-        "base": (None, many),
+        "base": (1.0, None),
         "observed-step-40": (None, many),
         "observed-step-60": (None, many),
         "relex-step-50-strength-1": (None, "exit code 3"),
@@ -215,7 +221,7 @@ def test_evaluations_that_fail_or_hang_do_not_end_it(
     more = swept(relexio, store, out, BROKEN, "--steps", "50:90:10", "--timeout", 8, "--metric", "acc", "--json")
     assert "note: 3 of 8 evaluations are done already; 5 failed before and will be tried again" in more.err
     assert json.loads(more.out)["results"][0]["score"] == 1.0 and more.code == 1
-    assert "error: none of 5 predictions has a score; relex, step 90, strength 1: exit code" in more.err
+    assert "error: none of 5 predictions has a score; relex, strength 1, step 90: exit code" in more.err
 
 
 @pytest.mark.parametrize(
@@ -240,11 +246,22 @@ def test_how_a_command_ends(
 
 
 def test_no_score_at_all_is_one_error(store: Store, tmp_path: Path, relexio: Relexio) -> None:
-    done = swept(relexio, store, tmp_path / "out", "no-such-program {checkpoint}", "--steps", "50,60")
+    broken = "test $RELEXIO_METHOD != relex && echo 1 {checkpoint} | cut -c 1 || no-such-program"
+    done = swept(relexio, store, tmp_path / "out", broken, "--steps", "50,60")
     assert done.code == 1 and done.out == ""
     assert "failed: exit code 127: " in done.err and "not found" in done.err
-    assert done.err.splitlines()[-1].startswith("error: none of 2 predictions has a score; relex, step 60")
+    assert done.err.splitlines()[-1].startswith("error: none of 2 predictions has a score; relex, strength 1, step 60")
     assert not (tmp_path / "out" / "best").exists()
+
+
+def test_a_command_that_fails_on_base_and_last_step_is_not_run_again(
+    store: Store, tmp_path: Path, relexio: Relexio
+) -> None:
+    for steps in ((), ("--steps", "50,60")):
+        done = swept(relexio, store, tmp_path / "out", "no-such-program {checkpoint}", *steps)
+        assert done.code == 1 and list(table(tmp_path / "out")) == ["base", "observed-step-40"]
+        error = done.err.splitlines()[-1]
+        assert error.startswith("error: --eval fails on the base and on step 40, the last observed: exit code 127")
     # nothing is lost, so the command may be mended in place
     mended = swept(relexio, store, tmp_path / "out", NUMBER_OF_STEP, "--steps", "50,60")
     assert mended.code == 0 and scores(tmp_path / "out")["relex-step-60-strength-1"] == 60.0
@@ -292,7 +309,6 @@ def test_scores_of_another_sweep_are_not_mixed_in(run: Run, store: Store, tmp_pa
     for store_, command, more, said in (
         (store, NUMBER_OF_STEP + " ", (), "--eval"),
         (store, NUMBER_OF_STEP, ("--window", "10:30"), "a window of 4 steps, 10 to 40"),
-        (store, NUMBER_OF_STEP, ("--rank", 2), "--rank 1"),
         (store_run(other, tmp_path / "other.zarr"), NUMBER_OF_STEP, (), "other checkpoints"),
     ):
         done = swept(relexio, store_, out, command, "--steps", "50", *more)
@@ -310,7 +326,20 @@ def test_interrupted_while_it_evaluates(
 ) -> None:
     out, seen = tmp_path / "out", tmp_path / "seen"
     monkeypatch.setenv("SEEN", str(seen))
-    command = ["sweep", store.address, "--window", "10:40", "-o", out, "--eval", HANGING, "--steps", "60:80:10"]
+    command = [
+        "sweep",
+        store.address,
+        "--window",
+        "10:40",
+        "-o",
+        out,
+        "--eval",
+        HANGING,
+        "--steps",
+        "60:80:10",
+        "--methods",
+        "relex",
+    ]
     process = subprocess.Popen(
         [sys.executable, "-m", "relexio", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -338,7 +367,7 @@ def test_interrupted_while_it_evaluates(
 
 def test_killed_before_any_change_of_its_files(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kill would leave is copied before every rename, write and removal; the same sweep goes on from each copy."""
-    request = Request((10, 20, 30, 40), (50, 70), (1.0,), ("relex",), NUMBER_OF_STEP, tmp_path / "out")
+    request = Request((10, 20, 30, 40), NUMBER_OF_STEP, tmp_path / "out", (50, 70), methods=("relex",))
     left: dict[object, Path] = {}
 
     def copied(real: Callable[..., object]) -> Callable[..., object]:
@@ -355,7 +384,7 @@ def test_killed_before_any_change_of_its_files(store: Store, tmp_path: Path, mon
         for name in ("rename", "replace", "write_text"):
             watched.setattr(Path, name, copied(getattr(Path, name)))
         watched.setattr(atomic, "remove_tree", copied(atomic.remove_tree))
-        sweep(prepare(store, request, CPU), silent, lambda *_: None, pytest.fail)
+        sweep(prepare(store, request, CPU, silent), silent, lambda *_: None, pytest.fail)
     want, names = snapshot(request.out / "best"), ["best", "logs", "results.csv", "results.json"]
     assert len(left) > 10 and json.loads(want["relexio.json"])["step"] == 70
     held = False
@@ -367,11 +396,11 @@ def test_killed_before_any_change_of_its_files(store: Store, tmp_path: Path, mon
         evaluated: list[Candidate] = []
         before = set(scores(out)) if (out / "results.json").exists() else set()
 
-        def watch(number: int, total: int, candidate: Candidate, result: Evaluation | None, known: Sweep) -> None:
+        def watch(candidate: Candidate, result: Evaluation | None, known: Sweep) -> None:
             if result is not None:
                 evaluated.append(candidate)  # noqa: B023  called right below
 
-        sweep(prepare(store, replace(request, out=out), CPU), silent, watch, pytest.fail)
+        sweep(prepare(store, replace(request, out=out), CPU, silent), silent, watch, pytest.fail)
         assert snapshot(out / "best") == want and sorted(p.name for p in out.iterdir()) == names
         assert {candidate.name for candidate in evaluated} == set(scores(out)) - before and len(scores(out)) == 4
 
@@ -381,7 +410,7 @@ def test_two_checkpoints_have_room_or_nothing_is_begun(
 ) -> None:
     out = tmp_path / "out"
     asked = (NUMBER_OF_STEP, "--steps", "50,60,70")
-    monkeypatch.setattr("relexio.sweep.run._CARD", 3000)  # or it would hide the size of these tiny checkpoints
+    monkeypatch.setattr("relexio.sweep.plan._CARD", 3000)  # or it would hide the size of these tiny checkpoints
     small = swept(relexio, store, out, *asked, "--disk", "5kB")
     assert small.code == 1 and "--disk 5 kB is too small: " in small.err and not out.exists()
     (least,) = re.findall(r"give --disk (\d+) or more", small.err)
@@ -392,7 +421,7 @@ def test_two_checkpoints_have_room_or_nothing_is_begun(
     assert full.code == 1 and "free space" in full.err and not out.exists()
     most = []
 
-    def watch(number: int, total: int, candidate: Candidate, result: Evaluation | None, known: Sweep) -> None:
+    def watch(candidate: Candidate, result: Evaluation | None, known: Sweep) -> None:
         most.append(atomic.tree_bytes(out / "candidates") + atomic.tree_bytes(out / "best"))
 
     real = Files.take
@@ -402,16 +431,16 @@ def test_two_checkpoints_have_room_or_nothing_is_begun(
         real(files, checkpoint)
 
     monkeypatch.setattr(Files, "take", take)
-    request = Request((10, 20, 30, 40), (50, 60, 70), (1.0,), ("relex",), NUMBER_OF_STEP, out, disk=int(least))
-    sweep(prepare(store, request, CPU), silent, watch, pytest.fail)
+    request = Request((10, 20, 30, 40), NUMBER_OF_STEP, out, (50, 60, 70), methods=("relex",), disk=int(least))
+    sweep(prepare(store, request, CPU, silent), silent, watch, pytest.fail)
     assert 0.5 * int(least) < max(most) <= int(least)
     # as it may be after a kill: a checkpoint that is not the best one, which is predicted again
     shutil.copytree(out / "best", out / "candidates" / "relex-step-60-strength-1")
     most.clear()
-    sweep(prepare(store, replace(request, lower_is_better=True), CPU), silent, watch, pytest.fail)
+    sweep(prepare(store, replace(request, lower_is_better=True), CPU, silent), silent, watch, pytest.fail)
     assert json.loads((out / "best" / "relexio.json").read_text())["step"] == 50
     shutil.copytree(out / "best", out / "candidates" / "relex-step-60-strength-1")
-    sweep(prepare(store, request, CPU), silent, watch, pytest.fail)
+    sweep(prepare(store, request, CPU, silent), silent, watch, pytest.fail)
     assert json.loads((out / "best" / "relexio.json").read_text())["step"] == 70
     assert 0 < max(most) < 2.1 * atomic.tree_bytes(out / "best")
 
@@ -421,14 +450,15 @@ def test_what_is_refused_before_anything_is_run(store: Store, tmp_path: Path, re
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "model.safetensors").touch()
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "results.json").write_text('{"format": 1, "results": []}')
+    (tmp_path / "broken" / "results.json").write_text('{"format": 2, "results": []}')
     for command, more, code, said in (
         (eval_, ("--steps", "30,50"), 1, "--step 30 is not beyond the window, which ends at step 40"),
         ("python my_eval.py", ("--steps", "50"), 1, "must contain {checkpoint}"),
         ("python my_eval.py ${checkpoint}", ("--steps", "50"), 1, "must contain {checkpoint}"),
         (eval_, ("--steps", "50", "--methods", "relex,magic"), 1, "unknown method 'magic'"),
         (eval_, ("--steps", "50", "--strengths", "nan"), 1, "--strength nan"),
-        (eval_, ("--steps", "50", "--strengths", ","), 1, "nothing to predict"),
+        (eval_, ("--steps", "50", "--methods", ","), 1, "nothing to predict"),
+        (eval_, ("--methods", "auto", "--rank", 2), 2, "--rank goes with --methods NAME"),
         (eval_, ("--steps", "50", "--rank", 9), 1, "--rank 9"),
         (eval_, ("--steps", "50", "--memory", "1MB"), 1, "memory"),
         (eval_, ("--steps", "50", "-o", tmp_path / "taken"), 1, "is not a sweep"),
@@ -464,7 +494,9 @@ def test_a_dry_run_writes_nothing(store: Store, tmp_path: Path, relexio: Relexio
 
 def test_results_stand_beside_the_trajectory(run: Run, tmp_path: Path, relexio: Relexio) -> None:
     store_run(run, tmp_path / "run.zarr", "10:40")
-    done = relexio("sweep", tmp_path / "run.zarr", "--steps", 50, "--eval", NUMBER_OF_STEP, "--json")
+    done = relexio(
+        "sweep", tmp_path / "run.zarr", "--methods", "relex", "--steps", 50, "--eval", NUMBER_OF_STEP, "--json"
+    )
     assert done.code == 0 and (tmp_path / "run.sweep" / "best" / "config.json").is_file()
     facts = json.loads(done.out)
     out = facts.pop("out")
@@ -478,7 +510,7 @@ def test_observed_checkpoints_get_the_side_files_that_they_lack(tmp_path: Path, 
     (made.steps_path / "global_step_3" / "config.json").write_text('{"of": "step 3"}')
     store_run(made, tmp_path / "run.zarr")
     command = "cat {checkpoint}/tokenizer.json {checkpoint}/config.json | wc -c"
-    done = relexio("sweep", tmp_path / "run.zarr", "--steps", 5, "--eval", command)
+    done = relexio("sweep", tmp_path / "run.zarr", "--methods", "relex", "--steps", 5, "--eval", command)
     assert done.code == 0, done.err
     size = (made.base_path / "tokenizer.json").stat().st_size + len('{"of": "step 3"}')
     assert scores(tmp_path / "run.sweep")["observed-step-3"] == size
@@ -488,8 +520,8 @@ def test_observed_checkpoints_get_the_side_files_that_they_lack(tmp_path: Path, 
     "values", [(0.5, 0.5), (-1e308, 1e308), (1e-300, 3e-300), (12345678.9, -3.0), (1e12, 1e300), (2.0, None)]
 )
 def test_the_curve_fits_a_terminal(values: tuple[float | None, ...]) -> None:
-    setting = Setting("", ((10**14, ""),), 1, "")
-    candidates = (Candidate("observed", 10**14), Candidate("a-method-of-a-very-long-name", 10**15, -1 / 3))
+    setting = Setting("", ((10**14, ""),), "")
+    candidates = (Candidate(10**14), Candidate(10**15, Recipe("a-method-of-a-very-long-name", strength=-1 / 3)))
     results = tuple(Evaluation(c, v, None, 0.0) for c, v in zip(candidates, values, strict=True))
     lines = curve(Sweep("", setting, results=results))
     assert len(lines) == 4 and max(map(len, lines)) <= 80
@@ -499,12 +531,12 @@ def test_the_curve_fits_a_terminal(values: tuple[float | None, ...]) -> None:
 
 
 def test_of_equal_scores_the_nearest_step_is_best() -> None:
-    made = Sweep("", Setting("", ((1, ""),), 1, ""))
+    made = Sweep("", Setting("", ((1, ""),), ""))
     for step, strength, value in ((90, 0.5, 1.0), (80, 1.0, 1.0), (80, 0.5, 1.0), (70, 1.0, 0.5), (60, 1.0, math.pi)):
-        made = made.added(Evaluation(Candidate("relex", step, strength), value, None, 0.0))
-    made = made.added(Evaluation(Candidate("relex", 60, 1.0), 0.0, None, 0.0))
+        made = made.added(Evaluation(Candidate(step, Recipe(strength=strength)), value, None, 0.0))
+    made = made.added(Evaluation(Candidate(60, Recipe()), 0.0, None, 0.0))
     best, least = made.best, replace(made, lower_is_better=True).best
-    assert best is not None and best.candidate == Candidate("relex", 80, 0.5)
+    assert best is not None and best.candidate == Candidate(80, Recipe(strength=0.5))
     assert least is not None and least.candidate.step == 60
 
 

@@ -25,7 +25,7 @@ def backtest(store: Store, window: tuple[int, ...], resources: Resources, everyt
     the steps that were really trained after them. Skill above 0 beats keeping the last checkpoint; 1 is perfect.
     """
     judged = judge(store, window, resources, stages)
-    return Result(judged.to_json, partial(_show, judged, everything))
+    return Result(judged.to_json, partial(_show, judged, everything), next=tuple(judged.commands()))
 
 
 def _show(judged: Judgement, everything: bool) -> None:
@@ -38,8 +38,6 @@ def _show(judged: Judgement, everything: bool) -> None:
     click.echo("\nverdict")
     for line in judged.words():
         click.echo(line)
-    if (command := judged.command()) is not None:
-        click.echo(f"\n  {command}")
 
 
 def _show_run(judged: Judgement) -> None:

@@ -20,12 +20,13 @@ from relexio.store.opening import open_store
 class Result:
     """What a command prints: facts for ``--json``, computed only when needed, or text for people.
 
-    ``errors``: lines for stderr where the work was done but something is wrong.
+    ``errors``: lines for stderr where the work was done but something is wrong. ``next``: commands to run next, for people.
     """
 
     facts: Callable[[], Any]
     show: Callable[[], None]
     errors: tuple[str, ...] = ()
+    next: tuple[str, ...] = ()
 
     def print(self, as_json: bool) -> int:
         """Print one line of JSON, or the text for people; then the errors. Returns the exit code."""
@@ -33,6 +34,10 @@ class Result:
             click.echo(json.dumps(self.facts()))
         else:
             self.show()
+            if self.next and not self.errors:
+                click.echo("\nnext")
+                for command in self.next:
+                    click.echo(f"  {printable(command)}")
         for text in self.errors:
             click.echo(f"error: {printable(text)}", err=True)
         return 1 if self.errors else 0

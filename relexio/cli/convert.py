@@ -16,6 +16,7 @@ from relexio.cli.follow import Freed, delete, follow_run, require_bytes, step_di
 from relexio.cli.show import not_stored, note, stages, table
 from relexio.cli.verify import report
 from relexio.engine.resources import Resources
+from relexio.fit.fit import command
 from relexio.store.storage import local
 from relexio.verbs import convert as verb
 from relexio.verbs.convert.delete import Keep
@@ -150,7 +151,11 @@ def convert(
         freed = delete(done.store, directories, step_directories(directories, root, paths), deleting, resources)
     if not verify:
         left = [*freed.rows(), *not_stored(recorded(done.store))]
-        return Result(partial(_facts, conversion, done, freed), partial(_show, conversion, done, left))
+        return Result(
+            partial(_facts, conversion, done, freed),
+            partial(_show, conversion, done, left),
+            next=(command("backtest", done.store),),
+        )
     originals = find_originals(done.store, root, model, pattern=pattern)
     originals = evolve(originals, steps={**originals.steps, **conversion.by_step})
     checked = report(done.store, check(done.store, originals, resources, stages))

@@ -10,6 +10,7 @@ from relexio.cli.command import Result, on_trajectory
 from relexio.cli.show import note, printable, stages, table
 from relexio.cli.skill import skill_table
 from relexio.engine.resources import Resources
+from relexio.fit.fit import command
 from relexio.store.store import Store
 from relexio.verbs.findings import Findings
 from relexio.verbs.findings import findings as verb
@@ -26,7 +27,7 @@ def findings(store: Store, window: tuple[int, ...], resources: Resources, rank: 
     ablations of rank and curve, by skill. What --rank directions throw away at each step, and whether that is noise.
     """
     run = verb(store, window, rank, resources, stages)
-    return Result(run.to_json, partial(_show, run))
+    return Result(run.to_json, partial(_show, run), next=(command("backtest", store),))
 
 
 def _show(run: Findings) -> None:

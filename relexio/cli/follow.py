@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import click
@@ -17,6 +16,7 @@ from relexio.cli.command import Result
 from relexio.cli.show import not_stored, note, printable, seconds, stages, table
 from relexio.engine.resources import Resources
 from relexio.errors import BudgetError, MissingError, RequestError
+from relexio.fit.fit import command
 from relexio.progress import Stages, silent
 from relexio.store.store import Store
 from relexio.verbs.backtest import judge
@@ -200,7 +200,7 @@ def follow_run(request: Request, events: Events, keep: Keep | None, resources: R
         line.end()
     if store is None:
         raise MissingError(f"{request.root}: no step was whole by then; {request.out} was not made")
-    return Result(partial(_facts, store, freed), partial(_show, store, freed))
+    return Result(partial(_facts, store, freed), partial(_show, store, freed), next=(command("backtest", store),))
 
 
 def _texts(event: Added | str) -> tuple[str, ...]:
@@ -229,4 +229,3 @@ def _show(store: Store, freed: Freed) -> None:
             *not_stored(recorded(store)),
         ]
     )
-    click.echo(f"\n  relexio backtest {quote(store.shown)}")

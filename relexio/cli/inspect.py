@@ -8,6 +8,7 @@ from relexio.cli import options
 from relexio.cli.command import Result, on_trajectory
 from relexio.cli.show import note, number, printable, stages, table
 from relexio.engine.resources import Resources
+from relexio.fit.fit import command
 from relexio.store.store import Store
 from relexio.verbs.inspect import Inspection
 from relexio.verbs.inspect import inspect as verb
@@ -23,7 +24,7 @@ def inspect(store: Store, window: tuple[int, ...], resources: Resources, rank: i
     checkpoint.
     """
     inspection = verb(store, window, rank, resources, stages)
-    return Result(inspection.to_json, partial(_show, inspection))
+    return Result(inspection.to_json, partial(_show, inspection), next=(command("backtest", store),))
 
 
 def _figure(value: float | None, form: str, more: str) -> str:

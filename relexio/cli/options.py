@@ -34,6 +34,28 @@ class _Parsed(click.ParamType):  # type: ignore[type-arg]  # generic only since 
             self.fail(str(error), param, ctx)
 
 
+#: What is left to the backtest.
+AUTO = "auto"
+
+
+class StepOr(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
+    """The number of a step, or a word that stands for one."""
+
+    name = "step"
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """A step's number, or the word (not None: click before 8.4 takes it for an option that is missing)."""
+        text = str(value)
+        if text == self.word:
+            return text
+        if not (text.isascii() and text.isdigit() and len(text) <= 15):
+            self.fail(f"{text!r} is neither a step nor {self.word}", param, ctx)
+        return int(text)
+
+
 SIZE = _Parsed("size", int, parse_size)
 STEPS = _Parsed("steps", Selection, parse_steps)
 DURATION = _Parsed("duration", float, parse_duration)
@@ -68,7 +90,7 @@ scheduler = click.option(
     help="Where to run: processes (--workers of them, on this machine), or tcp://HOST:PORT for a Dask cluster.  "
     "[default: threads]",
 )
-dry_run = click.option("--dry-run", is_flag=True, help="Print the plan and stop; write nothing.")
+dry_run = click.option("--dry-run", is_flag=True, help="Print the plan and stop; write no output.")
 pattern = click.option(
     "--pattern",
     type=PATTERN,
@@ -104,23 +126,32 @@ rank = _option("rank")
 
 
 def recipe(command: Command) -> Command:
-    """``--method`` and the options that some methods use; the command gets them as ``recipe``."""
+    """``--method`` and the options that some methods use; the command gets them as ``recipe``, None for ``auto``."""
     flags = sorted((option.flag for option in OPTIONS), key=lambda flag: flag == "strength")  # which all of them use
     names = ["method", *(option.field for option in OPTIONS)]
 
     @wraps(command)
     def run(**given: Any) -> Any:
-        return command(recipe=Recipe(**{name: given.pop(name) for name in names}), **given)
+        asked = {name: given.pop(name) for name in names}
+        return command(recipe=None if _auto(**asked) else Recipe(**asked), **given)
 
     method = click.option(
         "--method",
-        type=click.Choice(list(METHODS)),
+        type=click.Choice([AUTO, *METHODS]),
         metavar="NAME",
-        default="relex",
+        default=AUTO,
         show_default=True,
-        help="How to predict; relexio methods lists and explains them.",
+        help="How to predict: auto is the recipe that relexio backtest recommends; relexio methods lists the others.",
     )
     return together(method, *map(_option, flags))(run)
+
+
+def _auto(method: str, **options: Any) -> bool:
+    """Whether the recipe is left to the backtest. Raises a usage error where a part of it is given all the same."""
+    given = [option.flag for option in OPTIONS if options[option.field] != option.default]
+    if method == AUTO and given:
+        raise click.UsageError(f"--{given[0]} goes with --method NAME: --method auto takes it from the backtest.")
+    return method == AUTO
 
 
 def tensors(command: Command) -> Command:
@@ -148,7 +179,7 @@ def tensors(command: Command) -> Command:
     )(run)
 
 
-def check_out(steps: tuple[int, ...], out: str) -> None:
+def check_out(steps: tuple[object, ...], out: str) -> None:
     """Raise a usage error where several steps would be written to one directory."""
     if len(steps) > 1 and "{step}" not in out:
         raise click.UsageError("Several steps need {step} in -o, as in -o 'pred/step-{step}'.")

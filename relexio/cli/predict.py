@@ -8,24 +8,36 @@ from relexio.cli import options
 from relexio.cli.command import Result, on_trajectory
 from relexio.cli.show import note, stages, table
 from relexio.engine.resources import Resources
-from relexio.fit.fit import Fit
+from relexio.fit.fit import Fit, command, name_window
 from relexio.fit.grams import SOLVERS
 from relexio.methods import Recipe
 from relexio.methods.roles import Choice
 from relexio.store.storage import local
 from relexio.store.store import Store
 from relexio.verbs import predict as verb
+from relexio.verbs.advice import Advice, take_advice
+from relexio.verbs.backtest import EVAL
 from relexio.verbs.output import Target
-from relexio.words import describe_steps, show
+from relexio.words import describe_steps, show, stem
 
 _NO_VERDICT = "none: a backtest needs 3 steps, tensors that move, a rank below the number of steps, and the gram solver"
 
 
 @on_trajectory(
     click.option(
-        "--step", "steps", type=click.IntRange(min=0), multiple=True, required=True, help="Step to predict. Repeatable."
+        "--step",
+        "asked",
+        type=options.StepOr(options.AUTO),
+        multiple=True,
+        default=(options.AUTO,),
+        show_default=True,
+        help="Step to predict: auto is the farthest at which the backtest has skill. Repeatable.",
     ),
-    click.option("-o", "--out", required=True, help="Directory to write. With several steps it must contain {step}."),
+    click.option(
+        "-o",
+        "--out",
+        help="Directory to write. With several steps it must contain {step}.  [default: named after run, recipe and step]",
+    ),
     options.recipe,
     options.tensors,
     click.option(
@@ -42,10 +54,10 @@ def predict(
     store: Store,
     window: tuple[int, ...],
     resources: Resources,
-    recipe: Recipe,
+    recipe: Recipe | None,
     choice: Choice,
-    steps: tuple[int, ...],
-    out: str,
+    asked: tuple[int | str, ...],
+    out: str | None,
     solver: str,
     dry_run: bool,
 ) -> Result:
@@ -53,20 +65,44 @@ def predict(
 
     Fits the stored steps of TRAJECTORY (once; the fit is kept there) and writes a Hugging Face directory with the
     base's tensors, dtypes and shards, and the configuration and tokenizer of the window's last step.
+
+    Recipe and step are those that relexio backtest recommends. Where it recommends none, nothing is written. The paper's
+    own method is --method relex.
     """
-    options.check_out(steps, out)
-    targets = [Target(step, local(out.replace("{step}", str(step)))) for step in steps]
+    given = window
+    if out is not None:
+        options.check_out(asked, out)
+    steps = tuple(step for step in asked if isinstance(step, int))
+    if recipe is None or options.AUTO in asked:
+        advice = take_advice(store, window, resources, stages, recipe, solver, choice)
+        steps = tuple(step if isinstance(step, int) else advice.step for step in asked)
+        note(_chosen(store, advice, recipe is None, options.AUTO in asked))
+        recipe, window = advice.recipe, advice.window
+    outs = [
+        out.replace("{step}", str(step)) if out else f"{stem(store.address)}-{recipe.named(step)}" for step in steps
+    ]
+    targets = [Target(step, local(path)) for step, path in zip(steps, outs, strict=True)]
     job = verb.prepare(store, window, recipe, solver, targets, resources, choice)
     if dry_run:
         return _plan(job)
     fit = verb.run(job, stages, note)
     _warn(fit, steps)
-    return Result(partial(_facts, fit, targets), partial(_show, fit, targets))
+    return Result(
+        partial(_facts, fit, targets), partial(_show, fit, targets), next=(command("sweep", store, EVAL, window=given),)
+    )
+
+
+def _chosen(store: Store, advice: Advice, recipe: bool, step: bool) -> str:
+    """What was chosen, and why."""
+    parts = [f"{advice.recipe.label}, fitted to {name_window(store, advice.window)}"] * recipe
+    parts += [f"step {advice.step}, as far as it has skill"] * step
+    return f"{'; '.join(parts)}: recommended by the backtest ({advice.sure})"
 
 
 def _plan(job: verb.PredictJob) -> Result:
     facts = {
         "window": list(job.fit.steps),
+        **job.fit.recipe.to_json(),
         "outputs": {str(target.step): str(target.out) for target in job.targets},
         "fit_kept": job.kept,
         "bytes_read": job.bytes_read,
@@ -77,6 +113,7 @@ def _plan(job: verb.PredictJob) -> Result:
     }
     rows = [
         ("window", describe_steps(job.fit.steps)),
+        ("method", job.fit.recipe.label),
         ("to write", ", ".join(str(target.out) for target in job.targets)),
         ("fit", "kept in the store" if job.kept else "to be computed, and kept in the store if it can be written"),
         ("to read", show(job.bytes_read)),

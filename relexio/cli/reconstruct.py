@@ -9,7 +9,7 @@ from relexio.cli import options
 from relexio.cli.command import Result, on_trajectory
 from relexio.cli.show import note, stages, table
 from relexio.engine.resources import Resources
-from relexio.fit.fit import fit
+from relexio.fit.fit import command, fit
 from relexio.methods import Recipe
 from relexio.store.storage import local
 from relexio.store.store import Store
@@ -46,7 +46,11 @@ def reconstruct(
         rows = [{**provenance(fitted, t.step), "out": str(t.out), "thrown_away": lost[t.step]} for t in targets]
         return rows[0] if len(rows) == 1 else rows
 
-    return Result(facts, partial(_show, window, rank, targets, lost))
+    return Result(
+        facts,
+        partial(_show, window, rank, targets, lost),
+        next=tuple(command("restore", store, f"--step {step} -o step-{step}") for step in steps),
+    )
 
 
 def _show(window: tuple[int, ...], rank: int, targets: list[Target], lost: dict[int, float | None]) -> None:

@@ -9,6 +9,7 @@ from relexio.cli import options
 from relexio.cli.command import Result, on_trajectory
 from relexio.cli.show import stages, table
 from relexio.engine.resources import Resources
+from relexio.fit.fit import command
 from relexio.report import ReportFiles, ReportRequest, default_page
 from relexio.report import report as verb
 from relexio.store.storage import local
@@ -49,7 +50,7 @@ def report(
         "window": list(window),
         "target": written.target,
     }
-    return Result(lambda: facts, partial(_show, written))
+    return Result(lambda: facts, partial(_show, written), next=(command("predict", store),))
 
 
 def _show(written: ReportFiles) -> None:

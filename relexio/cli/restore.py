@@ -2,6 +2,7 @@
 
 import click
 
+from relexio.cli import options
 from relexio.cli.command import Result, on_trajectory
 from relexio.cli.show import not_stored, stages, table
 from relexio.engine.resources import Resources
@@ -11,21 +12,8 @@ from relexio.verbs.convert.left import not_stored_summary_of
 from relexio.verbs.restore import restore as verb
 
 
-class _Step(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
-    name = "step"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        """A step's number, or "base" (not None: click before 8.4 takes it for an option that is missing)."""
-        text = str(value)
-        if text == "base":
-            return text
-        if not (text.isascii() and text.isdigit() and len(text) <= 15):
-            self.fail(f"{text!r} is neither a step nor base", param, ctx)
-        return int(text)
-
-
 @on_trajectory(
-    click.option("--step", type=_Step(), required=True, metavar="STEP", help="Stored step, or base."),
+    click.option("--step", type=options.StepOr("base"), required=True, metavar="STEP", help="Stored step, or base."),
     click.option("-o", "--out", required=True, type=click.Path(readable=False), help="Directory to write."),
     window=False,
 )

@@ -12,6 +12,7 @@ from relexio.cli import options
 from relexio.cli.command import Result, on_trajectory
 from relexio.cli.show import note, printable, seconds, stages, table
 from relexio.engine.resources import Resources
+from relexio.fit.fit import command
 from relexio.store.storage import local
 from relexio.store.store import Store
 from relexio.sweep import Candidate, Evaluation, Request, Sweep, SweepPlan, prepare
@@ -20,6 +21,21 @@ from relexio.sweep.curve import curve, number
 from relexio.words import Selection, describe_steps, show, stem, without_secrets
 
 _MOST_STEPS = 10_000
+
+
+class _Steps(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
+    """Some steps, or ``auto``: none."""
+
+    name = "steps"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """The steps of an expression, ascending; wrong text is a usage error."""
+        if isinstance(value, tuple) or value == options.AUTO:
+            return value if isinstance(value, tuple) else ()
+        steps: Selection = options.STEPS.convert(value, param, ctx)
+        if sum(map(len, steps.parts)) > _MOST_STEPS:
+            self.fail(f"{steps.text}: too many steps (at most {_MOST_STEPS:,}); give an end and a stride", param, ctx)
+        return tuple(sorted({step for part in steps.parts for step in part}))
 
 
 class _Listed(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
@@ -49,19 +65,36 @@ class _Listed(click.ParamType):  # type: ignore[type-arg]  # generic only since 
         help="Shell command that contains {checkpoint} and prints the score.",
     ),
     click.option(
-        "--steps", type=options.STEPS, required=True, help="Steps to predict, e.g. 100,200,400 or 100:400:50."
+        "--steps",
+        type=_Steps(),
+        default=options.AUTO,
+        show_default=True,
+        help="Steps to predict, e.g. 100,200,400 or 100:400:50. auto goes farther until scores drop.",
     ),
     click.option(
-        "--strengths", type=_Listed(float), default="1", show_default=True, help="Strengths, e.g. 0.25,0.5,1."
+        "--strengths",
+        type=_Listed(float),
+        default=(),
+        help="Strengths, e.g. 0.25,0.5,1.  [default: 1; for auto, as recommended]",
     ),
     click.option(
-        "--methods", type=_Listed(str), default="relex", show_default=True, help="Methods, e.g. relex,pinned."
+        "--methods",
+        type=_Listed(str),
+        default=(options.AUTO,),
+        show_default=True,
+        help="Methods, e.g. auto,relex: auto is the recipe that relexio backtest recommends.",
     ),
     click.option(
         "-o", "--out", help="Directory for table, logs and the best checkpoint.  [default: run.sweep for run.zarr]"
     ),
     options.rank,
     click.option("--metric", metavar="NAME", help="Number to take from a JSON object, e.g. gsm8k.exact_match."),
+    click.option(
+        "--problems",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="The score is the share of N problems solved: a drop within its standard error is none.",
+    ),
     click.option("--lower-is-better", is_flag=True, help="The score is a loss."),
     click.option(
         "--timeout",
@@ -76,32 +109,31 @@ class _Listed(click.ParamType):  # type: ignore[type-arg]  # generic only since 
     options.dry_run,
     scheduler=False,
 )
-def sweep(store: Store, resources: Resources, steps: Selection, out: str | None, dry_run: bool, **asked: Any) -> Result:
+def sweep(store: Store, resources: Resources, out: str | None, dry_run: bool, **asked: Any) -> Result:
     """Evaluate predictions with your own command; keep the best.
 
     Writes one candidate at a time, runs COMMAND on it, and takes the last line that it prints as the score: a number,
-    or JSON. The base and the observed checkpoints are evaluated first. When run again, it continues with what has no
-    score.
+    or JSON. The base and the last observed checkpoint are evaluated first. Then follow predictions by the recommended
+    recipe, each farther than the one before, until one is worse than the best by more than its standard error, and at
+    last one or two next to the best. When run again, it continues with what has no score.
     """
     if asked["timeout"] is not None and not isfinite(asked["timeout"]):
         raise click.UsageError(f"--timeout {asked['timeout']} is not a number of seconds.")
-    if sum(map(len, steps.parts)) > _MOST_STEPS:
-        raise click.UsageError(
-            f"--steps {steps.text}: too many steps (at most {_MOST_STEPS:,}); give an end and a stride"
-        )
-    targets = tuple(sorted({step for part in steps.parts for step in part}))
-    request = Request(steps=targets, out=local(out or _beside(store.address)), **asked)
-    plan = prepare(store, request, resources)
+    if asked["rank"] != 1 and options.AUTO in asked["methods"]:
+        raise click.UsageError("--rank goes with --methods NAME: auto takes it from the backtest.")
+    request = Request(out=local(out or _beside(store.address)), **asked)
+    plan = prepare(store, request, resources, stages)
+    if plan.why is not None:
+        note(f"recommended by the backtest: {plan.why}")
     if dry_run:
         return Result(partial(_plan_facts, plan), partial(_show_plan, plan))
-    done, failed = len(plan.candidates) - len(plan.waiting), plan.failed
-    if done or failed:
-        again = f"; {failed} failed before and will be tried again" if failed else ""
-        note(f"{done} of {len(plan.candidates)} evaluations are done already{again}")
-    with _Progress(request) as progress:
+    if plan.done or plan.failed:
+        again = f"; {plan.failed} failed before and will be tried again" if plan.failed else ""
+        note(f"{plan.done}{'' if plan.searching else f' of {plan.most}'} evaluations are done already{again}")
+    with _Progress(plan) as progress:
         found = verb(plan, stages, progress, note)
     facts = {**found.to_json(), "out": str(request.out)}
-    return Result(lambda: facts, partial(_show, request, found), _errors(request, found))
+    return Result(lambda: facts, partial(_show, request, found), _errors(request, found), _next(store, found))
 
 
 def _beside(trajectory: str) -> str:
@@ -113,10 +145,11 @@ def _beside(trajectory: str) -> str:
 
 
 class _Progress:
-    """Reports on stderr what is evaluated, and how it went."""
+    """Reports on stderr what is evaluated, how it went, and the time left, as long as the evaluations so far took."""
 
-    def __init__(self, request: Request) -> None:
-        self.request, self.inside_line = request, False
+    def __init__(self, plan: SweepPlan) -> None:
+        self.plan, self.inside_line = plan, False
+        self.number, self.took = plan.done, list[float]()
 
     def __enter__(self) -> "_Progress":
         return self
@@ -126,24 +159,29 @@ class _Progress:
         if self.inside_line and not interrupted:
             click.echo(err=True)
 
-    def __call__(
-        self, place: int, total: int, candidate: Candidate, evaluation: Evaluation | None, table: Sweep
-    ) -> None:
-        head = f"[{place}/{total}] {candidate.label}: "
+    def __call__(self, candidate: Candidate, evaluation: Evaluation | None, table: Sweep) -> None:
+        of = "/" if not self.plan.searching else " of at most "
+        head = f"[{self.number + (evaluation is None)}{of}{self.plan.most}] {candidate.label}: "
         if evaluation is None:
+            self.number += 1
             if sys.stderr.isatty():
                 click.echo(f"{head}evaluating ...", err=True, nl=False)
                 self.inside_line = True
             return
         clear = "\r\x1b[K" if self.inside_line else ""
-        click.echo(clear + printable(head + self._outcome(evaluation, table)), err=True)
+        self.took.append(evaluation.seconds)
+        click.echo(clear + printable(head + self._outcome(evaluation, table) + self._left()), err=True)
         self.inside_line = False
+
+    def _left(self) -> str:
+        count, most = self.plan.most - self.number, "" if not self.plan.searching else "at most "
+        return f", {most}{seconds(count * sum(self.took) / len(self.took))} left" if count > 0 else ""
 
     def _outcome(self, evaluation: Evaluation, table: Sweep) -> str:
         if evaluation.score is None:
             line = next((line.strip() for line in reversed(evaluation.tail.splitlines()) if line.strip()), "")
             reason = f": {line[:120]}" if line and evaluation.line is None else ""
-            return f"failed: {evaluation.failed}{reason} (full output: {self.request.out / evaluation.log})"
+            return f"failed: {evaluation.failed}{reason} (full output: {self.plan.request.out / evaluation.log})"
         last = table.last_observed
         if last is None or last.score is None or not evaluation.candidate.predicted:
             return number(evaluation.score)
@@ -156,6 +194,7 @@ def _plan_facts(plan: SweepPlan) -> dict[str, Any]:
         "out": str(plan.request.out),
         "candidates": [candidate.name for candidate in plan.candidates],
         "waiting": [candidate.name for candidate in plan.waiting],
+        "lines": [{**line.recipe.to_json(), "first": line.first, "ahead": line.ahead} for line in plan.lines],
         "bytes_needed": plan.bytes_needed,
         "bytes_free": plan.bytes_free,
         "memory_projected": plan.plan.projected,
@@ -167,14 +206,14 @@ def _plan_facts(plan: SweepPlan) -> dict[str, Any]:
 
 def _show_plan(plan: SweepPlan) -> None:
     references = sum(not candidate.predicted for candidate in plan.candidates)
-    predictions, done = len(plan.candidates) - references, len(plan.candidates) - len(plan.waiting)
+    predictions = f"{'at most ' if plan.searching else ''}{plan.most - references} predictions"
     timeout = plan.request.timeout
     limit = "no time limit" if timeout is None else f"at most {seconds(timeout)} each"
-    names = ", ".join(candidate.name for candidate in plan.candidates[:4]) + (", ..." if predictions > 2 else "")
+    names = ", ".join(candidate.name for candidate in plan.candidates[:4]) + (", ..." if plan.most > 4 else "")
     table(
         [
             ("window", describe_steps(plan.request.window)),
-            ("evaluations", f"{references} references and {predictions} predictions, {done} done already, {limit}"),
+            ("evaluations", f"{references} references and {predictions}, {plan.done} done already, {limit}"),
             ("", names),
             ("command", without_secrets(plan.request.command)),
             ("results", str(plan.request.out)),
@@ -194,6 +233,12 @@ def _errors(request: Request, found: Sweep) -> tuple[str, ...]:
     return (
         f"none of {len(failed)} predictions has a score; {last.candidate.label}: {last.failed} (see {request.out / last.log})",
     )
+
+
+def _next(store: Store, found: Sweep) -> tuple[str, ...]:
+    """The last observed step, to be evaluated beside the best on problems that chose neither."""
+    step = found.setting.window[-1][0]
+    return (command("restore", store, f"--step {step} -o step-{step}"),)
 
 
 def _show(request: Request, found: Sweep) -> None:

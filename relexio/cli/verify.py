@@ -9,6 +9,7 @@ from relexio.cli import options
 from relexio.cli.command import Result, on_trajectory
 from relexio.cli.show import not_stored, note, stages, table
 from relexio.engine.resources import Resources
+from relexio.fit.fit import command
 from relexio.store.store import Store
 from relexio.verbs.verify import Verification, find_originals
 from relexio.verbs.verify import verify as verb
@@ -59,7 +60,7 @@ def report(store: Store, verified: Verification) -> Result:
         *not_stored(verified.left),
     ]
     more = [f"and {len(problems) - _SHOWN} more (--json has all)"] if len(problems) > _SHOWN else []
-    return Result(lambda: facts, lambda: table(rows), (*problems[:_SHOWN], *more))
+    return Result(lambda: facts, lambda: table(rows), (*problems[:_SHOWN], *more), (command("backtest", store),))
 
 
 def _compared(verified: Verification) -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from shlex import quote
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -21,7 +22,7 @@ from relexio.methods.verdict import Outlook, outlook
 from relexio.progress import Stages
 from relexio.store.schema import Tensor
 from relexio.store.store import Store
-from relexio.words import Selection, describe_steps
+from relexio.words import Selection, describe_steps, parse_steps
 
 
 @dataclass(frozen=True)
@@ -273,6 +274,18 @@ def _carried(store: Store, window: tuple[int, ...], shares: dict[str, float]) ->
             f"tensors can be predicted; leave the others as they are with --exclude"
         )
     return [f"{t.name} ({t.dtype}) changed; it is carried over from step {window[-1]}" for t in moved]
+
+
+def name_window(store: Store, window: tuple[int, ...]) -> str:
+    """The ``--window`` expression of some stored steps."""
+    between = f"{window[0]}:{window[-1]}"
+    return between if choose_window(store, parse_steps(between)) == window else ",".join(map(str, window))
+
+
+def command(name: str, store: Store, *more: str, window: tuple[int, ...] | None = None) -> str:
+    """A command on a trajectory, or on some of its steps, as a shell takes it."""
+    within = [] if window in (None, store.steps) else [f"--window {name_window(store, window or ())}"]
+    return " ".join(["relexio", name, quote(store.shown), *within, *more])
 
 
 def choose_window(store: Store, selection: Selection | None) -> tuple[int, ...]:

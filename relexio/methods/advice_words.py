@@ -7,12 +7,10 @@ from relexio.methods.trials import Trial
 from relexio.methods.verdict import Verdict
 
 
-def window_words(trial: Trial, steps: np.ndarray) -> tuple[str, str]:
-    """A trial's window at the end of ascending steps: in words, and as a ``--window`` expression."""
+def window_words(trial: Trial, steps: np.ndarray) -> str:
+    """A trial's window at the end of ascending steps."""
     count = trial.window(len(steps)) or len(steps)
-    if count == len(steps):
-        return f"all {count} steps", f"{steps[0]}:{steps[-1]}"
-    return f"the last {count} of {len(steps)} steps", f"{steps[-count]}:{steps[-1]}"
+    return f"all {count} steps" if count == len(steps) else f"the last {count} of {len(steps)} steps"
 
 
 def words(test: Backtest, verdict: Verdict) -> list[str]:
@@ -26,7 +24,7 @@ def words(test: Backtest, verdict: Verdict) -> list[str]:
     if verdict.sure == "none":
         return [_why_not(verdict, history), "Train on instead of extrapolating from here."]
     sentences = [
-        f"Use {pick.recipe}, strength {pick.strength:g}, fitted to {window_words(pick.trial, test.steps)[0]}.",
+        f"Use {pick.recipe}, strength {pick.strength:g}, fitted to {window_words(pick.trial, test.steps)}.",
         _how_far(verdict, int(test.steps[-1])),
         f"Confidence (in weights): {verdict.sure}. {history}",
     ]

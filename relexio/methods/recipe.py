@@ -94,15 +94,30 @@ class Recipe:
         named = [o.title.format(o.of(self)) for o in heeded if o.flag == "rank" or o.of(self) != o.default]
         return ", ".join([self.method, *named])
 
+    @property
+    def label(self) -> str:
+        """For people: ``pinned, rank 2, poly2, strength 0.75``; the method, its strength, and what is not as by default."""
+        others = [f", {o.title.format(o.of(self))}" for o in OPTIONS if o.title and o.of(self) != o.default]
+        return f"{self.method}{''.join(others)}, strength {_digits(self.strength)}"
+
+    def named(self, step: int) -> str:
+        """The name of its prediction among files: ``pinned-step-105-strength-0.75-rank-2``."""
+        others = [f"-{o.flag}-{_digits(o.of(self))}" for o in OPTIONS if o.title and o.of(self) != o.default]
+        return f"{self.method}-step-{step}-strength-{_digits(self.strength)}{''.join(others)}"
+
     def to_json(self) -> dict[str, Any]:
         """For scripts: the method and every option by its flag."""
         return {"method": self.method, **{option.flag: option.of(self) for option in OPTIONS}}
 
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "Recipe":
+        """What ``to_json`` wrote; more is passed over. Raises KeyError."""
+        return cls(found["method"], **{option.field: found[option.flag] for option in OPTIONS})
+
     def arguments(self) -> list[str]:
         """The command line that asks for this recipe: ``["--method pinned", "--strength 0.5"]``."""
-        values = {o.flag: o.of(self) for o in OPTIONS if o.of(self) != o.default}
-        texts = {flag: f"{value:g}" if isinstance(value, float) else str(value) for flag, value in values.items()}
-        return [f"--method {self.method}", *(f"--{flag} {text}" for flag, text in texts.items())]
+        changed = [f"--{o.flag} {_digits(o.of(self))}" for o in OPTIONS if o.of(self) != o.default]
+        return [f"--method {self.method}", *changed]
 
     def check(self, steps: Vector, targets: list[int]) -> None:
         """Raise RequestError, naming the limit, where this recipe cannot be used on a window for these targets."""
@@ -153,3 +168,8 @@ class Recipe:
             raise RequestError(
                 f"--step {target}: --method {self.method} needs a step of the window {steps[0]}..{steps[-1]}"
             )
+
+
+def _digits(value: Any) -> str:
+    """All digits of a number, and no more: two strengths never have one name."""
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)

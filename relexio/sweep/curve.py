@@ -19,7 +19,7 @@ def curve(sweep: Sweep) -> list[str]:
     if not scores:
         return []
     groups = [(name, list(some)) for name, some in groupby(sweep.results, lambda result: result.candidate.series)]
-    steps = max(4, max(len(str(result.candidate.step)) for result in sweep.results))
+    steps = max(4, max(len(str(result.candidate.at)) for result in sweep.results))
     numbers = max(6, max(len(number(score)) for score in scores))
     label = min(max(len(name) for name, _ in groups), _WIDTH - steps - numbers - 6 - _LEAST)
     scale = _Scale(min(scores), max(scores), _WIDTH - label - steps - numbers - 6)
@@ -30,10 +30,10 @@ def curve(sweep: Sweep) -> list[str]:
     last = sweep.last_observed
     mark = None if last is None or last.score is None else scale.column(last.score)
     for name, some in groups:
-        for i, result in enumerate(sorted(some, key=lambda result: result.candidate.step)):
+        for i, result in enumerate(sorted(some, key=lambda result: result.candidate.at)):
             shown = "failed" if result.score is None else number(result.score)
             title = name[:label] if i == 0 else ""
-            start = f"{title:<{label}}  {result.candidate.step:>{steps}}  {shown:>{numbers}}  "
+            start = f"{title:<{label}}  {result.candidate.at:>{steps}}  {shown:>{numbers}}  "
             lines.append((start + scale.line(result, mark, result is sweep.best)).rstrip())
     line = "" if mark is None else ", | last observed step"
     lines.append(f"o score, * best prediction{line} ({better})")

@@ -9,6 +9,7 @@ from relexio.errors import EvaluationError
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
+_ERROR = "stderr"
 _SOME = 6  # names that an error text lists
 
 
@@ -30,7 +31,9 @@ def read_score(line: str, metric: str | None) -> float:
     except (ValueError, RecursionError) as error:
         raise EvaluationError(f"the last line is neither a number nor JSON: {_short(line)}") from error
     numbers = _numbers(found)
-    if metric is not None:
+    if metric is None:
+        numbers = {name: value for name, value in numbers.items() if not _bare(name).endswith(_ERROR)}
+    else:
         if metric not in numbers:
             raise EvaluationError(
                 f"--metric {metric}: no number of that name in the last line; it has {_names(numbers)}"
@@ -40,6 +43,28 @@ def read_score(line: str, metric: str | None) -> float:
         raise EvaluationError(f"{_names(numbers)} in the last line; choose one with --metric")
     ((name, value),) = numbers.items()
     return _finite(value, name or line)
+
+
+def read_error(line: str, metric: str | None) -> float | None:
+    """The standard error of the score in that line, if it has one: ``NAME_stderr`` for NAME, or ``stderr`` beside it.
+
+    In the harness's names (``exact_match,strict-match``) the filter follows.
+    """
+    try:
+        numbers = _numbers(json.loads(line))
+    except (ValueError, RecursionError):
+        return None
+    scores = [name for name in numbers if not _bare(name).endswith(_ERROR)]
+    name = metric if metric is not None else scores[0] if len(scores) == 1 else ""
+    parent, dot, own = name.rpartition(".")
+    own, comma, kind = own.partition(",")
+    found = [numbers.get(f"{parent}{dot}{other}") for other in (f"{own}_{_ERROR}{comma}{kind}", _ERROR)]
+    return next((value for value in found if value is not None and 0 <= value < math.inf), None)
+
+
+def _bare(name: str) -> str:
+    """The last part of a dotted name, without a filter."""
+    return name.rpartition(".")[2].partition(",")[0]
 
 
 def _finite(value: float, text: str) -> float:

@@ -3,18 +3,22 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from relexio.errors import EvaluationError, RequestError
-from relexio.sweep.candidates import BASE, OBSERVED, Candidate
-from relexio.sweep.score import read_score
+from relexio.methods import Recipe
+from relexio.sweep.candidates import BASE, Candidate
+from relexio.sweep.score import read_error, read_score
 from relexio.version import __version__
 
 #: Of results.json.
-FORMAT = 1
-_COLUMNS = ("name", "method", "step", "strength", "score", "gain", "best", "failed", "seconds", "log")
+FORMAT = 2
+_COLUMNS = (
+    "name", "method", "step", "strength", "first", "score", "error", "gain", "best", "failed", "seconds", "log",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all results of one table have in common: data by content hashes, rank, and the command."""
+    """What all results of one table have in common: data by content hashes, and the command."""
 
     base: str
     window: tuple[tuple[int, str], ...]
-    rank: int
     command: str
 
     def unlike(self, other: "Setting") -> str | None:
@@ -64,25 +67,24 @@ class Setting:
         if [step for step, _ in self.window] != [step for step, _ in other.window]:
             steps = [step for step, _ in other.window]
             return f"a window of {len(steps)} steps, {steps[0]} to {steps[-1]}"
-        if self.rank != other.rank:
-            return f"--rank {other.rank}"
         return None if self == other else "other checkpoints"
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """All results so far, and how they are judged."""
+    """All results so far, and how they are judged. ``problems``: how many each score is a mean over, if that is known."""
 
     trajectory: str
     setting: Setting
     metric: str | None = None
     lower_is_better: bool = False
+    problems: int | None = None
     results: tuple[Evaluation, ...] = ()
 
-    def judged(self, metric: str | None, lower_is_better: bool) -> "Sweep":
-        """The same results by another metric or in the other direction; no evaluation is needed for that."""
-        results = self.results if metric == self.metric else tuple(r.rescored(metric) for r in self.results)
-        return replace(self, metric=metric, lower_is_better=lower_is_better, results=results)
+    def judged(self, like: "Sweep") -> "Sweep":
+        """The same results by another's metric, direction and number of problems; no evaluation is needed for that."""
+        results = self.results if like.metric == self.metric else tuple(r.rescored(like.metric) for r in self.results)
+        return replace(like, results=results)
 
     def added(self, result: Evaluation) -> "Sweep":
         """With one more result, in place of an earlier one of the same candidate."""
@@ -100,7 +102,7 @@ class Sweep:
     @property
     def last_observed(self) -> Evaluation | None:
         """The result of the window's last step: what predictions are to beat."""
-        return self.of(Candidate(OBSERVED, self.setting.window[-1][0]))
+        return self.of(Candidate(self.setting.window[-1][0]))
 
     @property
     def predicted(self) -> list[Evaluation]:
@@ -113,9 +115,18 @@ class Sweep:
 
         def order(result: Evaluation) -> tuple[float, int, float]:
             score, candidate = result.score or 0.0, result.candidate
-            return score if self.lower_is_better else -score, candidate.step, abs(candidate.strength or 0.0)
+            strength = candidate.recipe.strength if candidate.recipe else 0.0
+            return score if self.lower_is_better else -score, candidate.at, abs(strength)
 
         return min(self.predicted, key=order, default=None)
+
+    def error(self, result: Evaluation) -> float | None:
+        """The standard error of a score: as the evaluation printed it, or that of a share of right answers."""
+        if result.line is not None and (printed := read_error(result.line, self.metric)) is not None:
+            return printed
+        if self.problems is None or result.score is None or not 0 <= result.score <= 1:
+            return None
+        return math.sqrt(result.score * (1 - result.score) / self.problems)
 
     def gain(self, result: Evaluation) -> float | None:
         """By how much it is better than the last observed checkpoint; None where one of the two has no score."""
@@ -129,8 +140,9 @@ class Sweep:
         """One line of the table."""
         candidate = result.candidate
         values = (
-            candidate.name, candidate.method, candidate.step, candidate.strength, result.score, self.gain(result),
-            result is self.best, result.failed, round(result.seconds, 3), result.log,
+            candidate.name, candidate.method, candidate.at, candidate.recipe.strength if candidate.recipe else None,
+            candidate.first, result.score, self.error(result), self.gain(result), result is self.best, result.failed,
+            round(result.seconds, 3), result.log,
         )  # fmt: skip
         return dict(zip(_COLUMNS, values, strict=True))
 
@@ -143,14 +155,20 @@ class Sweep:
             "trajectory": self.trajectory,
             "base": self.setting.base,
             "window": [{"step": step, "content": content} for step, content in self.setting.window],
-            "rank": self.setting.rank,
             "eval": self.setting.command,
             "metric": self.metric,
             "lower_is_better": self.lower_is_better,
+            "problems": self.problems,
             "last_observed": None if last is None else last.score,
             "best": None if best is None else best.candidate.name,
             "results": [
-                {**self.row(result), "line": result.line, "tail": result.tail, "content": result.content}
+                {
+                    **self.row(result),
+                    "recipe": result.candidate.recipe.to_json() if result.candidate.recipe else None,
+                    "line": result.line,
+                    "tail": result.tail,
+                    "content": result.content,
+                }
                 for result in self.results
             ],
         }
@@ -166,9 +184,9 @@ class Sweep:
         return text.getvalue()
 
 
-def _place(result: Evaluation) -> tuple[bool, bool, str, float, int]:
+def _place(result: Evaluation) -> tuple[bool, bool, str, int]:
     candidate = result.candidate
-    return candidate.predicted, candidate.method != BASE, candidate.method, candidate.strength or 0.0, candidate.step
+    return candidate.predicted, candidate.method != BASE, candidate.series, candidate.at
 
 
 def parse(data: bytes, where: str) -> Sweep:
@@ -180,11 +198,12 @@ def parse(data: bytes, where: str) -> Sweep:
                 f"{where}: written by another version of relexio (format {found['format']}); give another -o"
             )
         window = tuple((int(step["step"]), str(step["content"])) for step in found["window"])
-        setting = Setting(str(found["base"]), window, int(found["rank"]), str(found["eval"]))
+        setting = Setting(str(found["base"]), window, str(found["eval"]))
         results = tuple(map(_result, found["results"]))
         if not window:
             raise ValueError("no window")
-        return Sweep(str(found["trajectory"]), setting, found["metric"], bool(found["lower_is_better"]), results)
+        metric, lower = found["metric"], bool(found["lower_is_better"])
+        return Sweep(str(found["trajectory"]), setting, metric, lower, found["problems"], results)
     except RequestError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -192,7 +211,10 @@ def parse(data: bytes, where: str) -> Sweep:
 
 
 def _result(row: dict[str, Any]) -> Evaluation:
-    candidate = Candidate(str(row["method"]), int(row["step"]), _number(row["strength"]))
+    recipe = None if row["recipe"] is None else Recipe.from_json(row["recipe"])
+    candidate = Candidate(
+        None if row["method"] == BASE else int(row["step"]), recipe, None if row["first"] is None else int(row["first"])
+    )
     score, content = _number(row["score"]), row["content"]
     return Evaluation(candidate, score, row["failed"], float(row["seconds"]), row["line"], str(row["tail"]), content)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -11,10 +10,10 @@ from threadpoolctl import threadpool_limits
 from relexio.engine import plan
 from relexio.engine.resources import Resources
 from relexio.errors import BudgetError
-from relexio.fit.fit import doubt_of_base
+from relexio.fit.fit import command, doubt_of_base, name_window
 from relexio.fit.grams import find_grams
 from relexio.methods import METHODS
-from relexio.methods.advice_words import window_words, words
+from relexio.methods.advice_words import words
 from relexio.methods.backtest import Backtest, backtest, bytes_of
 from relexio.methods.line_tests import Straightness, straightness
 from relexio.methods.roles import PARTS
@@ -23,6 +22,9 @@ from relexio.methods.verdict import CAVEAT, Pick, Verdict, advise, caveat, rank_
 from relexio.progress import Stages
 from relexio.store.store import Store
 from relexio.words import show
+
+#: What an evaluation looks like in a command to run next.
+EVAL = "--eval 'python my_eval.py {checkpoint}'"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Judgement:
         return {
             **pick.recipe.to_json(),
             "share": trial.share,
-            "window": window_words(trial, test.steps)[1],
+            "window": name_window(self.store, self.window_of(pick)),
             "score": pick.score,
             "skill": by_horizon(test.by_horizon(trial, strength)),
             "median": by_horizon(self._means(test.medians(trial, strength))),
@@ -96,13 +98,15 @@ class Judgement:
         moved = [part for part in PARTS if self.test.pooled(pick.trial, part)[:, -1].any()]
         return {part: self.test.by_horizon(pick.trial, pick.strength, part=part) for part in moved}
 
-    def command(self) -> str | None:
-        """The ``relexio predict`` command that does what the verdict advises; None where it advises against."""
-        if self.verdict is None or (pick := self.advised) is None:
-            return None
-        options = [*pick.recipe.arguments(), f"--window {window_words(pick.trial, self.test.steps)[1]}"]
-        step = self.verdict.farthest
-        return f"relexio predict {quote(self.store.shown)} {' '.join(options)} --step {step} -o predicted-{step}"
+    def window_of(self, pick: Pick) -> tuple[int, ...]:
+        """The steps that a recipe is fitted to: the last ones of the window, or all of it."""
+        return self.window[-(pick.trial.window(len(self.window)) or len(self.window)) :]
+
+    def commands(self) -> list[str]:
+        """The commands to run next: what the verdict advises, or none where it advises against."""
+        if self.advised is None:
+            return []
+        return [command(name, self.store, *more, window=self.window) for name, *more in (("predict",), ("sweep", EVAL))]
 
     def to_json(self) -> dict[str, Any]:
         """For scripts: the verdict, every recipe, by horizon and part, and the cut-offs they were tried at."""

@@ -1,0 +1,62 @@
+"""What the backtest recommends, where a recipe or how far to predict is left to it."""
+
+from dataclasses import dataclass
+from shlex import quote
+
+from relexio.engine.resources import Resources
+from relexio.errors import RequestError
+from relexio.fit.fit import fit
+from relexio.methods import Recipe
+from relexio.methods.advice_words import words
+from relexio.methods.roles import Choice
+from relexio.methods.verdict import Verdict, advise
+from relexio.progress import Stages
+from relexio.store.store import Store
+from relexio.verbs.backtest import judge
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A recipe, the window that it is fitted to, the farthest step at which it has skill, and how sure that is, in words."""
+
+    recipe: Recipe
+    window: tuple[int, ...]
+    step: int
+    sure: str
+
+
+def take_advice(
+    store: Store, window: tuple[int, ...], resources: Resources, stages: Stages, recipe: Recipe | None = None,
+    solver: str = "auto", choice: Choice | None = None,
+) -> Advice:  # fmt: skip
+    """What a backtest of a window recommends: the recipe and how far, or only how far for a given ``recipe``.
+
+    Raises RequestError where it recommends nothing, and BudgetError.
+    """
+    if len(window) < 3:
+        raise _nothing(store, f"a backtest needs at least 3 observed steps; there are {len(window)}")
+    if recipe is None:
+        judged = judge(store, window, resources, stages)
+        if judged.verdict is None or judged.advised is None:
+            raise _nothing(store, " ".join(judged.sentences()))
+        pick = judged.advised
+        return Advice(pick.recipe, judged.window_of(pick), judged.verdict.farthest, _sure(judged.verdict))
+    test = fit(store, window, recipe, solver, resources, stages, choice).backtest
+    verdict = None if test is None else advise(test)
+    if test is None or verdict is None:
+        raise _nothing(
+            store, f"{recipe} has no backtest here: it needs 3 steps, tensors that move, and the gram solver"
+        )
+    if verdict.sure == "none":
+        raise _nothing(store, words(test, verdict)[0])
+    return Advice(recipe, window, verdict.farthest, _sure(verdict))
+
+
+def _sure(verdict: Verdict) -> str:
+    return f"mean skill {verdict.pick.score:+.2f}, confidence {verdict.sure}"
+
+
+def _nothing(store: Store, why: str) -> RequestError:
+    step = store.steps[-1] + max(store.steps[-1] // 2, 1)
+    command = f"relexio predict {quote(store.shown)} --method relex --step {step}"
+    return RequestError(f"{store.shown}: nothing is recommended. {why.rstrip('.')}. To predict all the same: {command}")
