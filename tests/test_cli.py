@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import relexio as package
-from relexio.cli.main import _COMMANDS, relexio_command
+from relexio.cli.main import _GROUPS, main, relexio_command
 from relexio.engine import graph
 from relexio.engine.executor import Executor
 from relexio.engine.resources import Resources
@@ -204,9 +204,28 @@ def test_sizes(text: str, count: int) -> None:
 
 
 def test_the_list_of_commands_says_what_each_says_of_itself() -> None:
-    for name, line in _COMMANDS.items():
+    for name, line in (pair for group in _GROUPS.values() for pair in group.items()):
         command = relexio_command.get_command(click.Context(relexio_command), name)
         assert command is not None and (command.help or "").split("\n\n")[0].replace("\n", " ") == line
+
+
+def test_a_command_that_is_not_there(relexio: Relexio) -> None:
+    done = relexio("predit", "run.zarr")
+    assert done.code == 2 and done.err.endswith("Error: No such command 'predit'. Did you mean 'predict'?\n")
+    assert relexio("xyz").err.endswith("Error: No such command 'xyz'.\n")
+
+
+def test_quiet_shows_no_progress(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relexio.cli.show._PATIENCE", -1.0)
+    command = ["convert", str(run.steps_path), "--base", str(run.base_path), "-o"]
+    for out, more, told in (("a.zarr", [], True), ("b.zarr", ["-q"], False)):
+        with pytest.raises(SystemExit) as end:
+            main([*command, str(tmp_path / out), *more])
+        assert end.value.code == 0
+        err = capsys.readouterr().err
+        assert ("left\n" in err and ": 100 %, done in 0:0" in err) is told and (err == "") is not told, err
 
 
 def test_side_files_where_predictions_have_their_own(tmp_path: Path, relexio: Relexio) -> None:

@@ -72,6 +72,17 @@ step of a range, so that it needs an end, and mostly a stride.
 Results go to stdout; with `--json` they are one line of JSON and nothing else. `predict --json` prints an object for one
 step, and a list of objects for several. Notes (lines that begin with `note:`), errors and progress go to stderr.
 Progress is a bar on a terminal and a line now and then elsewhere; a stage that takes less than a second prints none.
+`--quiet` shows none at all; notes and errors stay.
+
+## Completion
+
+Your shell completes commands and options after one of these lines, which belongs into its startup file:
+
+```sh
+eval "$(_RELEXIO_COMPLETE=bash_source relexio)"                                       # ~/.bashrc
+eval "$(_RELEXIO_COMPLETE=zsh_source relexio)"                                        # ~/.zshrc
+_RELEXIO_COMPLETE=fish_source relexio > ~/.config/fish/completions/relexio.fish       # once
+```
 """
 
 

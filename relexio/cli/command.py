@@ -64,6 +64,7 @@ def at_work(
             scheduler: str | None = None,
             device: str = "cpu",
             device_memory: int | None = None,
+            quiet: bool = False,
             **given: Any,
         ) -> int:
             read(given)
@@ -72,7 +73,8 @@ def at_work(
             return result.print(as_json)
 
         shared = [options.memory, options.workers, *([options.scheduler] if scheduler else [])]
-        return click.command()(together(*own, *shared, *([options.dry_run] if dry_run else []), options.as_json)(run))
+        shared += [*([options.dry_run] if dry_run else []), options.quiet, options.as_json]
+        return click.command()(together(*own, *shared)(run))
 
     return make
 

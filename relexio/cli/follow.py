@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from relexio.cli.command import Result
-from relexio.cli.show import not_stored, note, printable, seconds, stages, table
+from relexio.cli.show import not_stored, note, printable, quiet, seconds, stages, table
 from relexio.engine.resources import Resources
 from relexio.errors import BudgetError, MissingError, RequestError
 from relexio.fit.fit import command
@@ -99,6 +99,8 @@ class _StatusLine:
 
     def show(self, text: str, waiting: str = "") -> None:
         """Show a text; what is ``waiting`` beside it only where the line can be redrawn."""
+        if quiet():
+            return
         if self._terminal:
             line = printable(text + waiting)[: max(shutil.get_terminal_size().columns - 1, 20)]
             click.echo(f"\r\x1b[2K{line}", nl=False, err=True)

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Any
 
 import click
@@ -18,27 +19,34 @@ from relexio.version import __version__
 from relexio.words import without_secrets
 
 #: Every command with the first line of its help (a test compares): the list of commands loads none of them.
-_COMMANDS = {
-    "convert": "Store a run's checkpoints losslessly, as a small trajectory.",
-    "inspect": "Show what a trajectory holds, and how each tensor moved.",
-    "backtest": "Say which method to use on this run, how far ahead, and how sure that is.",
-    "predict": "Write the checkpoint that training would reach later.",
-    "sweep": "Evaluate predictions with your own command; keep the best.",
-    "methods": "List the methods that predict knows, with their sources.",
-    "reconstruct": "Write what a few directions keep of an observed step.",
-    "findings": "See whether the findings of the RELEX paper hold on this run.",
-    "report": "Write a page that shows how the run moved, and what to believe about its future.",
-    "verify": "Check that a trajectory is whole, to the last bit.",
-    "restore": "Write a stored checkpoint again: the model's files, exactly as they were.",
-    "demo": "Try it all on a real, tiny RLVR run that comes with relexio.",
+_GROUPS = {
+    "Run": {
+        "convert": "Store a run's checkpoints losslessly, as a small trajectory.",
+        "predict": "Write the checkpoint that training would reach later.",
+        "sweep": "Evaluate predictions with your own command; keep the best.",
+        "demo": "Try it all on a real, tiny RLVR run that comes with relexio.",
+    },
+    "Judge": {
+        "backtest": "Say which method to use on this run, how far ahead, and how sure that is.",
+        "inspect": "Show what a trajectory holds, and how each tensor moved.",
+        "findings": "See whether the findings of the RELEX paper hold on this run.",
+        "reconstruct": "Write what a few directions keep of an observed step.",
+        "report": "Write a page that shows how the run moved, and what to believe about its future.",
+        "methods": "List the methods that predict knows, with their sources.",
+    },
+    "Keep": {
+        "verify": "Check that a trajectory is whole, to the last bit.",
+        "restore": "Write a stored checkpoint again: the model's files, exactly as they were.",
+    },
 }
+_COMMANDS = [name for group in _GROUPS.values() for name in group]
 
 
 class _Lazy(click.Group):
     """Loads a command's module when the command is used, so that ``relexio --help`` is fast."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
+        return _COMMANDS
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
@@ -46,9 +54,17 @@ class _Lazy(click.Group):
         command: click.Command = getattr(importlib.import_module(f"relexio.cli.{cmd_name}"), cmd_name)
         return command
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        name = args[0]
+        if name not in _COMMANDS and not name.startswith("-"):
+            near = get_close_matches(name, _COMMANDS, n=1)
+            ctx.fail(f"No such command {name!r}.{''.join(f' Did you mean {other!r}?' for other in near)}")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
+        for group, commands in _GROUPS.items():
+            with formatter.section(group):
+                formatter.write_dl(list(commands.items()))
 
 
 @click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
@@ -57,7 +73,7 @@ def relexio_command() -> None:
     """Predict later checkpoints of an RLVR run from its first ones.
 
     convert turns a run's checkpoints into a small lossless store; predict fits the store and writes the checkpoint
-    that training would reach. Start with: relexio demo
+    that training would reach, as far as a backtest inside the run advises. Start with: relexio demo
     """
 
 

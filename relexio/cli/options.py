@@ -90,6 +90,7 @@ scheduler = click.option(
     help="Where to run: processes (--workers of them, on this machine), or tcp://HOST:PORT for a Dask cluster.  "
     "[default: threads]",
 )
+quiet = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 dry_run = click.option("--dry-run", is_flag=True, help="Print the plan and stop; write no output.")
 pattern = click.option(
     "--pattern",

@@ -10,10 +10,11 @@ from relexio.cli.command import Result, on_trajectory
 from relexio.cli.show import stages, table
 from relexio.engine.resources import Resources
 from relexio.fit.fit import command
-from relexio.report import ReportFiles, ReportRequest, default_page
+from relexio.report import ReportFiles, ReportRequest, Score, default_page
 from relexio.report import report as verb
 from relexio.store.storage import local
 from relexio.store.store import Store
+from relexio.sweep import default_directory, known_scores
 from relexio.words import show
 
 
@@ -38,11 +39,14 @@ def report(
 ) -> Result:
     """Write a page that shows how the run moved, and what to believe about its future.
 
-    One HTML file that needs no network: the verdict in words, skill of the methods, energy by layer, coefficients with
-    their lines, changed elements, and the spectrum. Needs pip install 'relexio[report]'.
+    One HTML file that needs no network: the verdict in words, the scores of a sweep (run.sweep beside run.zarr), skill of
+    the methods, energy by layer, coefficients with their lines, changed elements, and the spectrum. Needs pip install
+    'relexio[report]'.
     """
     page: Path = local(out) if out else default_page(store.address)
-    written = verb(store, ReportRequest(page, local(png) if png else None, window, rank, step), resources, stages)
+    scores = tuple(Score(*score) for score in known_scores(store, default_directory(store.address)))
+    request = ReportRequest(page, local(png) if png else None, window, rank, step, scores)
+    written = verb(store, request, resources, stages)
     facts = {
         "page": str(written.page),
         "bytes": written.size,

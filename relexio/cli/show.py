@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import click
 
+from relexio.progress import silent
 from relexio.words import show, without_secrets
 
 _PATIENCE = 1.0  # seconds before anything is said
@@ -30,8 +31,14 @@ def seconds(count: float) -> str:
 
 
 def stages(name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-    """Progress of one stage: a bar on a terminal, else a line now and then; silent if it takes under a second."""
-    return (_bar if sys.stderr.isatty() else _lines)(name, total)
+    """Progress of one stage: a bar on a terminal, else a line now and then; silent if it takes under a second, or --quiet."""
+    return (silent if quiet() else _bar if sys.stderr.isatty() else _lines)(name, total)
+
+
+def quiet() -> bool:
+    """Whether the command was asked to show no progress."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.params.get("quiet"))
 
 
 @contextmanager
@@ -77,6 +84,8 @@ def _lines(name: str, total: int) -> Iterator[Callable[[int], None]]:
             click.echo(f"{name}: {show(done)} of {show(total)}, {show(rate)}/s, {left} left", err=True)
 
     yield advance
+    if due > begun + _PATIENCE:  # something was said
+        click.echo(f"{name}: 100 %, done in {seconds(time.monotonic() - begun)}", err=True)
 
 
 def not_stored(left: Iterable[object]) -> list[tuple[str, str]]:

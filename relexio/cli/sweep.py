@@ -3,22 +3,21 @@
 import sys
 from functools import partial
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 import click
 
 from relexio.cli import options
 from relexio.cli.command import Result, on_trajectory
-from relexio.cli.show import note, printable, seconds, stages, table
+from relexio.cli.show import note, printable, quiet, seconds, stages, table
 from relexio.engine.resources import Resources
 from relexio.fit.fit import command
 from relexio.store.storage import local
 from relexio.store.store import Store
-from relexio.sweep import Candidate, Evaluation, Request, Sweep, SweepPlan, prepare
+from relexio.sweep import Candidate, Evaluation, Request, Sweep, SweepPlan, default_directory, prepare
 from relexio.sweep import sweep as verb
 from relexio.sweep.curve import curve, number
-from relexio.words import Selection, describe_steps, show, stem, without_secrets
+from relexio.words import Selection, describe_steps, show, without_secrets
 
 _MOST_STEPS = 10_000
 
@@ -121,7 +120,7 @@ def sweep(store: Store, resources: Resources, out: str | None, dry_run: bool, **
         raise click.UsageError(f"--timeout {asked['timeout']} is not a number of seconds.")
     if asked["rank"] != 1 and options.AUTO in asked["methods"]:
         raise click.UsageError("--rank goes with --methods NAME: auto takes it from the backtest.")
-    request = Request(out=local(out or _beside(store.address)), **asked)
+    request = Request(out=local(out) if out else default_directory(store.address), **asked)
     plan = prepare(store, request, resources, stages)
     if plan.why is not None:
         note(f"recommended by the backtest: {plan.why}")
@@ -134,14 +133,6 @@ def sweep(store: Store, resources: Resources, out: str | None, dry_run: bool, **
         found = verb(plan, stages, progress, note)
     facts = {**found.to_json(), "out": str(request.out)}
     return Result(lambda: facts, partial(_show, request, found), _errors(request, found), _next(store, found))
-
-
-def _beside(trajectory: str) -> str:
-    """The default directory of results: beside a trajectory, or here if it is on object storage."""
-    if "://" in trajectory:
-        return f"{stem(trajectory)}.sweep"
-    path = Path(trajectory)
-    return str(path.with_name(path.name.removesuffix(".zarr") + ".sweep"))
 
 
 class _Progress:
@@ -160,6 +151,8 @@ class _Progress:
             click.echo(err=True)
 
     def __call__(self, candidate: Candidate, evaluation: Evaluation | None, table: Sweep) -> None:
+        if quiet():
+            return
         of = "/" if not self.plan.searching else " of at most "
         head = f"[{self.number + (evaluation is None)}{of}{self.plan.most}] {candidate.label}: "
         if evaluation is None:

@@ -3,6 +3,7 @@
 Importing this package needs nothing beyond relexio; making a report needs the extra ``report``.
 """
 
+from relexio.report.data import Score
 from relexio.report.report import ReportFiles, ReportRequest, default_page, report
 
-__all__ = ["ReportFiles", "ReportRequest", "default_page", "report"]
+__all__ = ["ReportFiles", "ReportRequest", "Score", "default_page", "report"]

@@ -31,13 +31,27 @@ _SAME = 0.002  # skills that near are one line in a figure
 
 
 @dataclass(frozen=True)
+class Score:
+    """What an evaluation of one checkpoint gave: which curve it is a point of, its step, and the standard error, if known."""
+
+    series: str
+    step: int
+    score: float
+    error: float | None = None
+
+
+@dataclass(frozen=True)
 class Facts:
-    """Everything that a report shows. ``changed`` [tensors of the store, T] counts elements that differ from the base."""
+    """Everything that a report shows. ``changed`` [tensors of the store, T] counts elements that differ from the base.
+
+    ``scores`` are those of a sweep; its references are the series ``base`` and ``observed``.
+    """
 
     findings: Findings
     sizes: Sizes
     changed: np.ndarray
     target: int
+    scores: tuple[Score, ...] = ()
 
     @property
     def parts(self) -> list[str]:
@@ -173,6 +187,27 @@ def layers(findings: Findings) -> list[str]:
     numbered = [tensor.layer for tensor in findings.tensors if tensor.layer is not None]
     outside = [OUTSIDE] if len(numbered) < len(findings.tensors) else []
     return [*outside, *(map(str, range(min(numbered), max(numbered) + 1)) if numbered else ())]
+
+
+def score_rows(scores: tuple[Score, ...]) -> Table:
+    """Scores in the order of curves and steps, with one standard error to either side; the base is where observed steps begin."""
+    return [
+        {
+            "series": "observed" if one.series == "base" else one.series,
+            "step": one.step,
+            "score": number(one.score),
+            "error": None if one.error is None else number(one.error),
+            "low": number(one.score - (one.error or 0.0)),
+            "high": number(one.score + (one.error or 0.0)),
+        }
+        for one in sorted(scores, key=lambda one: (one.series not in ("base", "observed"), one.series, one.step))
+    ]
+
+
+def last_observed(scores: tuple[Score, ...]) -> float | None:
+    """The score of the last observed step that predictions start from: the first one of those evaluated."""
+    observed = [one for one in scores if one.series == "observed"]
+    return min(observed, key=lambda one: one.step).score if observed else None
 
 
 def changed_shares(facts: Facts) -> Table:

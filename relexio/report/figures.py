@@ -8,7 +8,7 @@ import numpy as np
 from relexio.report import data
 from relexio.report.chart import Figure, by, either, horizon_axis, hover, plot, share_axis, step_axis, tip
 from relexio.report.coefficients import coefficients
-from relexio.report.data import RUN, WALK, WHOLE, Facts, signed
+from relexio.report.data import RUN, WALK, WHOLE, Facts, number, signed
 
 _SKILL = tip("skill:Q", "skill", "+.3f")
 
@@ -17,6 +17,38 @@ def _untested(facts: Facts) -> str:
     if facts.findings.judged is None:
         return f"A backtest needs at least 3 observed steps; this window has {len(facts.findings.window)}."
     return "No method could be tried at every cut-off: the window has too few steps."
+
+
+def scores(facts: Facts) -> Figure:
+    """Scores of a sweep against the step."""
+    title = "What are predictions worth at the task?"
+    if not facts.scores:
+        how = "Not measured. Only your own evaluation can say: relexio sweep runs it, and the next report shows the scores."
+        return Figure(title, how, wide=True)
+    rows, known = data.score_rows(facts.scores), data.last_observed(facts.scores)
+    series = list(dict.fromkeys(row["series"] for row in rows))
+    base = plot(rows).encode(
+        x=step_axis().scale(zero=True),
+        y=alt.Y("score:Q", title=None, scale=alt.Scale(zero=False)),
+        color=by(alt.Color, "series", series),
+    )
+    points = base.mark_point(filled=True, size=70, opacity=1).encode(
+        shape=by(alt.Shape, "series", series),
+        tooltip=[
+            tip("series:N", "of"),
+            tip("step:Q"),
+            tip("score:Q", "score", ".4f"),
+            tip("error:Q", "standard error", ".3f"),
+        ],
+    )
+    chart = base.mark_rule(strokeWidth=1).encode(y="low:Q", y2="high:Q") + base.mark_line() + points
+    how = "Scores of your own evaluation over steps, as relexio sweep has measured them. Each curve is one recipe."
+    if known is not None:
+        chart = plot([{"known": number(known)}]).mark_rule(style="ruled").encode(y="known:Q") + chart
+        how += " The dashed line is the last observed checkpoint: only what is better than it is a gain."
+    if any(row["error"] is not None for row in rows):
+        how += " Bars are one standard error to either side."
+    return Figure(title, how, chart, "score", 300, "methods", wide=True, column=250)
 
 
 def skill(facts: Facts) -> Figure:
@@ -170,7 +202,7 @@ def parts(facts: Facts) -> Figure:
 
 
 #: The figures in the order of the page. A figure's name, in the page and of its picture, is that of its function.
-FIGURES = {make.__name__: make for make in (skill, energy, coefficients, changed, spectrum, thrown, parts)}
+FIGURES = {make.__name__: make for make in (scores, skill, energy, coefficients, changed, spectrum, thrown, parts)}
 
 
 def figures(facts: Facts) -> dict[str, Figure]:

@@ -13,7 +13,7 @@ from relexio.engine.resources import Resources
 from relexio.errors import BudgetError, ExistsError, RequestError
 from relexio.methods import Recipe
 from relexio.progress import Stages
-from relexio.report.data import Facts, default_target
+from relexio.report.data import Facts, Score, default_target
 from relexio.store.store import Store
 from relexio.verbs.findings import findings
 from relexio.verbs.inspect import sizes
@@ -25,13 +25,17 @@ _DRAWING = 288 << 20
 
 @dataclass(frozen=True)
 class ReportRequest:
-    """What to write: ``page`` (HTML), ``pngs`` (a directory, or None), of a window at a rank; ``target``: a step, or None."""
+    """What to write: ``page`` (HTML), ``pngs`` (a directory, or None), of a window at a rank; ``target``: a step, or None.
+
+    ``scores``: those of a sweep, if there was one.
+    """
 
     page: Path
     pngs: Path | None
     window: tuple[int, ...]
     rank: int = 1
     target: int | None = None
+    scores: tuple[Score, ...] = ()
 
     def check(self, store: Store) -> None:
         """Raise ExistsError for an output that exists, RequestError for a rank or target that the window cannot have."""
@@ -87,7 +91,7 @@ def report(store: Store, request: ReportRequest, resources: Resources, stages: S
         )
     measured = findings(store, request.window, request.rank, resources, stages)
     target = default_target(measured) if request.target is None else request.target
-    facts = Facts(measured, sizes(store), store.changed_counts(request.window), target)
+    facts = Facts(measured, sizes(store), store.changed_counts(request.window), target, request.scores)
     text, pictures = render(facts, request)
     page = text.encode()
     _write({**pictures, request.page: page})

@@ -11,6 +11,15 @@ from relexio import atomic
 from relexio.checkpoints.write import PROVENANCE
 from relexio.errors import ExistsError
 from relexio.sweep.table import Sweep, parse
+from relexio.words import stem
+
+
+def default_directory(trajectory: str) -> Path:
+    """Where a sweep of a trajectory leaves its results: beside it, or here if it is on object storage."""
+    if "://" in trajectory:
+        return Path(f"{stem(trajectory)}.sweep")
+    path = Path(trajectory)
+    return path.with_name(path.name.removesuffix(".zarr") + ".sweep")
 
 
 @dataclass(frozen=True)

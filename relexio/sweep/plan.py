@@ -3,6 +3,7 @@
 from collections.abc import Container
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 
@@ -127,6 +128,20 @@ def prepare(store: Store, request: Request, resources: Resources, stages: Stages
     candidates = (*request.references(store.steps), *grid)
     device = one.executor.device
     return SweepPlan(store, request, resources, candidates, lines, why, one.plan, device, table, needed, free)
+
+
+def known_scores(store: Store, top: Path) -> list[tuple[str, int, float, float | None]]:
+    """What a sweep's directory holds: curve, step, score and its standard error of each result that has a score.
+
+    None of a directory that is not there, or holds scores of other checkpoints. Raises RequestError for a damaged table.
+    """
+    table = Files(top).load()
+    if table is None or table.setting.base != store.base_content:
+        return []
+    if any(step not in store.steps or _content(store, step) != content for step, content in table.setting.window):
+        return []
+    scored = [(r, r.score) for r in table.results if r.content == content_of(store, r.candidate)]
+    return [(r.candidate.series, r.candidate.at, score, table.error(r)) for r, score in scored if score is not None]
 
 
 def _known(store: Store, request: Request, files: Files) -> Sweep:

@@ -55,7 +55,9 @@ def read_error(line: str, metric: str | None) -> float | None:
     except (ValueError, RecursionError):
         return None
     scores = [name for name in numbers if not _bare(name).endswith(_ERROR)]
-    name = metric if metric is not None else scores[0] if len(scores) == 1 else ""
+    if metric is None and len(scores) != 1:
+        return None
+    name = scores[0] if metric is None else metric
     parent, dot, own = name.rpartition(".")
     own, comma, kind = own.partition(",")
     found = [numbers.get(f"{parent}{dot}{other}") for other in (f"{own}_{_ERROR}{comma}{kind}", _ERROR)]

@@ -1,11 +1,11 @@
-"""The search for the best step of a recipe: farther and farther until scores drop, then nearer to the best.
+"""The search for the best step of a recipe: farther and farther until scores drop, then at the top of the curve between.
 
-A recipe moves weights along one direction, and the step says how far. Scores over it rise to a single top, as far as
-evaluations tell (docs/evidence.md). So this is a line search, with as few evaluations as it takes.
+A recipe moves weights along one direction, and the step says how far. Scores over it rise to one top and fall, as far as
+evaluations tell (docs/evidence.md). So this is a line search, in as few evaluations as it takes.
 """
 
 from collections.abc import Mapping
-from math import inf, sqrt
+from math import exp, inf, isfinite, log
 
 #: How many times as far ahead the next horizon is, and how many horizons and points between them there are at most.
 GROWTH, HORIZONS, BETWEEN = 3, 5, 2
@@ -17,32 +17,48 @@ def next_step(last: int, ahead: int, scores: Mapping[int, float | None], known: 
     """The step to evaluate next; None when the search is over.
 
     ``scores``: those of the steps so far, the higher the better, None where the evaluation failed. ``known``: that of step
-    ``last``, the last observed. ``error``: a drop that is not larger says nothing.
+    ``last``, the last observed. ``error``: a difference that is not larger says nothing.
     """
-    seen = {last: known}
+    seen = {0: known}
     for horizon in range(HORIZONS):
-        step = last + ahead * GROWTH**horizon
-        if step not in scores:
-            return step
-        seen[step] = -inf if (score := scores[step]) is None else score
-        if seen[step] < max(seen.values()) - error:
+        far = ahead * GROWTH**horizon
+        if last + far not in scores:
+            return last + far
+        seen[far] = _number(scores[last + far])
+        if seen[far] < max(seen.values()) - error:
             break
     for _ in range(BETWEEN):
-        between = _between(last, seen)
-        if between is None or between not in scores:
-            return between
-        seen[between] = -inf if (score := scores[between]) is None else score
+        far = _top(seen, error)
+        if far in seen or last + far not in scores:
+            return None if far in seen else last + far
+        seen[far] = _number(scores[last + far])
     return None
 
 
-def _between(last: int, seen: Mapping[int, float]) -> int | None:
-    """A step beside the best, halfway (in times as far ahead) to the better of its neighbours; None if there is none."""
+def _number(score: float | None) -> float:
+    return -inf if score is None else score
+
+
+def _top(seen: Mapping[int, float], error: float) -> int:
+    """How many steps ahead the best score seems to be; where that promises no more than the error, the best so far."""
     steps = sorted(seen)
-    best = min(steps, key=lambda step: (-seen[step], step))
-    place = steps.index(best)
-    for other in sorted(steps[max(place - 1, 0) : place] + steps[place + 1 : place + 2], key=lambda step: -seen[step]):
-        near, far = sorted((best - last, other - last))
-        middle = last + (round(sqrt(near * far)) if near else round(far / sqrt(GROWTH)))
-        if middle not in seen:
-            return middle
-    return None
+    place = min(range(len(steps)), key=lambda i: (-seen[steps[i]], i))
+    best = steps[place]
+    if place == len(steps) - 1:  # nothing dropped
+        return best
+    if not best:  # nothing helped; where the nearest was worse, one horizon nearer
+        return max(round(steps[1] / GROWTH), 1) if seen[steps[1]] < seen[0] - error else best
+    near, far = steps[place - 1], steps[place + 1]
+    left, right = log(best / (near or best / GROWTH)), log(far / best)
+    rise, fall = seen[best] - seen[near], seen[best] - seen[far]
+    if not isfinite(fall):  # the evaluation failed
+        return round(best * exp(right / 2))
+    height = rise + fall
+    if not isfinite(height) or height <= 0:
+        return best
+    # the parabola through the three, over the logarithm, seen from the best: height * (slope x - bend x^2)
+    rise, fall = rise / height, fall / height
+    bend = (rise / left + fall / right) / (left + right)
+    slope = (rise * right / left - fall * left / right) / (left + right)
+    promised = height * slope * slope / (4 * bend)
+    return round(best * exp(slope / (2 * bend))) if promised > error else best

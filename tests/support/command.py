@@ -11,7 +11,7 @@ from pathlib import Path
 from relexio.store.opening import open_store
 
 #: A line of progress. There are some where a pass takes longer than a second.
-PROGRESS = re.compile(r"^[^\n]*: \S+ \S+ of \S+ \S+, \S+ \S+/s, [\d:]+ left\n", re.MULTILINE)
+PROGRESS = re.compile(r"^[^\n]*: (\S+ \S+ of \S+ \S+, \S+ \S+/s, [\d:]+ left|100 %, done in [\d:]+)\n", re.MULTILINE)
 
 
 def without_progress(text: str) -> str:
