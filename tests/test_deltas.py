@@ -19,12 +19,12 @@ from relexio.engine.resources import Resources
 from relexio.progress import silent
 from relexio.store.opening import open_store
 from relexio.store.store import Store
-from relexio.verbs.convert import Request, convert, prepare
+from relexio.verbs.convert import Request, convert, follow, prepare
 from relexio.verbs.restore import restore
 from relexio.verbs.verify import find_originals, verify
 from tests.support.adapters import back, same, whole
 from tests.support.command import Relexio
-from tests.support.deltas import CHAINS, STILL, VERSIONS, model, unpack
+from tests.support.deltas import CHAINS, LEFT, STILL, VERSIONS, model, unpack
 from tests.support.make import load_checkpoint, save_checkpoint
 from tests.support.steps import CPU, small_blocks
 
@@ -215,6 +215,29 @@ def test_a_version_is_whole_when_its_last_file_is_there(runs: Path, case: str) -
             with pytest.raises(ValueError, match=f"has no {last.name}, which the trainer writes last"):
                 open_checkpoint(path, number)
         (runs / "last").rename(last)
+
+
+def test_versions_are_followed_and_each_is_unpacked_once(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version is taken when its last file is there, without waiting; one in which nothing changed, too."""
+    later, todo, read, added = tmp_path / "later", list(VERSIONS), list[tuple[int, str]](), list[int]()
+    (runs / "slime-xor").rename(later)
+    (runs / "slime-xor").mkdir()
+    monkeypatch.setattr(Delta, "frame", _noting(read))
+    monkeypatch.setattr(follow, "_QUIET", 1e9)
+    request = Request(tmp_path / "run.zarr", runs / "base", runs / "slime-xor")
+    for event in follow.follow(request, VERSIONS[-1], None, CPU, silent):
+        if isinstance(event, follow.Looked) and todo:
+            path = version(runs, "slime-xor", todo.pop(0))
+            shutil.copytree(later / path.name, path)
+        elif isinstance(event, follow.Added):
+            added += event.conversion.steps
+    assert added == list(VERSIONS)
+    assert read.count((5, LEFT)) == 0 and all(read.count((5, name)) == 1 for name in model(0) if name != LEFT)
+    stored = open_store(tmp_path / "run.zarr")
+    for step in VERSIONS:
+        same(back(stored, step, tmp_path / f"back-{step}"), model(step))
 
 
 def test_an_interrupted_conversion_goes_on(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
