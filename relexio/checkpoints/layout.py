@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from relexio.checkpoints import chunks, dcp, fsdp, lora, safetensors, torch_bin
+from relexio.checkpoints import chunks, dcp, delta, fsdp, lora, safetensors, torch_bin
 from relexio.checkpoints.protocol import Checkpoint
 from relexio.checkpoints.trainers import INSIDE, step_of
 from relexio.errors import CheckpointError, MissingError, RequestError
@@ -24,9 +24,11 @@ class Format(NamedTuple):
 
 #: A directory that has weights in no format is opened as this one, which says what is wrong.
 _PLAIN = Format(safetensors.weight_files, safetensors.open_directory)
-#: A directory is opened as the first that it has weights in. Chunks are safetensors files, and known by their names.
+#: A directory is opened as the first that it has weights in. Chunks are safetensors files, and known by their names; so are
+#: deltas, which are known by what is written last.
 FORMATS = (
     Format(chunks.weight_files, chunks.open_directory),
+    Format(delta.weight_files, delta.open_directory),
     _PLAIN,
     Format(fsdp.weight_files, fsdp.open_directory),
     Format(torch_bin.weight_files, torch_bin.open_directory),

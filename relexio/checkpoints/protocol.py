@@ -62,6 +62,10 @@ class Checkpoint(Protocol):
         """The model itself, where this is what a trainer keeps beside its base, such as an adapter. Raises CheckpointError."""
         return self
 
+    def at(self, step: int, made_of: tuple[tuple[str, int, int], ...]) -> "Checkpoint | None":
+        """Where this is a base: the model at a step that was made of such files and is at hand, so that deltas go on from it."""
+        return None
+
     def kept_open(self) -> AbstractContextManager[None]:
         """Let it be read to its end, though a trainer removes its files meanwhile: in this process only."""
         return nullcontext()

@@ -99,7 +99,7 @@ def _open(path: Path, step: int | None, top: Path | None) -> HuggingFace:
         if index.stat().st_size > MAX_HEADER:
             raise CheckpointError(f"{index}: {index.stat().st_size:,} bytes, more than any index has; copy it again")
         data = inside(path, index).read_bytes()
-        shards = _sharded(path, data)
+        shards = sharded(path, data)
     else:
         data = None
         shards = (read_shard(inside(path, _single(path, step))),)
@@ -163,7 +163,8 @@ def _other_format(path: Path) -> str | None:
     return None
 
 
-def _sharded(path: Path, data: bytes) -> tuple[Shard, ...]:
+def sharded(path: Path, data: bytes) -> tuple[Shard, ...]:
+    """The shards that an index names. Raises CheckpointError unless they hold what it says."""
     index = path / INDEX
     weight_map = parse_json(data, index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):

@@ -3,6 +3,7 @@
 from contextlib import suppress
 from pathlib import Path
 
+from relexio.checkpoints import delta
 from relexio.checkpoints.files import INDEX
 from relexio.checkpoints.layout import weights
 from relexio.checkpoints.trainers import BESIDE, MARKERS
@@ -14,7 +15,8 @@ Stamps = tuple[tuple[str, int, int], ...]
 def weight_stamps(model: Path) -> Stamps:
     """Name, size and time of the weights in a model's directory; empty if there are none, or they are on their way out."""
     with suppress(OSError):
-        stats = [(file.name, file.stat()) for file in weights(model) if file.name != INDEX]
+        whole = delta.is_whole(model)  # one in which nothing changed is an index, and no more
+        stats = [(file.name, file.stat()) for file in weights(model) if file.name != INDEX or whole]
         return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
     return ()
 
@@ -55,6 +57,8 @@ class Watch:
         newest = max((time for _, _, time in stamps), default=0)
         top = self._root / model.relative_to(self._root).parts[0]
         if any(_time(folder / name) >= newest for name in MARKERS for folder in (top, model)):
+            return True
+        if delta.is_whole(model):
             return True
         return any(_time(self._root / name) >= newest and _number(self._root / name) >= step for name in BESIDE)
 

@@ -97,10 +97,10 @@ def written_again(
     Names, sizes and times of files are compared. Where only times differ, as in a copy of a run, so are hashes of some
     blocks. A checkpoint that is no longer complete, or cannot be read, is not compared.
     """
-    again = []
+    again, base = [], StoredBase(store)
     for segment in store.segments:
         records = store.checkpoints(segment) if any(step in sources for step in segment.steps) else {}
-        again += [s for s, record in records.items() if s in sources and _is_other(store, record, sources[s])]
+        again += [s for s, record in records.items() if s in sources and _is_other(store, base, record, sources[s])]
     if not again:
         return None
     named = ", ".join(map(str, sorted(again)[:6])) + (f" and {len(again) - 6} more" if len(again) > 6 else "")
@@ -117,7 +117,7 @@ def written_again(
     )
 
 
-def _is_other(store: Store, record: CheckpointRecord, source: Source) -> bool:
+def _is_other(store: Store, base: StoredBase, record: CheckpointRecord, source: Source) -> bool:
     """Whether a source is another checkpoint than the one that was stored for its step."""
     try:
         if isinstance(source, Path) and not record.changed_in(weight_stamps(source)):
@@ -129,7 +129,7 @@ def _is_other(store: Store, record: CheckpointRecord, source: Source) -> bool:
     if now and then and (now == then or {stamp[:2] for stamp in now} != {stamp[:2] for stamp in then}):
         return now != then
     try:
-        checkpoint = as_stored(checkpoint, StoredBase(store))
+        checkpoint = as_stored(checkpoint, base)
         return any(_differs(store, checkpoint, block) for block in _telling(store, record.step or 0))
     except CheckpointError:
         return True

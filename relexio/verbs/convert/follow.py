@@ -185,7 +185,7 @@ class _Follower:
             return
         command = f"relexio convert {quote(str(self._root))} -o {quote(self.store.shown)} --replace {checkpoint.step}:"
         advice = f"training was resumed and wrote it again; to have the new steps, run {command}, then follow again"
-        require_same(self.store, as_stored(checkpoint, StoredBase(self.store)), advice)
+        require_same(self.store, as_stored(checkpoint, StoredBase(self.store, going_on=True)), advice)
 
     def _add(self, opened: dict[int, Checkpoint]) -> Iterator[Added | str]:
         while opened:

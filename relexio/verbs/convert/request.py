@@ -112,7 +112,7 @@ def prepare(request: Request, resources: Resources, stages: Stages) -> Conversio
     base = open_checkpoint(request.base) if request.base else None
     table = store.table if store else _table(base, opened, request.dtype)
     label = base.label if base else f"the base of {out}"
-    below = base or (StoredBase(store) if store else None)
+    below = base or (StoredBase(store, going_on=True) if store else None)
     checkpoints = tuple(match(c.over(below) if below else c, table, label) for c in opened)
     notes = [f"not step directories, left out: {', '.join(others)}"] if others else []
     notes += [*unfinished, *_casts(checkpoints, table, request, store)]
