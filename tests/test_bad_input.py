@@ -161,7 +161,7 @@ def test_nan_in_the_base_is_refused_where_it_changes_and_kept_where_it_never_doe
     for step in (1, 2, 3, 5):
         element(NORM, np.nan)(Path(f"steps/global_step_{step}"))
     assert relexio(*NEW.split()).code == 0
-    assert relexio("predict", "new", "--step", "9", "-o", "out").code == 0
+    assert relexio("predict", "new", "--method", "relex", "--step", "9", "-o", "out").code == 0
     assert np.flatnonzero(np.isnan(load_file(Path("out", FILE))[NORM].astype("f4"))).tolist() == [3]
 
 

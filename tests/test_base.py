@@ -62,7 +62,9 @@ def test_every_command_asks(wrong: Run, tmp_path: Path, relexio: Relexio) -> Non
     for command in ("inspect", "findings"):
         assert ASKED in relexio(command, store.address).err
     for window in ("1:34", "5:34"):  # whatever the window
-        predicted = relexio("predict", store.address, "--window", window, "--step", 60, "-o", tmp_path / window[:1])
+        predicted = relexio(
+            "predict", store.address, "--window", window, "--method", "relex", "--step", 60, "-o", tmp_path / window[:1]
+        )
         assert predicted.code == 0 and f"{ASKED}\n" in predicted.err
     assert any(ASKED in text for text in fit_run(store).notes)
     assert ASKED in json.loads(relexio("backtest", store.address, "--json").out)["doubt"]

@@ -53,7 +53,12 @@ def test_steps_are_stored_in_the_types_of_the_base(tmp_path: Path, run: dict[int
     done = relexio("verify", out, tmp_path / "run")
     assert done.code == 0 and "whole" in done.out
     for store in (out, truth):
-        assert relexio("predict", store, "--step", 20, "-o", tmp_path / f"predicted-{store.stem}").code == 0
+        assert (
+            relexio(
+                "predict", store, "--method", "relex", "--step", 20, "-o", tmp_path / f"predicted-{store.stem}"
+            ).code
+            == 0
+        )
     weights = [(tmp_path / f"predicted-{name}" / "model.safetensors").read_bytes() for name in ("run", "truth")]
     assert weights[0] == weights[1]
 

@@ -240,7 +240,7 @@ def test_side_files_where_predictions_have_their_own(tmp_path: Path, relexio: Re
     last.mkdir()
     (last / "x.json").write_text("{}")
     assert relexio("convert", run.steps_path, "--base", run.base_path, "-o", tmp_path / "run.zarr").code == 0
-    done = relexio("predict", tmp_path / "run.zarr", "--step", 20, "-o", out)
+    done = relexio("predict", tmp_path / "run.zarr", "--method", "relex", "--step", 20, "-o", out)
     assert done.code == 0, done.err
     (said,) = (line for line in done.err.splitlines() if "left out of the prediction" in line)
     assert all(name in said for name in (*strange, "config.json/x.json"))

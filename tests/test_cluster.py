@@ -266,7 +266,20 @@ def test_the_end_of_a_scheduler_is_one_line(run: Run, tmp_path: Path, scheduler:
     store, out = tmp_path / "run.zarr", tmp_path / "out"
     store_run(run, store)
     pid, address = scheduler
-    command = ["predict", store, "--step", 40, "-o", out, "--scheduler", address, "--device", "cpu"]
+    command = [
+        "predict",
+        store,
+        "--method",
+        "relex",
+        "--step",
+        40,
+        "-o",
+        out,
+        "--scheduler",
+        address,
+        "--device",
+        "cpu",
+    ]
     ending = [sys.executable, "-c", ENDING, when, str(pid), *map(str, command)]
     done = subprocess.run(ending, capture_output=True, text=True)
     said = [line for line in without_progress(done.stderr).splitlines() if not line.startswith("note: ")]
@@ -341,7 +354,7 @@ def test_the_command_line(
         out = tmp_path / name
         for command in (
             ["convert", run.steps_path, "--base", run.base_path, "-o", out / "run.zarr"],
-            ["predict", out / "run.zarr", "--step", 40, "-o", out / "predicted"],
+            ["predict", out / "run.zarr", "--method", "relex", "--step", 40, "-o", out / "predicted"],
         ):
             done = in_process(*command, *options)
             expected = ("note: step 40 is beyond", "convert: ", "predict: ", "fit: ")  # progress, where it takes long
@@ -514,8 +527,8 @@ def test_all_processes_together_stay_under_the_budget(tmp_path: Path) -> None:
     run = tmp_path / "run.zarr"
     for command in (
         ("convert", tmp_path / "steps", "--base", tmp_path / "base", "-o", run),
-        ("predict", run, "--step", 5000, "-o", tmp_path / "out"),
-        ("predict", run, "--step", 5000, "--solver", "blocks", "-o", tmp_path / "again"),
+        ("predict", run, "--method", "relex", "--step", 5000, "-o", tmp_path / "out"),
+        ("predict", run, "--method", "relex", "--step", 5000, "--solver", "blocks", "-o", tmp_path / "again"),
     ):
         found = peaks(*command, *options)
         print(command[0], sorted(size // 10**6 for size in found.values()))

@@ -244,7 +244,7 @@ def test_a_kept_fit_of_other_data_is_not_used(tmp_path: Path, relexio: Relexio, 
     """A sibling, or a backup, copied over a store brings steps that the kept fit does not know."""
     steps, store = (1, 2, 3, 5), tmp_path / "run.zarr"
     runs = [make_run(tmp_path / str(seed), steps=steps, seed=seed) for seed in (0, 1)]
-    predict = ("--step", 9, "--solver", solver, "-o")
+    predict = ("--method", "relex", "--step", 9, "--solver", solver, "-o")
     for run in runs:
         store_run(run, run.steps_path.parent / "run.zarr")
     ours, theirs = (run.steps_path.parent / "run.zarr" for run in runs)
@@ -276,7 +276,7 @@ def test_a_read_only_store_can_be_used(tmp_path: Path) -> None:
     store_run(run, tmp_path / "run.zarr")
     before = snapshot(tmp_path / "run.zarr")
     (tmp_path / "run.zarr" / "cache").write_text("in the way of a directory")
-    done = in_process("predict", tmp_path / "run.zarr", "--step", 40, "-o", tmp_path / "out")
+    done = in_process("predict", tmp_path / "run.zarr", "--method", "relex", "--step", 40, "-o", tmp_path / "out")
     assert done.code == 0, done.err
     (tmp_path / "run.zarr" / "cache").unlink()
     assert snapshot(tmp_path / "run.zarr") == before
@@ -296,7 +296,7 @@ def test_a_time_before_1970_or_after_2262(tmp_path: Path, relexio: Relexio, seco
     assert relexio(*command, "--steps", "1:2").code == 0
     assert relexio(*command).code == 0, "an append compares the base by its time"
     assert relexio("verify", store, run.steps_path, "--base", run.base_path).code == 0
-    assert relexio("predict", store, "--step", 9, "-o", tmp_path / "out").code == 0
+    assert relexio("predict", store, "--method", "relex", "--step", 9, "-o", tmp_path / "out").code == 0
     assert relexio("restore", store, "--step", 3, "-o", tmp_path / "step").code == 0
     assert snapshot(tmp_path / "step") == snapshot(run.steps_path / "global_step_3")
     record = open_store(store).base()

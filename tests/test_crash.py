@@ -68,7 +68,7 @@ def test_predict_killed_at_random(run: Run, tmp_path: Path) -> None:
     assert in_process("convert", run.steps_path, "--base", run.base_path, "-o", store).code == 0
     before = snapshot(store)
     want = tmp_path / "want"
-    predict = ["predict", store, "--step", 100, "-o"]
+    predict = ["predict", store, "--method", "relex", "--step", 100, "-o"]
     for i in range(6):
         out = tmp_path / f"out-{i}"
         kill_during([*predict, out], rng.uniform(0.2, 1.6))

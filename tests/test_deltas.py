@@ -192,7 +192,7 @@ def test_a_run_goes_through_every_verb(runs: Path, tmp_path: Path, relexio: Rele
         assert relexio("restore", out, "--step", step, "-o", tmp_path / f"back-{step}").code == 0
         assert (tmp_path / f"back-{step}" / "config.json").exists()
     assert relexio("verify", out, runs / case, "--base", runs / "base").code == 0
-    assert relexio("predict", out, "--step", 12, "-o", tmp_path / "predicted").code == 0
+    assert relexio("predict", out, "--method", "relex", "--step", 12, "-o", tmp_path / "predicted").code == 0
     done = relexio("convert", runs / case, "-o", out, "--delete-verified")
     assert "the trajectory has the model that these files make" in done.out + done.err
     assert version(runs, case, 5).exists()

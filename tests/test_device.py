@@ -133,7 +133,9 @@ def test_the_command_line_says_it_as_a_note(
     small_blocks(monkeypatch, 1024)
     use(monkeypatch, StandIn(room=150_000))
     store = store_run(run, tmp_path / "run.zarr").address
-    done = relexio("predict", store, "--step", 40, "-o", tmp_path / "out", "--device", "cuda", "--workers", 4)
+    done = relexio(
+        "predict", store, "--method", "relex", "--step", 40, "-o", tmp_path / "out", "--device", "cuda", "--workers", 4
+    )
     notes = [line for line in done.err.splitlines() if "out of memory" in line]
     assert done.code == 0 and len(notes) == 1 and notes[0].startswith("note: the device ")
 
@@ -144,7 +146,7 @@ def test_other_warnings_are_shown_as_python_does(
     store = store_run(run, tmp_path / "run.zarr").address
     monkeypatch.setattr("relexio.engine.executor.limited", lambda *_: warnings.warn("of another kind", stacklevel=1))
     with pytest.raises(UserWarning, match="another kind"):  # pytest makes it an error: the filters are left alone
-        relexio("predict", store, "--step", 40, "-o", tmp_path / "out", "--device", "cpu")
+        relexio("predict", store, "--method", "relex", "--step", 40, "-o", tmp_path / "out", "--device", "cpu")
 
 
 @pytest.mark.filterwarnings("ignore::relexio.errors.RelexioWarning")

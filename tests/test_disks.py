@@ -95,7 +95,10 @@ def test_a_disk_without_inodes(run: Run, tmp_path: Path, disk: Path, relexio: Re
     assert relexio("convert", *arguments, tmp_path / "run.zarr").code == 0
     while os.statvfs(disk).f_favail:
         tempfile.mkstemp(dir=disk)
-    refused(relexio("predict", tmp_path / "run.zarr", "--step", 9, "-o", disk / "out"), "no inode is left on its disk")
+    refused(
+        relexio("predict", tmp_path / "run.zarr", "--method", "relex", "--step", 9, "-o", disk / "out"),
+        "no inode is left on its disk",
+    )
 
 
 def test_a_report_that_does_not_fit_leaves_nothing(run: Run, tmp_path: Path, disk: Path, relexio: Relexio) -> None:
@@ -118,12 +121,12 @@ def test_a_full_disk_and_a_prediction(run: Run, tmp_path: Path, disk: Path, rele
     out = disk / "run.zarr"
     assert relexio("convert", run.steps_path, "--base", run.base_path, "-o", out).code == 0
     before, filler = snapshot(out), fill(disk, 4 << 10)
-    refused(relexio("predict", out, "--step", 9, "-o", disk / "out"), str(disk), "needed", "free")
-    elsewhere = relexio("predict", out, "--step", 9, "-o", tmp_path / "out")
+    refused(relexio("predict", out, "--method", "relex", "--step", 9, "-o", disk / "out"), str(disk), "needed", "free")
+    elsewhere = relexio("predict", out, "--method", "relex", "--step", 9, "-o", tmp_path / "out")
     assert elsewhere.code == 0, "a fit that cannot be kept is no reason to fail"
     assert snapshot(out) == before
     filler.unlink()
-    assert relexio("predict", out, "--step", 9, "-o", disk / "out").code == 0
+    assert relexio("predict", out, "--method", "relex", "--step", 9, "-o", disk / "out").code == 0
     assert snapshot(disk / "out") == snapshot(tmp_path / "out")
     assert [p.name for p in sorted((out / "cache").iterdir())] == ["gram-0004"]
 
@@ -134,7 +137,11 @@ def test_a_disk_that_fills_up_while_predicting(
     out = disk / "run.zarr"
     assert relexio("convert", run.steps_path, "--base", run.base_path, "-o", out).code == 0
     monkeypatch.setattr("relexio.verbs.predict.check_targets", lambda store, targets: fill(disk, 100 << 10))
-    refused(relexio("predict", out, "--step", 9, "-o", disk / "out"), str(disk / "out"), "bytes are left")
+    refused(
+        relexio("predict", out, "--method", "relex", "--step", 9, "-o", disk / "out"),
+        str(disk / "out"),
+        "bytes are left",
+    )
     assert sorted(p.name for p in disk.iterdir()) == ["filler", "run.zarr"]
 
 
@@ -143,8 +150,8 @@ def test_a_disk_that_turns_read_only(run: Run, tmp_path: Path, disk: Path, relex
     assert relexio("convert", run.steps_path, "--base", run.base_path, "--steps", "1:2", "-o", out).code == 0
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     refused(relexio("convert", run.steps_path, "-o", out), str(disk), "read-only")
-    refused(relexio("predict", out, "--step", 9, "-o", disk / "out"), str(disk))
-    assert relexio("predict", out, "--step", 9, "-o", tmp_path / "out").code == 0
+    refused(relexio("predict", out, "--method", "relex", "--step", 9, "-o", disk / "out"), str(disk))
+    assert relexio("predict", out, "--method", "relex", "--step", 9, "-o", tmp_path / "out").code == 0
     whole(relexio, out, (1, 2))
     subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
     assert relexio("convert", run.steps_path, "-o", out).code == 0
@@ -165,8 +172,12 @@ def test_a_directory_that_is_not_ours(open_folder: Path) -> None:
     assert in_process(*command, out, "--steps", "1:2").code == 0
     before = snapshot(out)
     refused(nobody("convert", run.steps_path, "-o", out), str(out), "permission")
-    refused(nobody("predict", out, "--step", 9, "-o", open_folder / "out"), str(open_folder), "permission")
-    assert nobody("predict", out, "--step", 9, "-o", theirs / "out").code == 0
+    refused(
+        nobody("predict", out, "--method", "relex", "--step", 9, "-o", open_folder / "out"),
+        str(open_folder),
+        "permission",
+    )
+    assert nobody("predict", out, "--method", "relex", "--step", 9, "-o", theirs / "out").code == 0
     assert nobody("verify", out).code == 0
     (out / "segments/0000/changed/zarr.json").chmod(0)
     refused(nobody("inspect", out), "segments/0000/changed", "ermission")
@@ -290,7 +301,9 @@ def test_data_is_on_the_disk_before_what_names_it(
     """And the name itself when the command ends. Where a sync is taken away, this test sees it."""
     store, out = tmp_path / "run.zarr", tmp_path / "out"
     convert = ["convert", run.steps_path, "--base", run.base_path, "-o", store]
-    arguments = {"predict": ["predict", store, "--step", 9, "-o", out], "append": convert}.get(command, convert)
+    arguments = {"predict": ["predict", store, "--method", "relex", "--step", 9, "-o", out], "append": convert}.get(
+        command, convert
+    )
     if command == "restore":
         arguments = ["restore", store, "--step", 2, "-o", out]
     if command != "convert":
@@ -334,7 +347,7 @@ def test_one_writes_and_others_read(run: Run, tmp_path: Path, relexio: Relexio) 
         assert f"process {writer.pid} is" in second.err or "another process is" in second.err
         seen = set()
         while writer.poll() is None:
-            done = relexio("predict", store, "--step", 9, "-o", tmp_path / "out")
+            done = relexio("predict", store, "--method", "relex", "--step", 9, "-o", tmp_path / "out")
             assert done.code == 0, done.err
             assert relexio("verify", store).code == 0
             seen.add((tmp_path / "out" / "model.safetensors").read_bytes())
@@ -347,7 +360,7 @@ def test_one_writes_and_others_read(run: Run, tmp_path: Path, relexio: Relexio) 
     want = set()
     for window in ("1:2", "1:4"):
         out = tmp_path / window
-        assert relexio("predict", store, "--step", 9, "--window", window, "-o", out).code == 0
+        assert relexio("predict", store, "--method", "relex", "--step", 9, "--window", window, "-o", out).code == 0
         want.add((out / "model.safetensors").read_bytes())
     assert seen and seen <= want and len(want) == 2
     whole(relexio, store, (1, 2, 3, 4))
@@ -361,7 +374,7 @@ def test_a_kept_fit_that_another_process_finishes_meanwhile(
     assert relexio("convert", run.steps_path, "--base", run.base_path, "-o", store).code == 0
     real = LocalStorage.names
     monkeypatch.setattr(LocalStorage, "names", lambda where: [*real(where), f"gram-0000-x{atomic.PARTIAL}"])
-    assert relexio("predict", store, "--step", 9, "-o", tmp_path / "out").code == 0
+    assert relexio("predict", store, "--method", "relex", "--step", 9, "-o", tmp_path / "out").code == 0
     assert (store / "cache/gram-0004").exists()
 
 

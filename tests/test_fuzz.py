@@ -127,7 +127,7 @@ def test_options_of_convert(run: Run, relexio: Relexio, option: str) -> None:
 def test_options_of_predict(run: Run, relexio: Relexio, option: str) -> None:
     assert relexio("convert", "steps", "--base", "base", "-o", "run.zarr").code == 0
     step = [] if option == "--step" else ["--step", "9"]
-    _any_text(relexio, ["predict", "run.zarr", "-o", "new", *step, "--dry-run", option])
+    _any_text(relexio, ["predict", "run.zarr", "-o", "new", "--method", "relex", *step, "--dry-run", option])
     if option == "--step":
         _any_text(relexio, ["restore", "run.zarr", "-o", "new", "--step"])
 
@@ -200,7 +200,7 @@ def test_a_cache_that_is_a_link_is_not_written_to(tmp_path: Path, run: Run, rele
     assert relexio("convert", "steps", "--base", "base", "-o", "run.zarr").code == 0
     (tmp_path / "elsewhere" / "gram-0000").mkdir(parents=True)
     (tmp_path / "run.zarr" / "cache").symlink_to(tmp_path / "elsewhere")
-    done = relexio("predict", "run.zarr", "--step", "9", "-o", "out")
+    done = relexio("predict", "run.zarr", "--method", "relex", "--step", "9", "-o", "out")
     assert done.code == 0 and "not kept" in done.err
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["gram-0000"]
 
@@ -209,4 +209,4 @@ def test_names_in_the_cache_that_nobody_wrote(tmp_path: Path, run: Run, relexio:
     assert relexio("convert", "steps", "--base", "base", "-o", "run.zarr").code == 0
     for name in ("gram", "gramophone", "gram-", "gram-x-y"):
         (tmp_path / "run.zarr" / "cache" / name).mkdir(parents=True)
-    assert relexio("predict", "run.zarr", "--step", "9", "-o", "out").code == 0
+    assert relexio("predict", "run.zarr", "--method", "relex", "--step", "9", "-o", "out").code == 0

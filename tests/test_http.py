@@ -40,11 +40,13 @@ def url(tmp_path: Path) -> Iterator[str]:
 def test_it_is_predicted_swept_and_verified(run: Run, url: str, tmp_path: Path, relexio: Relexio) -> None:
     """In processes of their own, as the connections of one last as long as it does."""
     store, before = tmp_path / "served" / "run.zarr", snapshot(tmp_path / "served")
-    ahead = in_process("predict", f"{url}/run.zarr", "--step", 20, "-o", tmp_path / "there", "--dry-run")
+    ahead = in_process(
+        "predict", f"{url}/run.zarr", "--method", "relex", "--step", 20, "-o", tmp_path / "there", "--dry-run"
+    )
     assert ahead.code == 0 and re.search(r"to read +[1-9]", ahead.out), ahead.err
     sweep = ("--steps", 20, "--eval", "echo $RELEXIO_STEP # {checkpoint}", "-o", tmp_path / "swept")
     for command in (
-        ("predict", f"{url}/run.zarr", "--step", 20, "-o", tmp_path / "there"),
+        ("predict", f"{url}/run.zarr", "--method", "relex", "--step", 20, "-o", tmp_path / "there"),
         ("sweep", f"{url}/run.zarr", *sweep),
         ("verify", f"{url}/run.zarr"),
         ("inspect", f"{url}/run.zarr"),
@@ -52,7 +54,7 @@ def test_it_is_predicted_swept_and_verified(run: Run, url: str, tmp_path: Path, 
         done = in_process(*command)
         assert done.code == 0, done.err
     assert snapshot(tmp_path / "served") == before
-    assert relexio("predict", store, "--step", 20, "-o", tmp_path / "here").code == 0
+    assert relexio("predict", store, "--method", "relex", "--step", 20, "-o", tmp_path / "here").code == 0
     assert snapshot(tmp_path / "there") == snapshot(tmp_path / "here")
 
 

@@ -150,7 +150,7 @@ def test_large_files_are_stored_and_those_of_tensors_named(
     gone = ("huge", "original/consolidated.00.pth")
     assert snapshot(Path("back")) == {n: d for n, d in snapshot(run.base_path).items() if n not in gone}
     assert relexio("verify", "run.zarr", run.steps_path, "--base", run.base_path).code == 0
-    assert relexio("predict", "run.zarr", "--step", 9, "-o", "out").code == 0
+    assert relexio("predict", "run.zarr", "--method", "relex", "--step", 9, "-o", "out").code == 0
     assert Path("out/tokenizer.big").read_bytes() == large
     (pieces,) = [p for p in Path("run.zarr/files").glob("*/c") if len(list(p.iterdir())) == 6]
     one, other = pieces / "1", pieces / "3"

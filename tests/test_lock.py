@@ -148,7 +148,7 @@ def test_another_convert_has_failed(run: Run, tmp_path: Path, relexio: Relexio, 
 def test_another_prediction_has_ended(run: Run, tmp_path: Path, relexio: Relexio, meanwhile: Meanwhile) -> None:
     store, out = tmp_path / "run.zarr", tmp_path / "out"
     assert relexio("convert", run.steps_path, "--base", run.base_path, "-o", store).code == 0
-    predict = ["predict", store, "--step", 9, "-o", out]
+    predict = ["predict", store, "--method", "relex", "--step", 9, "-o", out]
     assert relexio(*predict[:-1], tmp_path / "other").code == 0  # the fit is kept: the next lock is that of the output
     meanwhile(lambda: in_process(*predict))
     refused(relexio(*predict), "was created by something else meanwhile; give another -o")
@@ -177,7 +177,7 @@ def test_a_fit_that_another_process_clears_away(
                 other.enter_context(kept.below(name).locked())
 
         meanwhile(clear_away)
-        done = relexio("predict", store, "--step", 9, "-o", tmp_path / "out")
+        done = relexio("predict", store, "--method", "relex", "--step", 9, "-o", tmp_path / "out")
         assert done.code == 0 and "not kept" not in done.err, done.err
     assert "gram-0004" in kept.names()
     assert len(kept.names()) == (1 if ended else 2)

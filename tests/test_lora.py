@@ -98,7 +98,7 @@ def test_a_run_of_adapters_goes_through_every_verb(tmp_path: Path, relexio: Rele
         assert {p.name for p in (tmp_path / f"back-{step}").iterdir()} == {"model.safetensors", "tokenizer.json"}
         assert {WEIGHTS, CONFIG} <= {Path(name).name for name in stored.record(step).not_stored.files}
     assert relexio("verify", out, root, "--base", tmp_path / "base").code == 0
-    assert relexio("predict", out, "--step", 12, "-o", tmp_path / "predicted").code == 0
+    assert relexio("predict", out, "--method", "relex", "--step", 12, "-o", tmp_path / "predicted").code == 0
     assert not list((tmp_path / "predicted").glob("adapter*"))
     assert list(load_checkpoint(tmp_path / "predicted")) == list(merged("plain"))
     before = snapshot(root)

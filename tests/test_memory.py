@@ -39,8 +39,20 @@ def check(tmp_path: Path, allowed: str, dense: int) -> None:
     assert dense >= 5 * budget, "the case must be one that cannot be held in memory"
     options = ("--memory", allowed, "--workers", 2)
     convert = ("convert", tmp_path / "steps", "--base", tmp_path / "base", "-o", run, *options)
-    predict = ("predict", run, "--step", 5000, "-o", tmp_path / "out", *options)
-    again = ("predict", run, "--step", 6000, "--solver", "blocks", "-o", tmp_path / "again", *options)
+    predict = ("predict", run, "--method", "relex", "--step", 5000, "-o", tmp_path / "out", *options)
+    again = (
+        "predict",
+        run,
+        "--method",
+        "relex",
+        "--step",
+        6000,
+        "--solver",
+        "blocks",
+        "-o",
+        tmp_path / "again",
+        *options,
+    )
     told = [(name, run, *options) for name in ("inspect", "backtest", "findings")]
     for command in (convert, predict, again, *told):
         found = peak(*command)
@@ -66,7 +78,7 @@ def test_files_larger_than_the_memory(tmp_path: Path) -> None:
     for command in (
         ("convert", tmp_path / "steps", "--base", tmp_path / "base", "-o", run),
         ("restore", run, "--step", "base", "-o", tmp_path / "back"),
-        ("predict", run, "--step", 9, "-o", tmp_path / "out"),
+        ("predict", run, "--method", "relex", "--step", 9, "-o", tmp_path / "out"),
         ("verify", run, "--base", tmp_path / "base"),
     ):
         assert peak(*command, "--memory", "200MB", "--workers", 1) <= 200_000_000, command[0]
@@ -93,7 +105,7 @@ def test_steps_added_one_at_a_time(tmp_path: Path) -> None:
     for step in range(1, 31):
         extra = ("--base", tmp_path / "base") if step == 1 else ()
         peak("convert", tmp_path / "steps", *extra, "--steps", step, "-o", run, "--memory", "256MB")
-    for command in (("predict", run, "--step", 900, "-o", tmp_path / "out"), ("inspect", run)):
+    for command in (("predict", run, "--method", "relex", "--step", 900, "-o", tmp_path / "out"), ("inspect", run)):
         assert peak(*command, "--memory", "256MB") <= 256_000_000
 
 

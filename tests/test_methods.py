@@ -205,7 +205,20 @@ def test_what_is_written_is_the_truth(tmp_path: Path, recipe: Recipe, solver: st
 def test_chosen_tensors_alone_are_predicted(run: Run, tmp_path: Path, others: str, relexio: Relexio) -> None:
     store_run(run, tmp_path / "run.zarr")
     out = tmp_path / "out"
-    command = ("predict", tmp_path / "run.zarr", "--step", 100, "--exclude", "*norm*", "--others", others, "-o", out)
+    command = (
+        "predict",
+        tmp_path / "run.zarr",
+        "--method",
+        "relex",
+        "--step",
+        100,
+        "--exclude",
+        "*norm*",
+        "--others",
+        others,
+        "-o",
+        out,
+    )
     done = relexio(*command)
     assert done.code == 0 and "2 of 3; the others are as in" in done.out
     found, whole = (
@@ -224,7 +237,18 @@ def test_chosen_tensors_that_never_moved(tmp_path: Path, relexio: Relexio) -> No
     steps = move(base, [1, 2, 3, 4, 5, 6], still=("model.norm.weight",))
     run = Run(tmp_path, base, steps)
     store_run(run, tmp_path / "run.zarr")
-    done = relexio("predict", tmp_path / "run.zarr", "--step", 8, "--include", "*norm*", "-o", tmp_path / "out")
+    done = relexio(
+        "predict",
+        tmp_path / "run.zarr",
+        "--method",
+        "relex",
+        "--step",
+        8,
+        "--include",
+        "*norm*",
+        "-o",
+        tmp_path / "out",
+    )
     assert done.code == 0 and "none of the chosen tensors changed" in done.err and "same as" not in done.err
     assert "verdict  none" in done.out
 
@@ -262,7 +286,7 @@ def test_a_tensor_that_cannot_be_predicted_can_be_left_out(tmp_path: Path, relex
     for step, tensors in {0: base, **steps}.items():
         tensors["fp8"] = (np.arange(8, dtype=np.uint8) + np.uint8(step)).view(FP8)
     store_run(Run(tmp_path, base, steps, pattern="step_{}"), tmp_path / "run.zarr")
-    command = ("predict", tmp_path / "run.zarr", "--step", 9)
+    command = ("predict", tmp_path / "run.zarr", "--method", "relex", "--step", 9)
     refused = relexio(*command, "-o", tmp_path / "no")
     assert refused.code == 1 and "fp8" in refused.err and "--exclude" in refused.err
     for others, want in (("last", steps[3]), ("base", base)):

@@ -12,7 +12,7 @@ from tests.support.steps import small_blocks, store_run
 
 Files = dict[str, bytes]
 SHAPES = {"w": (50, 20), "norm": (9,), "v": (30, 30)}
-PREDICT = ("predict", "run.zarr", "--step", 20, "-o", "out")
+PREDICT = ("predict", "run.zarr", "--method", "relex", "--step", 20, "-o", "out")
 
 
 @pytest.fixture

@@ -97,7 +97,7 @@ def test_commands_on_an_address_with_a_password(at_url: Path, run: Run, relexio:
         assert SEEN in clean(relexio(command, URL))
         assert json.loads(relexio(command, URL, "--json").out)["path"] == SEEN
     assert SEEN in clean(relexio("verify", URL, run.steps_path))
-    clean(relexio("predict", URL, "--step", 50, "-o", at_url / "out"))
+    clean(relexio("predict", URL, "--method", "relex", "--step", 50, "-o", at_url / "out"))
     clean(relexio("restore", URL, "--step", 20, "-o", at_url / "step"))
     nothing_below(at_url)
     trajectory = package.open(URL)
@@ -161,7 +161,9 @@ def a_writer(files: Any, top: str) -> None:
 @pytest.mark.parametrize("fault", [damaged_marker, damaged_array, damaged_chunk, all_gone])
 def test_errors_about_an_address_with_a_password(at_url: Path, relexio: Relexio, fault: Any) -> None:
     fault(*files_at(URL))
-    assert "***@here/run.zarr" in clean(relexio("predict", URL, "--step", 50, "-o", at_url / "out"), 1)
+    assert "***@here/run.zarr" in clean(
+        relexio("predict", URL, "--method", "relex", "--step", 50, "-o", at_url / "out"), 1
+    )
     clean(relexio("verify", URL), 1)
 
 
@@ -196,7 +198,7 @@ def test_storage_that_tells_the_password(
         ["convert", f"s3://user:{SECRET}@here/steps", "-o", "run.zarr"],
         ["convert", "steps", "-o", f"s3://user:{SECRET}@here/run.zarr.relexio-partial"],
         ["verify", URL, f"s3://user:{SECRET}@here/steps"],
-        ["predict", URL, "--step", "50", "-o", f"s3://user:{SECRET}@here/out"],
+        ["predict", URL, "--method", "relex", "--step", "50", "-o", f"s3://user:{SECRET}@here/out"],
         ["report", URL, "-o", f"s3://user:{SECRET}@here/out"],
         ["inspect", URL, "--scheduler", f"tcp://user:{SECRET}@here"],
     ],
@@ -214,7 +216,7 @@ def test_wrong_usage(relexio: Relexio) -> None:
 def test_predictions_carry_no_path(run: Run, relexio: Relexio, tmp_path: Path) -> None:
     store, out = tmp_path / "run.zarr", tmp_path / "out"
     clean(relexio("convert", run.steps_path, "--base", run.base_path, "-o", store))
-    done = relexio("predict", store, "--step", 50, "-o", out, "--json")
+    done = relexio("predict", store, "--method", "relex", "--step", 50, "-o", out, "--json")
     facts = json.loads((out / "relexio.json").read_text())
     assert facts["base"] == {"model": "base", "content": package.open(store)._store.base_content}
     assert json.loads(done.out)["base"] == facts["base"]

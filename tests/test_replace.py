@@ -86,7 +86,7 @@ def test_a_fit_of_the_old_steps_is_not_used(tmp_path: Path, relexio: Relexio) ->
     predict_run(fit_run(store_run(run, out)), 20, tmp_path / "old")
     again(run, 3, 4)
     assert relexio("convert", run.steps_path, "-o", out, "--replace", "3:").code == 0
-    assert relexio("predict", out, "--step", 20, "-o", tmp_path / "new").code == 0
+    assert relexio("predict", out, "--method", "relex", "--step", 20, "-o", tmp_path / "new").code == 0
     predict_run(fit_run(store_run(run, tmp_path / "fresh.zarr")), 20, tmp_path / "fresh")
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("old", "new", "fresh")]
     assert weights[1] == weights[2] != weights[0]

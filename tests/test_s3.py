@@ -153,7 +153,7 @@ def test_the_same_bytes_as_on_disk(run: Run, bucket: Bucket, tmp_path: Path, rel
         assert first.code == 0 and json.loads(first.out)["out"] == str(out), first.err
         more = relexio("convert", run.steps_path, "-o", out, "--json")
         assert json.loads(more.out)["added"] == [40], more.err
-        done = relexio("predict", out, "--step", 100, "-o", tmp_path / f"predicted-{out == url}")
+        done = relexio("predict", out, "--method", "relex", "--step", 100, "-o", tmp_path / f"predicted-{out == url}")
         assert done.code == 0 and "not kept" not in done.err, done.err
     assert without_cache(bucket.objects("runs/grpo/run.zarr")) == without_cache(snapshot(here))
     assert snapshot(tmp_path / "predicted-True") == snapshot(tmp_path / "predicted-False")
@@ -186,7 +186,7 @@ def test_python_api(run: Run, whole: Path, bucket: Bucket, tmp_path: Path) -> No
 def test_checkpoints_stay_on_local_disk(run: Run, stored: Path, bucket: Bucket, relexio: Relexio) -> None:
     bucket.upload(stored)
     for command in (
-        ("predict", bucket.url(), "--step", 50, "-o", bucket.url("predicted")),
+        ("predict", bucket.url(), "--method", "relex", "--step", 50, "-o", bucket.url("predicted")),
         ("convert", bucket.url("steps"), "-o", bucket.url()),
         ("convert", run.steps_path, "--base", bucket.url("base"), "-o", bucket.url("new")),
         ("convert", "--checkpoint", f"50={bucket.url('step')}", "-o", bucket.url()),
@@ -455,7 +455,9 @@ def test_an_endpoint_that_does_not_answer(
     forget()
     try:
         said_once(
-            relexio("predict", bucket.url(), "--step", 50, "-o", tmp_path / "out"), bucket.url(), "Could not connect"
+            relexio("predict", bucket.url(), "--method", "relex", "--step", 50, "-o", tmp_path / "out"),
+            bucket.url(),
+            "Could not connect",
         )
         with pytest.raises(StorageError, match="Could not connect"):  # in the middle of a pass, too
             store.base_bits(store.blocks[0])

@@ -97,7 +97,7 @@ def test_another_user_comes_after_the_fit(
     store, theirs = open_folder / "run.zarr", open_folder / "theirs"
     theirs.mkdir()
     theirs.chmod(0o777)
-    predict = ["predict", store, "--step", 9, "-o"]
+    predict = ["predict", store, "--method", "relex", "--step", 9, "-o"]
     assert relexio("convert", run.steps_path, "--base", run.base_path, "-o", store).code == 0
     assert relexio(*predict, open_folder / "ours").code == 0
     closed(store / "cache")
@@ -132,17 +132,17 @@ def test_a_closed_fit_in_an_open_cache(run: Run, open_folder: Path, relexio: Rel
     theirs.chmod(0o777)
     convert = ["convert", run.steps_path, "--base", run.base_path, "-o", store]
     assert relexio(*convert, "--steps", "1:3").code == 0
-    assert relexio("predict", store, "--step", 9, "-o", open_folder / "ours").code == 0
+    assert relexio("predict", store, "--method", "relex", "--step", 9, "-o", open_folder / "ours").code == 0
     (store / "cache").chmod(0o777)
     as_older_versions(store / "cache")
     left = store / "cache" / f"gram-0003-left{atomic.PARTIAL}"
     left.mkdir(0o700)
-    (done,) = nobody(theirs, ["predict", store, "--step", 9, "-o", theirs / "out"])
+    (done,) = nobody(theirs, ["predict", store, "--method", "relex", "--step", 9, "-o", theirs / "out"])
     assert done.code == 0, done.err
     assert snapshot(theirs / "out") == snapshot(open_folder / "ours")
     assert sorted(path.name for path in (store / "cache").iterdir()) == ["gram-0003", left.name]
     assert relexio(*convert).code == 0
-    (done,) = nobody(theirs, ["predict", store, "--step", 9, "-o", theirs / "more"])
+    (done,) = nobody(theirs, ["predict", store, "--method", "relex", "--step", 9, "-o", theirs / "more"])
     assert done.code == 0 and "not kept" not in done.err, done.err
     assert (store / "cache" / "gram-0004").is_dir() and (store / "cache" / "gram-0003").is_dir()
 
@@ -167,8 +167,11 @@ def test_everything_has_the_mode_that_the_umask_gives(
     store = made / "run.zarr"
     assert relexio("convert", run.steps_path, "--base", run.base_path, "--steps", "1:3", "-o", store).code == 0
     assert relexio("convert", run.steps_path, "-o", store).code == 0
-    assert relexio("predict", store, "--step", 9, "-o", made / "out").code == 0
-    assert relexio("predict", store, "--step", 9, "--solver", "blocks", "-o", made / "other").code == 0
+    assert relexio("predict", store, "--method", "relex", "--step", 9, "-o", made / "out").code == 0
+    assert (
+        relexio("predict", store, "--method", "relex", "--step", 9, "--solver", "blocks", "-o", made / "other").code
+        == 0
+    )
     assert relexio("restore", store, "--step", 2, "-o", made / "step").code == 0
     assert relexio("sweep", store, "--steps", 9, "--eval", "echo 1 # {checkpoint}", "-o", made / "sweep").code == 0
     atomic.write_new(made / "page.html", b"<html>")
@@ -192,7 +195,7 @@ def test_a_fit_that_another_user_has_just_finished(
 
     assert relexio("convert", run.steps_path, "--base", run.base_path, "-o", store).code == 0
     monkeypatch.setattr("relexio.store.storage.LocalStorage.readable", readable)
-    done = relexio("predict", store, "--step", 9, "-o", open_folder / "out")
+    done = relexio("predict", store, "--method", "relex", "--step", 9, "-o", open_folder / "out")
     assert done.code == 0 and "not kept" in done.err and seen == [locate(store).below("cache/gram-0004")]
 
 
@@ -200,7 +203,7 @@ def test_kept_results_on_object_storage_that_may_not_be_read(
     run: Run, open_folder: Path, relexio: Relexio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = "memory://shared/run.zarr"
-    predict = ["predict", url, "--step", 9, "-o"]
+    predict = ["predict", url, "--method", "relex", "--step", 9, "-o"]
     assert relexio("convert", run.steps_path, "--base", run.base_path, "-o", url).code == 0
     assert relexio(*predict, open_folder / "one").code == 0
     real = MemoryFileSystem.cat_file

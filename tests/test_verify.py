@@ -35,7 +35,7 @@ def run(tmp_path: Path) -> Run:
 def test_what_is_whole_is_said_to_be(run: Run, tmp_path: Path, relexio: Relexio) -> None:
     relexio("convert", run.steps_path, "--base", run.base_path, "--steps", "1:4", "-o", "run.zarr")
     relexio("convert", run.steps_path, "-o", "run.zarr")
-    relexio("predict", "run.zarr", "--step", 20, "-o", "out")
+    relexio("predict", "run.zarr", "--method", "relex", "--step", 20, "-o", "out")
     done = relexio("verify", "run.zarr", run.steps_path, "--base", run.base_path, "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out) == {
@@ -127,7 +127,7 @@ def test_restore_gives_back_every_byte(tmp_path: Path, relexio: Relexio, shards:
 def outcome(relexio: Relexio, out: Path) -> bytes | None:
     """The prediction that a store gives, None if it is refused in one clear line."""
     shutil.rmtree(out, ignore_errors=True)
-    done = relexio("predict", "run.zarr", "--step", 20, "-o", out)
+    done = relexio("predict", "run.zarr", "--method", "relex", "--step", 20, "-o", out)
     if done.code == 0:
         return (out / "model.safetensors").read_bytes()
     assert done.code == 1 and done.err.count("error:") == 1 and "run.zarr" in done.err, done
@@ -176,7 +176,7 @@ def test_the_last_step_may_be_unfinished(run: Run, tmp_path: Path, relexio: Rele
     file.write_bytes(whole)
     assert relexio("convert", run.steps_path, "-o", "run.zarr").code == 0
     predict_run(fit_run(store_run(run, Path("whole.zarr"), "1:7")), 20, tmp_path / "want")
-    assert relexio("predict", "run.zarr", "--step", 20, "-o", "out").code == 0
+    assert relexio("predict", "run.zarr", "--method", "relex", "--step", 20, "-o", "out").code == 0
     assert (tmp_path / "want/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
 
 
@@ -248,7 +248,10 @@ def test_stored_files_that_have_changed_places(run: Run, tmp_path: Path, relexio
     data = one.read_bytes()
     one.write_bytes(other.read_bytes())
     other.write_bytes(data)
-    for command in (["predict", "run.zarr", "--step", 9], ["restore", "run.zarr", "--step", "base"]):
+    for command in (
+        ["predict", "run.zarr", "--method", "relex", "--step", 9],
+        ["restore", "run.zarr", "--step", "base"],
+    ):
         done = relexio(*command, "-o", "out")
         assert done.code == 1 and "not the bytes that were hashed" in done.err and not Path("out").exists()
     done = relexio("verify", "run.zarr")

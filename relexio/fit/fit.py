@@ -22,7 +22,7 @@ from relexio.methods.verdict import Outlook, outlook
 from relexio.progress import Stages
 from relexio.store.schema import Tensor
 from relexio.store.store import Store
-from relexio.words import Selection, describe_steps, parse_steps
+from relexio.words import Selection, describe_steps
 
 
 @dataclass(frozen=True)
@@ -278,8 +278,9 @@ def _carried(store: Store, window: tuple[int, ...], shares: dict[str, float]) ->
 
 def name_window(store: Store, window: tuple[int, ...]) -> str:
     """The ``--window`` expression of some stored steps."""
-    between = f"{window[0]}:{window[-1]}"
-    return between if choose_window(store, parse_steps(between)) == window else ",".join(map(str, window))
+    first, last = window[0], window[-1]
+    between = all(step in window for step in store.steps if first <= step <= last)
+    return f"{first}:{last}" if between else ",".join(map(str, window))
 
 
 def command(name: str, store: Store, *more: str, window: tuple[int, ...] | None = None) -> str:

@@ -370,10 +370,10 @@ def cli(world: World, data: bytes) -> None:
     """Arguments, one a line, of a command that is chosen by the first byte."""
     run, store, out = world.root / "run", world.store, str(world.area / "out")
     begins = (
-        ["predict", store, "--dry-run", "-o", out, "--step"], ["predict", store, "--step", 9, "--dry-run", "-o", out],
+        ["predict", store, "--dry-run", "-o", out, "--method", "relex", "--step"], ["predict", store, "--method", "relex", "--step", 9, "--dry-run", "-o", out],
         ["convert", run, "--base", run / "base", "-o", out, "--dry-run", "--steps"], ["restore", store, "-o", out, "--step"],
         ["convert", run, "--base", run / "base", "-o", out, "--dry-run", "--checkpoint"], ["inspect", store, "--window"],
-        ["inspect", store, "--memory"], ["inspect"], ["predict", store, "--step", 9, "--dry-run", "-o"],
+        ["inspect", store, "--memory"], ["inspect"], ["predict", store, "--method", "relex", "--step", 9, "--dry-run", "-o"],
     )  # fmt: skip
     begin, rest = pick([json.dumps(list(map(str, begin))) for begin in begins], data)
     more = [line.decode("utf-8", "surrogateescape").replace("\0", "") for line in rest.split(b"\n")]

@@ -240,9 +240,12 @@ class Scene:
 def scenes(root: Path) -> Iterator[Scene]:
     """convert, append, an append with a merge, and predict, on a run made here."""
     work, first = root / "work", ["convert", root / "steps", "--base", root / "base", "--steps", "1:4", "-o"]
-    options = ["--step", 20, "-o", work / "out"]
+    options = ["--method", "relex", "--step", 20, "-o", work / "out"]
     yield Scene("convert", [*first, work / "run.zarr"], None, work)
-    for arguments in ([*first, root / "one.zarr"], ["predict", root / "one.zarr", "--step", 9, "-o", root / "nine"]):
+    for arguments in (
+        [*first, root / "one.zarr"],
+        ["predict", root / "one.zarr", "--method", "relex", "--step", 9, "-o", root / "nine"],
+    ):
         must(arguments)
     yield Scene("append", ["convert", root / "steps", "-o", work / "run.zarr"], root / "one.zarr", work)
     for step in range(1, 8):

@@ -73,7 +73,7 @@ class Damage:
     def look(self, verb: str) -> Any:
         """What a prediction or ``inspect`` gives; None if it is refused in one clear line."""
         shutil.rmtree(self.out, ignore_errors=True)
-        options = ["--step", 20, "-o", self.out] if verb == "predict" else ["--json"]
+        options = ["--method", "relex", "--step", 20, "-o", self.out] if verb == "predict" else ["--json"]
         code, text, err = in_process(verb, self.store, *options)
         out: Any = text
         if code == 1 and err.count("error:") == 1 and "Traceback" not in err and not self.out.exists():
@@ -158,7 +158,7 @@ def measure(root: Path, chosen: argparse.Namespace) -> dict[str, Any]:
         rows += [[f"{scene.name}, {how}", count] for how, count in scene.points.items()]
         problems += scene.problems
     if chosen.flips:
-        must(["predict", root / "two.zarr", "--step", 9, "-o", root / "ten"])
+        must(["predict", root / "two.zarr", "--method", "relex", "--step", 9, "-o", root / "ten"])
         points, wrong = flips(root / "two.zarr", chosen.flips, chosen.seed)
         rows += [[f"damage, {how}", count] for how, count in sorted(points.items())]
         problems += wrong

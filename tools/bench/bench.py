@@ -106,7 +106,7 @@ class Data:
 
     def predict(self, what: str, store: Path, out: Path) -> Command:
         """The command that makes a prediction from the store."""
-        return [*RELEXIO, "predict", store, "-o", out, "--step", *self.varied(what)]
+        return [*RELEXIO, "predict", store, "-o", out, "--method", "relex", "--step", *self.varied(what)]
 
     def yardstick(self, what: str, out: Path) -> Command:
         """The command that makes the same prediction the dense way."""
