@@ -290,7 +290,7 @@ def test_command_writes_page_and_pictures(relexio: Relexio, run: Path, monkeypat
     assert written["page"] == "run.html" and written["target"] == 30 and written["window"] == list(range(1, 13))
     assert written["bytes"] == Path("run.html").stat().st_size
     assert sorted(written["pictures"]) == sorted(str(p) for p in Path("figures/of run").iterdir())
-    assert len(written["pictures"]) == len(FIGURES)
+    assert [f"figures/of run/{name}.png" for name in FIGURES[1:]] == written["pictures"]  # there was no sweep
     page = Page(Path("run.html").read_text())
     said = "".join(t for _, t in page.texts)
     assert "relexio report run.zarr --window 1:12 --step 30 --png 'figures/of run' -o run.html" in said
@@ -298,6 +298,28 @@ def test_command_writes_page_and_pictures(relexio: Relexio, run: Path, monkeypat
         re.findall(r'"says": "([^"]*)"', json.dumps(page.content))
     )
     assert not list(run.parent.glob("*.relexio-partial"))
+
+
+def test_scores_of_a_sweep_are_shown(relexio: Relexio, run: Path, tmp_path: Path) -> None:
+    command = """python3 -c "print(0.5 + $RELEXIO_STEP / 1000)" # {checkpoint}"""
+    options = ("--steps", "20,30", "--methods", "relex,pinned", "--problems", 100, "--eval", command)
+    assert relexio("sweep", run, "--window", "1:11", *options).code == 0
+    assert relexio("report", run, "-o", tmp_path / "with.html").code == 0
+    page = Page((tmp_path / "with.html").read_text())
+    (figure,) = [figure for figure in page.content["figures"] if figure["name"] == "scores"]
+    rows = [row for rows in re.findall(r'\[\{"series".*?\}\]', json.dumps(figure["spec"])) for row in json.loads(rows)]
+    found = {(row["series"], row["step"]): row["score"] for row in rows}
+    assert found == {
+        **{("observed", step): 0.5 + step / 1000 for step in (0, 11)},
+        **{(f"{method}, strength 1", step): 0.5 + step / 1000 for method in ("relex", "pinned") for step in (20, 30)},
+    }
+    assert all(row["high"] - row["score"] == pytest.approx(0.05, rel=0.01) for row in rows)
+    # those of another run are not
+    other = tmp_path / "other"
+    store_run(make_run(other, steps=(1, 2, 3), shapes=SHAPES, size=3e-3, seed=5), other / "run.zarr")
+    (tmp_path / "run.sweep").rename(other / "run.sweep")
+    assert relexio("report", other / "run.zarr", "-o", tmp_path / "without.html").code == 0
+    assert "Not measured. Only your own evaluation" in (tmp_path / "without.html").read_text()
 
 
 def test_nothing_is_overwritten(relexio: Relexio, run: Path, tmp_path: Path) -> None:
@@ -334,10 +356,10 @@ def test_two_steps_and_one_tensor(relexio: Relexio, tmp_path: Path, dtype: np.dt
     done = relexio("report", tmp_path / "run.zarr", "-o", out, "--png", tmp_path / "png")
     assert done.code == 0, done.err
     page = Page(out.read_text())
-    assert [figure["name"] for figure in page.content["figures"]] == list(FIGURES[1:-1])
+    assert [figure["name"] for figure in page.content["figures"]] == list(FIGURES[2:-1])
     said = "".join(t for _, t in page.texts)
     assert "There is no verdict: a backtest needs at least 3 observed steps, and the window has 2." in said
-    assert sorted(p.stem for p in (tmp_path / "png").iterdir()) == sorted(FIGURES[1:-1])
+    assert sorted(p.stem for p in (tmp_path / "png").iterdir()) == sorted(FIGURES[2:-1])
 
 
 def test_a_run_in_which_nothing_moved_is_refused(relexio: Relexio, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from relexio.methods.line_tests import straightness, walk_gram
 from relexio.methods.spectrum import TensorFindings, alike, find, left_over, thrown_away
 from relexio.methods.trials import STRENGTHS, make_folds, make_trials
 from relexio.methods.verdict import advise
-from relexio.report.data import Facts, default_target
+from relexio.report.data import Facts, Score, default_target
 from relexio.store.schema import lay_out
 from relexio.store.store import Store
 from relexio.verbs.backtest import Judgement
@@ -57,7 +57,14 @@ def made_up(tensors: list[str], steps: tuple[int, ...], drift: float = 0.3, seed
         store, steps, 1, found, one.spectrum, thrown_away(left, lengths), alike(left), _judge(store, steps, grams)
     )
     changed = np.outer(rng.uniform(100, 600, len(tensors)), (at / at[-1]) ** 0.6).astype(np.int64)
-    return Facts(findings, Sizes(10**12, 2 * 10**9, 10**9, 10**7), changed, default_target(findings))
+    last = steps[-1]
+    scores = (
+        Score("base", 0, 0.26, 0.014),
+        Score("observed", last, 0.35, 0.015),
+        *(Score("pinned, strength 0.5", last * n, 0.35 + 0.05 * n - 0.02 * n**2, 0.015) for n in (2, 3, 5)),
+        Score("relex, strength 1", 2 * last, 0.41),
+    )
+    return Facts(findings, Sizes(10**12, 2 * 10**9, 10**9, 10**7), changed, default_target(findings), scores)
 
 
 def _judge(store: Store, steps: tuple[int, ...], grams: dict[str, np.ndarray]) -> Judgement | None:

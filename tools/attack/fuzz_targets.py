@@ -369,11 +369,12 @@ def kept(world: World, data: bytes) -> None:
 def cli(world: World, data: bytes) -> None:
     """Arguments, one a line, of a command that is chosen by the first byte."""
     run, store, out = world.root / "run", world.store, str(world.area / "out")
+    relex = ["predict", store, "--method", "relex", "--dry-run"]
     begins = (
-        ["predict", store, "--dry-run", "-o", out, "--method", "relex", "--step"], ["predict", store, "--method", "relex", "--step", 9, "--dry-run", "-o", out],
+        [*relex, "-o", out, "--step"], [*relex, "--step", 9, "-o", out],
         ["convert", run, "--base", run / "base", "-o", out, "--dry-run", "--steps"], ["restore", store, "-o", out, "--step"],
         ["convert", run, "--base", run / "base", "-o", out, "--dry-run", "--checkpoint"], ["inspect", store, "--window"],
-        ["inspect", store, "--memory"], ["inspect"], ["predict", store, "--method", "relex", "--step", 9, "--dry-run", "-o"],
+        ["inspect", store, "--memory"], ["inspect"], [*relex, "--step", 9, "-o"],
     )  # fmt: skip
     begin, rest = pick([json.dumps(list(map(str, begin))) for begin in begins], data)
     more = [line.decode("utf-8", "surrogateescape").replace("\0", "") for line in rest.split(b"\n")]
