@@ -323,6 +323,26 @@ def test_predict_warns(tmp_path: Path, relexio: Relexio) -> None:
     assert done.out.count("verdict") == 2
 
 
+def test_parts_that_end_farther_away_are_named_by_their_globs(tmp_path: Path, relexio: Relexio) -> None:
+    rng = np.random.default_rng(0)
+    names = [f"model.layers.{i}.{name}.weight" for i in range(2) for name in ("mlp.up_proj", "self_attn.k_proj")]
+    base = {name: rng.standard_normal((60, 30)).astype(np.float32) for name in names}
+    lines = {name: rng.standard_normal((60, 30)) for name in names}
+    walks = {name: np.cumsum(rng.standard_normal((17, 60, 30)), axis=0) for name in names}
+
+    def at(step: int, name: str) -> np.ndarray:
+        moved = walks[name][step] if "k_proj" in name else step * lines[name]
+        return (base[name] + 1e-3 * moved).astype(np.float32)
+
+    run = Run(tmp_path / "run", base, {step: {name: at(step, name) for name in names} for step in range(1, 17)})
+    store_run(run, tmp_path / "run.zarr")
+    done = relexio("backtest", tmp_path / "run.zarr")
+    option = "--exclude 'model.layers.*.self_attn.k_proj.weight'"
+    assert f"parts that end farther away at every horizon are better left as they are: {option}\n" in done.out
+    predicted = relexio("predict", tmp_path / "run.zarr", *option.replace("'", "").split(), "-o", tmp_path / "out")
+    assert predicted.code == 0 and "2 of 4; the others are as in step 16" in predicted.out
+
+
 def test_findings_and_reconstruct_commands(run: Run, tmp_path: Path, relexio: Relexio) -> None:
     store_run(run, tmp_path / "run.zarr")
     shown = relexio("findings", tmp_path / "run.zarr", "--rank", 2)

@@ -35,6 +35,8 @@ def _show(judged: Judgement, everything: bool) -> None:
         pick = judged.verdict.pick
         click.echo(f"\n{pick.recipe}, window {_share(pick)}, strength {pick.strength:g}, by part of the model")
         skill_table(judged.test, judged.parts(pick), "part")
+        if options := judged.excluded():
+            click.echo(f"parts that end farther away at every horizon are better left as they are: {' '.join(options)}")
     click.echo("\nverdict")
     for line in judged.words():
         click.echo(line)

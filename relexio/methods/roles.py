@@ -40,6 +40,11 @@ def layer_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def globs_of(names: Iterable[str]) -> list[str]:
+    """Patterns of tensors, one for all layers: ``model.layers.*.mlp.up_proj.weight``."""
+    return list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
+
+
 @dataclass(frozen=True)
 class Choice:
     """Which tensors are predicted, by glob patterns, and what the ``others`` keep: ``base`` or ``last``.

@@ -193,10 +193,9 @@ def parts(facts: Facts) -> Figure:
     )
     strong = alt.when(f"abs(datum.skill) > {0.8 * reach}").then(alt.value("white"))
     numbers = base.mark_text(style="value").encode(text="said:N", color=strong)
-    how = (
-        "Skill of the best recipe, part by part. Blue and + beats keeping the last checkpoint, orange and − does not: such "
-        "parts are better left as they are (relexio predict --exclude)."
-    )
+    how = "Skill of the best recipe, part by part. Blue and + beats keeping the last checkpoint, orange and − does not."
+    if facts.findings.judged is not None and (options := facts.findings.judged.excluded()):
+        how += f" Parts that are orange everywhere are better left as they are: relexio predict {' '.join(options)}."
     height = max(24 * len({row["part"] for row in rows}), 250)
     return Figure(title, how, cells + numbers, "skill", height, "parts")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from relexio.methods import METHODS
 from relexio.methods.advice_words import words
 from relexio.methods.backtest import Backtest, backtest, bytes_of
 from relexio.methods.line_tests import Straightness, straightness
-from relexio.methods.roles import PARTS
+from relexio.methods.roles import PARTS, globs_of, part_of
 from relexio.methods.trials import HORIZONS, STRENGTHS, horizon_name, make_folds, make_trials
 from relexio.methods.verdict import CAVEAT, Pick, Verdict, advise, caveat, rank_all
 from relexio.progress import Stages
@@ -97,6 +98,15 @@ class Judgement:
         """Skill by horizon of one recipe for each part of the model that moved."""
         moved = [part for part in PARTS if self.test.pooled(pick.trial, part)[:, -1].any()]
         return {part: self.test.by_horizon(pick.trial, pick.strength, part=part) for part in moved}
+
+    def excluded(self) -> list[str]:
+        """The options that leave out the parts which the advised recipe takes farther away, at every horizon."""
+        if self.advised is None:
+            return []
+        skills = self.parts(self.advised)
+        worse = [part for part, by in skills.items() if np.nanmax(by) < 0]
+        globs = [g for part in worse for g in globs_of(name for name in self.test.names if part_of(name) == part)]
+        return [f"--exclude {quote(glob)}" for glob in globs] if len(worse) < len(skills) else []
 
     def window_of(self, pick: Pick) -> tuple[int, ...]:
         """The steps that a recipe is fitted to: the last ones of the window, or all of it."""
