@@ -3,6 +3,6 @@
 Importing this package needs nothing beyond relexio; making a report needs the extra ``report``.
 """
 
-from relexio.report.report import ReportFiles, ReportRequest, default_page, report
+from relexio.report.report import ReportFiles, ReportRequest, default_page, missing, report
 
-__all__ = ["ReportFiles", "ReportRequest", "default_page", "report"]
+__all__ = ["ReportFiles", "ReportRequest", "default_page", "missing", "report"]
