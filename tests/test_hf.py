@@ -88,10 +88,23 @@ def theirs(checkpoint: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
 
 
-@pytest.fixture(scope="module")
-def pair(demo: Demo) -> tuple[Any, Model]:
-    """The demo's base, in transformers and in NumPy."""
-    return theirs(demo.base), load(demo.base)
+@pytest.fixture(scope="module", params=["the demo's base", "another"])
+def pair(request: pytest.FixtureRequest, demo: Demo) -> tuple[Any, Model]:
+    """A model in transformers and in NumPy: the demo's base, or one with random weights and three queries to a key."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    if request.param != "another":
+        return theirs(demo.base), load(demo.base)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=27, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, tie_word_embeddings=True, rms_norm_eps=1e-2,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).eval()
+    with torch.no_grad():
+        weights = {name: parameter.normal_(0, 0.3).numpy() for name, parameter in model.named_parameters()}
+    return model, Model(weights, {}, 1, 2, 6, 2, 1e-2, 10000.0)
 
 
 @settings(max_examples=30)
