@@ -170,7 +170,8 @@ def test_what_is_seen() -> None:
     assert head(outcome) == "Right answers to 400 held-out problems (standard error: at most 2.5 points)"
     assert sentences(outcome) == [
         "Training from step 50 to step 200: +20.0 points; predicted from the steps up to 50, without training: "
-        "step 75, pinned, recommended: +10.0 points (50 % of that); step 200, same recipe, untested: -5.0 points; "
+        "step 75, pinned, recommended: +10.0 points (step 75 as trained does not come with relexio); "
+        "step 200, same recipe, untested: -5.0 points; "
         "step 200, relex (the paper), untested: +5.0 points (25 % of that).",
         "Skill in weights, now that step 200 is known: step 200, same recipe, untested: +0.40; "
         "step 200, relex (the paper), untested: -0.10.",

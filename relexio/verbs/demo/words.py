@@ -29,13 +29,12 @@ def bars(outcome: Outcome) -> list[str]:
 def sentences(outcome: Outcome) -> list[str]:
     """What is seen: how much of what training gained each prediction gained, how near it came, and which were untested."""
     _, last, *predicted, trained = outcome.measured
-    gain = trained.accuracy - last.accuracy
-    parts = [f"{_label(one)}: {_gain(one.accuracy - last.accuracy, gain)}" for one in predicted]
+    parts = [f"{_label(one)}: {_gain(one, last, trained)}" for one in predicted]
     skills = [f"{_label(one)}: {one.skill:+.2f}" for one in predicted if one.skill is not None]
     untested = dict.fromkeys(str(one.outlook) for one in predicted if one.untested and one.outlook is not None)
     return [
-        f"Training from step {last.step} to step {trained.step}: {_points(gain)}; predicted from the steps up to {last.step}, "
-        f"without training: {'; '.join(parts)}.",
+        f"Training from step {last.step} to step {trained.step}: {_gain(trained, last)}; predicted from the steps up to "
+        f"{last.step}, without training: {'; '.join(parts)}.",
         f"Skill in weights, now that step {trained.step} is known: {'; '.join(skills)}.",
         *(f"{text[0].upper()}{text[1:]}." for text in untested),
     ]
@@ -50,11 +49,13 @@ def _label(one: Measured, last: int | None = None) -> str:
     return f"step {one.step}, {method}{', recommended' if one.advised else ''}"
 
 
-def _points(difference: float) -> str:
-    return f"{100 * difference:+.1f} points"
-
-
-def _gain(difference: float, whole: float) -> str:
-    """A gain, and its share of the whole one where both are gains."""
-    share = f" ({100 * difference / whole:.0f} % of that)" if min(difference, whole) > 0 else ""
-    return f"{_points(difference)}{share}"
+def _gain(one: Measured, last: Measured, trained: Measured | None = None) -> str:
+    """How much better than the last observed step; of a prediction also its share of what training gained there."""
+    gain = one.accuracy - last.accuracy
+    text = f"{100 * gain:+.1f} points"
+    if trained is None:
+        return text
+    if one.step != trained.step:
+        return f"{text} (step {one.step} as trained does not come with relexio)"
+    whole = trained.accuracy - last.accuracy
+    return f"{text} ({100 * gain / whole:.0f} % of that)" if min(gain, whole) > 0 else text
