@@ -1,4 +1,4 @@
-"""What the command line prints: plans, results, JSON; the demo; the Python API beside it."""
+"""What the command line prints: plans, results, JSON; the Python API beside it."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from relexio.verbs.output import Target
 from relexio.verbs.predict import prepare
 from relexio.verbs.predict import run as predict
 from relexio.words import parse_size
-from tests.support.command import Relexio, in_process, snapshot
+from tests.support.command import Relexio, snapshot
 from tests.support.make import BF16, Run, deltas, load_checkpoint, make_run
 from tests.support.steps import CPU, fit_run, predict_run, store_run
 
@@ -155,13 +155,6 @@ def test_inspect_of_a_single_step_shows_what_there_is(run: Run, tmp_path: Path, 
     store_run(run, tmp_path / "run.zarr", "10")
     shown = relexio("inspect", tmp_path / "run.zarr")
     assert shown.code == 0 and "step 10" in shown.out
-
-
-def test_demo(tmp_path: Path) -> None:
-    done = in_process("demo", "-o", tmp_path / "demo")
-    assert done.code == 0, done.err
-    assert "skill +0.16" in done.out and (tmp_path / "demo" / "predicted-200" / "model.safetensors").is_file()
-    assert in_process("demo", "-o", tmp_path / "demo").code == 1
 
 
 def test_python_api(run: Run, tmp_path: Path) -> None:

@@ -1,9 +1,18 @@
-"""Predicted checkpoints load in transformers unchanged, and the demo's accuracies are what training reached."""
+"""Predicted checkpoints load in transformers unchanged, and the demo's model in NumPy computes what transformers does."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
+from relexio.verbs.demo.accuracy import accuracy
+from relexio.verbs.demo.data import Run as Demo
+from relexio.verbs.demo.data import unpack
+from relexio.verbs.demo.model import Model, load, logits
 from tests.support.make import Run
 from tests.support.steps import fit_run, predict_run, store_run
 
@@ -67,12 +76,63 @@ def test_a_prediction_loads(tmp_path: Path, tied: bool, dtype: str, shard: str) 
     assert model(torch.tensor([[5, 7]])).logits.isfinite().all()
 
 
-def test_the_demo_predicts_accuracy(tmp_path: Path) -> None:
-    from relexio.progress import silent
-    from relexio.verbs.demo.run import run
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    return unpack(tmp_path_factory.mktemp("demo") / "run")
 
-    found = run(tmp_path / "demo", silent, lambda line: None)
-    assert found.accuracy is not None
-    base, kept, predicted, trained = found.accuracy
-    assert base < kept < predicted, "the prediction is better than all that it was made from"
-    assert trained - predicted < 0.1
+
+def theirs(checkpoint: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module", params=["the demo's base", "another"])
+def pair(request: pytest.FixtureRequest, demo: Demo) -> tuple[Any, Model]:
+    """A model in transformers and in NumPy: the demo's base, or one with random weights and three queries to a key."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    if request.param != "another":
+        return theirs(demo.base), load(demo.base)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=27, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, tie_word_embeddings=True, rms_norm_eps=1e-2,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).eval()
+    with torch.no_grad():
+        weights = {name: parameter.normal_(0, 0.3).numpy() for name, parameter in model.named_parameters()}
+    return model, Model(weights, {}, 1, 2, 6, 2, 1e-2, 10000.0)
+
+
+@settings(max_examples=30)
+@given(hnp.arrays(np.int64, st.tuples(st.integers(1, 4), st.integers(1, 24)), elements=st.integers(0, 26)))
+def test_the_demo_computes_what_transformers_does(pair: tuple[Any, Model], tokens: np.ndarray) -> None:
+    import torch
+
+    with torch.inference_mode():
+        expected = pair[0](torch.from_numpy(tokens)).logits.numpy()
+    found = logits(pair[1], tokens)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-3)  # of values up to about 25
+
+
+@pytest.mark.parametrize("step", [0, 50, 200])
+def test_the_demo_counts_the_answers_that_transformers_gives(demo: Demo, step: int) -> None:
+    """Decoded there one token after the other."""
+    import torch
+    from transformers import AutoTokenizer
+
+    checkpoint, problems = demo.step(step) if step else demo.base, demo.problems[:400]
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    prompts = tokenizer([prompt for prompt, _ in problems], return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        ids = theirs(checkpoint).generate(
+            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=5, do_sample=False
+        )
+    answers = tokenizer.batch_decode(ids[:, prompts.shape[1] :])
+    right = sum(text == f"{answer}<eos>" for text, (_, answer) in zip(answers, problems, strict=True))
+    # One of them may be a tie, which another library of linear algebra decides otherwise.
+    assert abs(accuracy(checkpoint, problems) * len(problems) - right) < 1.5

@@ -4,6 +4,6 @@ Importing this package needs nothing beyond relexio; making a report needs the e
 """
 
 from relexio.report.data import Score
-from relexio.report.report import ReportFiles, ReportRequest, default_page, report
+from relexio.report.report import ReportFiles, ReportRequest, default_page, missing, report
 
-__all__ = ["ReportFiles", "ReportRequest", "Score", "default_page", "report"]
+__all__ = ["ReportFiles", "ReportRequest", "Score", "default_page", "missing", "report"]

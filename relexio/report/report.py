@@ -81,7 +81,8 @@ def report(store: Store, request: ReportRequest, resources: Resources, stages: S
     Raises ExistsError for an output that exists, RequestError without the extra ``report`` or for what the run cannot
     give, BudgetError for too little memory.
     """
-    _need_extra()
+    if reason := missing():
+        raise RequestError(reason)
     request.check(store)
     needed = resources.held + OVERHEAD + _DRAWING
     if needed > resources.memory:
@@ -125,9 +126,11 @@ def render(facts: Facts, request: ReportRequest) -> tuple[str, dict[Path, bytes]
     return text, pictures
 
 
-def _need_extra() -> None:
+def missing() -> str | None:
+    """Why no report can be made: the extra ``report`` is not installed. None where it is."""
     try:
         for package in ("altair", "jinja2", "vl_convert"):
             importlib.import_module(package)
     except ImportError as error:
-        raise RequestError(f"a report needs Altair and vl-convert ({error}); pip install 'relexio[report]'") from error
+        return f"a report needs Altair and vl-convert ({error}); pip install 'relexio[report]'"
+    return None
