@@ -217,6 +217,8 @@ def plan_fit(
     recipe.check(np.array(window), [])
     if solver not in SOLVERS:
         raise RequestError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
+    if recipe.way.whole:
+        solver = _whole(recipe.method, solver)
     shares = changed_shares(store, window)
     chosen = choice.of(shares)
     notes = _carried(store, window, {name: shares[name] for name in chosen})
@@ -224,6 +226,16 @@ def plan_fit(
         what = "of the chosen tensors" if choice != Choice() else "of the tensors"
         notes.append(f"none {what} changed within the window: they stay as they are")
     return FitPlan(store, window, recipe, choice, plan_grams(store, window, recipe.rank, solver, resources), notes)
+
+
+def _whole(method: str, solver: str) -> str:
+    """The solver of a method that uses all of the Gram matrix. Raises RequestError for the one that does not form it."""
+    if solver == "blocks":
+        raise RequestError(
+            f"--method {method} uses the whole Gram matrix, of which --solver blocks keeps the top directions alone; "
+            f"leave --solver out, or give --solver gram"
+        )
+    return "gram"
 
 
 def make_fit(plan: FitPlan, stages: Stages) -> Fit:

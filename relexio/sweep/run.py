@@ -85,7 +85,10 @@ def prepare(store: Store, request: Request, resources: Resources) -> SweepPlan:
     table = _known(store, request, files)
     needed, free = _disk(store, request, files)
     target = Target(request.steps[0], files.candidate("none"))
-    one = predict.prepare(store, request.window, recipes[0], "auto", [target], resources)
+    most = max(
+        recipes, key=lambda recipe: recipe.way.whole
+    )  # what needs most memory: a method that takes no less than all
+    one = predict.prepare(store, request.window, most, "auto", [target], resources)
     candidates = tuple(request.candidates(store.steps))
     return SweepPlan(store, request, resources, candidates, one.plan, one.executor.device, table, needed, free)
 
