@@ -96,6 +96,7 @@ class Trajectory:
         curve: str = "line",
         refit: int | None = None,
         last: int | None = None,
+        weights: str | None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         others: str = "last",
@@ -112,7 +113,7 @@ class Trajectory:
         """
         limit = None if device_memory is None else _bytes(device_memory)
         resources = Resources(_bytes(memory), workers, device, limit, scheduler=scheduler)
-        recipe = Recipe(method, rank, strength, curve, refit, last)
+        recipe = Recipe(method, rank, strength, curve, refit, last, weights)
         choice = Choice(tuple(include), tuple(exclude), others)
         fitted = fit(self._store, _window(self._store, window), recipe, solver, resources, silent, choice)
         return TrajectoryFit(**{f.name: getattr(fitted, f.name) for f in fields(fitted)}, resources=resources)
@@ -139,8 +140,8 @@ class TrajectoryFit(Fit):
 
     resources: Resources = field(default_factory=Resources)
 
-    def predict(self, step: int) -> "Prediction":
-        """The predicted checkpoint at a step. Raises RequestError for a step that the method cannot reach."""
+    def predict(self, step: int | None = None) -> "Prediction":
+        """The predicted checkpoint at a step; a mix has none. Raises RequestError for a step that the method cannot reach."""
         return Prediction(self, step)
 
 
@@ -182,7 +183,7 @@ class Checkpoint(_Tensors):
 class Prediction(_Tensors):
     """A predicted checkpoint: tensors by name, computed when asked for."""
 
-    def __init__(self, fit: TrajectoryFit, step: int) -> None:
+    def __init__(self, fit: TrajectoryFit, step: int | None) -> None:
         self._fit, self._store, self.step, self._weights = fit, fit.store, step, fit.weights(step)
 
     def _bits(self, tensor: Tensor) -> Callable[[Block], np.ndarray]:

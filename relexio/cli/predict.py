@@ -20,10 +20,16 @@ from relexio.words import describe_steps, show
 
 _NO_VERDICT = "none: a backtest needs 3 steps, tensors that move, a rank below the number of steps, and the gram solver"
 
+_NOT_JUDGED = "not judged: a mix is no step's, so no step can be compared with it; evaluate it"
+
 
 @on_trajectory(
     click.option(
-        "--step", "steps", type=click.IntRange(min=0), multiple=True, required=True, help="Step to predict. Repeatable."
+        "--step",
+        "steps",
+        type=click.IntRange(min=0),
+        multiple=True,
+        help="Step to predict. Repeatable. Only a mix has none.",
     ),
     click.option("-o", "--out", required=True, help="Directory to write. With several steps it must contain {step}."),
     options.recipe,
@@ -54,8 +60,10 @@ def predict(
     Fits the stored steps of TRAJECTORY (once; the fit is kept there) and writes a Hugging Face directory with the
     base's tensors, dtypes and shards, and the configuration and tokenizer of the window's last step.
     """
+    if not steps and recipe.way.aims:
+        raise click.UsageError("Missing option '--step'.")
     options.check_out(steps, out)
-    targets = [Target(step, local(out.replace("{step}", str(step)))) for step in steps]
+    targets = [Target(step, local(out.replace("{step}", str(step)))) for step in steps] or [Target(None, local(out))]
     job = verb.prepare(store, window, recipe, solver, targets, resources, choice)
     if dry_run:
         return _plan(job)
@@ -67,7 +75,7 @@ def predict(
 def _plan(job: verb.PredictJob) -> Result:
     facts = {
         "window": list(job.fit.steps),
-        "outputs": {str(target.step): str(target.out) for target in job.targets},
+        "outputs": {target.name: str(target.out) for target in job.targets},
         "fit_kept": job.kept,
         "bytes_read": job.bytes_read,
         "bytes_written": job.bytes_written,
@@ -99,9 +107,11 @@ def _show(fit: Fit, targets: list[Target]) -> None:
         source = f"step {fit.steps[-1]}" if fit.choice.others == "last" else "the base"
         rows.append(("tensors", f"{len(fit.chosen)} of {count}; the others are as in {source}"))
     for target in targets:
-        rows.append(("wrote", f"{target.out}: step {target.step}"))
+        rows.append(("wrote", f"{target.out}: {'a mix' if target.step is None else f'step {target.step}'}"))
         if recipe.way.extrapolates:
             rows.append(("verdict", str(fit.outlook(target.step) or _NO_VERDICT)))
+        elif not recipe.way.aims:
+            rows.append(("verdict", _NOT_JUDGED))
     table(rows)
 
 

@@ -1,5 +1,6 @@
 """From Gram matrices to T weights for each tensor: the fit, its backtest, and its figures for every tensor."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -77,11 +78,11 @@ class Fit:
         """The names of the tensors that are predicted."""
         return self.choice.of(tensor.name for tensor in self.store.tensors)
 
-    def weights(self, step: int) -> dict[str, np.ndarray]:
+    def weights(self, step: int | None) -> dict[str, np.ndarray]:
         """The weights [T] of the observed deltas that make up the prediction, by tensor; as ``weights_for`` has them."""
         return {name: weights[:, 0] for name, weights in self.weights_for([step]).items()}
 
-    def weights_for(self, targets: list[int]) -> dict[str, np.ndarray]:
+    def weights_for(self, targets: Sequence[int | None]) -> dict[str, np.ndarray]:
         """Weights [T, S] over the window for S targets, by tensor; a tensor that keeps its last values has none.
 
         Raises RequestError for a target that the recipe cannot reach.
@@ -90,7 +91,7 @@ class Fit:
         weights = ((tensor.name, self._weights(tensor, targets)) for tensor in self.store.tensors)
         return {name: array for name, array in weights if array is not None}
 
-    def _weights(self, tensor: Tensor, targets: list[int]) -> np.ndarray | None:
+    def _weights(self, tensor: Tensor, targets: Sequence[int | None]) -> np.ndarray | None:
         if tensor.name not in self.chosen and self.choice.others == "base":
             return np.zeros((len(self.steps), len(targets)))
         if not tensor.kind.is_float or not tensor.size or self._recipe(tensor.name, self.recipe) is None:
@@ -126,9 +127,9 @@ class Fit:
             result = backtest(pairs, len(fitted), steps, [trial], folds, (self.recipe.strength,), self._recipe)
         return result if result.baseline.any() else None
 
-    def outlook(self, target: int) -> Outlook | None:
+    def outlook(self, target: int | None) -> Outlook | None:
         """What the backtest says about a target; None without a backtest."""
-        return None if self.backtest is None else outlook(self.backtest, target, self.steps[-1])
+        return None if self.backtest is None or target is None else outlook(self.backtest, target, self.steps[-1])
 
     def signs(self) -> list[str]:
         """Evidence that the window is not one line (repeats, a jump, a break in the slope), in words."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from relexio.methods.mix import delta_weights
 from relexio.methods.registry import Matrix, Vector, Window, method
 
 if TYPE_CHECKING:
@@ -160,6 +161,19 @@ def rre(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
     values, vectors = values[values > rounding], vectors[:, values > rounding]
     gamma = even - vectors @ ((vectors.T @ speeds @ even) / values)
     return np.tile((np.append(0.0, gamma) - _unit(window, -1))[:, None], len(targets))
+
+
+@method(
+    "mix",
+    "The base and observed checkpoints with the weights that you give; nothing is extrapolated, nothing is judged.",
+    "task arithmetic (Ilharco et al., ICLR 2023, arXiv 2212.04089), over the steps of one run",
+    uses=("weights",),
+    extrapolates=False,
+    aims=False,
+)
+def mix(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
+    """b_t = w_t, the weight given to step t; the base has the rest of 1."""
+    return np.tile(delta_weights(recipe.mix or "", window.steps)[:, None], len(targets))
 
 
 def _unit(window: Window, index: int) -> Vector:

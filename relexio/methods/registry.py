@@ -45,6 +45,7 @@ class Method:
     ``from_zero``: it counts steps from 0, where the base was. ``stays``: it averages what was observed, whatever the target.
     ``keeps_norms``: norms stay as they are in the last checkpoint. ``needs_base``: it predicts something else where the base
     is another model. ``whole``: it uses all of the Gram matrix, of which the ``blocks`` solver keeps the top directions alone.
+    ``aims``: it makes the checkpoint of a step; without it there is one, of no step.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Method:
     stays: bool = False
     needs_base: bool = True
     whole: bool = False
+    aims: bool = True
 
 
 #: All methods by name. The order is that of help texts, of colours, and of the trials of a backtest.
