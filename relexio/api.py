@@ -1,5 +1,6 @@
 """The Python API: a trajectory, its fits and predictions, as lazy Dask arrays. The command line does the same things."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -27,15 +28,46 @@ from relexio.store.schema import Block, Tensor
 from relexio.store.storage import local
 from relexio.store.store import Store
 from relexio.verbs.backtest import Judgement, judge
+from relexio.verbs.convert import Request, prepare
+from relexio.verbs.convert import convert as write
 from relexio.verbs.output import Target
 from relexio.verbs.predict import predict
 from relexio.verbs.restore import restore
-from relexio.words import parse_size, parse_steps
+from relexio.words import Selection, describe_steps, html_table, parse_size, parse_steps
+
+_log = logging.getLogger("relexio")
 
 
 def open(path: str | Path) -> "Trajectory":
     """Open a trajectory store: a directory, or a URL for fsspec. Raises MissingError, StoreError or StorageError."""
     return Trajectory(open_store(path))
+
+
+def convert(
+    checkpoints: str | Path,
+    out: str | Path,
+    base: str | Path | None = None,
+    *,
+    steps: str | Sequence[int] | None = None,
+    replace: str | Sequence[int] | None = None,
+    dtype: str = "base",
+    memory: int | str = DEFAULT_MEMORY,
+    workers: int | None = None,
+) -> "Trajectory":
+    """Store the step directories below ``checkpoints`` in the trajectory ``out``, as ``relexio convert`` does, and open it.
+
+    A new one needs ``base``, the model before RL. ``steps`` and ``replace``: ``"1:75"``, or steps. What the command prints as
+    notes is logged, as warnings of the logger ``relexio``. Raises a RelexioError that names file, tensor and step for what
+    cannot be converted as it is, RequestError for a wrong ``dtype``, BudgetError for too little memory.
+    """
+    chosen, again = _selection(steps), _selection(replace)
+    model = None if base is None else local(base)
+    request = Request(out, model, local(checkpoints), {}, chosen, again, dtype)
+    conversion = prepare(request, Resources(_bytes(memory), workers, "cpu"), silent)
+    done = write(conversion, silent)
+    for text in (*conversion.notes, *done.notes):
+        _log.warning("%s: %s", done.store.shown, text)
+    return Trajectory(done.store)
 
 
 class Trajectory:
@@ -46,6 +78,9 @@ class Trajectory:
 
     def __repr__(self) -> str:
         return f"<Trajectory {self._store.shown}: {len(self.tensors)} tensors, {len(self.steps)} steps>"
+
+    def _repr_html_(self) -> str:
+        return html_table([*_about(self._store), ("holds", describe_steps(self.steps))])
 
     @property
     def path(self) -> str:
@@ -140,6 +175,9 @@ class TrajectoryFit(Fit):
 
     resources: Resources = field(default_factory=Resources)
 
+    def _repr_html_(self) -> str:
+        return html_table([("trajectory", self.store.shown), *self.rows()])
+
     def predict(self, step: int | None = None) -> "Prediction":
         """The predicted checkpoint at a step; a mix has none. Raises RequestError for a step that the method cannot reach."""
         return Prediction(self, step)
@@ -172,6 +210,16 @@ class Checkpoint(_Tensors):
     def __init__(self, store: Store, step: int | None) -> None:
         self._store, self.step = store, step
 
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self._name} of {self._store.shown}: {len(self)} tensors>"
+
+    def _repr_html_(self) -> str:
+        return html_table([*_about(self._store), ("checkpoint", self._name)])
+
+    @property
+    def _name(self) -> str:
+        return "base" if self.step is None else f"step {self.step}"
+
     def _bits(self, tensor: Tensor) -> Callable[[Block], np.ndarray]:
         return partial(_observed_block, self._store, self.step)
 
@@ -186,6 +234,19 @@ class Prediction(_Tensors):
     def __init__(self, fit: TrajectoryFit, step: int | None) -> None:
         self._fit, self._store, self.step, self._weights = fit, fit.store, step, fit.weights(step)
 
+    def __repr__(self) -> str:
+        return f"<Prediction {self._name} by {self._fit.recipe} of {self._store.shown}: {len(self)} tensors>"
+
+    def _repr_html_(self) -> str:
+        expected = self._fit.outlook(self.step)
+        verdict = [] if expected is None else [("verdict", str(expected))]
+        rows = [("trajectory", self._store.shown), *self._fit.rows(), ("predicted", self._name), *verdict]
+        return html_table(rows)
+
+    @property
+    def _name(self) -> str:
+        return "mix" if self.step is None else f"step {self.step}"
+
     def _bits(self, tensor: Tensor) -> Callable[[Block], np.ndarray]:
         if tensor.name not in self._weights:
             return partial(_observed_block, self._store, self._fit.steps[-1])
@@ -198,9 +259,17 @@ class Prediction(_Tensors):
         predict(self._fit, [Target(self.step, local(directory))], self._fit.resources, silent)
 
 
+def _about(store: Store) -> list[tuple[str, str]]:
+    return [("trajectory", store.shown), ("tensors", str(len(store.tensors)))]
+
+
 def _window(store: Store, window: str | Sequence[int] | None) -> tuple[int, ...]:
-    text = window if isinstance(window, str) or window is None else ",".join(map(str, window))
-    return choose_window(store, None if text is None else parse_steps(text))
+    return choose_window(store, _selection(window))
+
+
+def _selection(steps: str | Sequence[int] | None) -> Selection | None:
+    text = steps if isinstance(steps, str) or steps is None else ",".join(map(str, steps))
+    return None if text is None else parse_steps(text)
 
 
 def _bytes(size: int | str) -> int:

@@ -101,11 +101,7 @@ def _facts(fit: Fit, targets: list[Target]) -> object:
 
 
 def _show(fit: Fit, targets: list[Target]) -> None:
-    recipe, count = fit.recipe, len(fit.store.tensors)
-    rows = [("window", describe_steps(fit.steps)), ("method", f"{recipe}, strength {recipe.strength:g}")]
-    if len(fit.chosen) < count:
-        source = f"step {fit.steps[-1]}" if fit.choice.others == "last" else "the base"
-        rows.append(("tensors", f"{len(fit.chosen)} of {count}; the others are as in {source}"))
+    rows, recipe = fit.rows(), fit.recipe
     for target in targets:
         rows.append(("wrote", f"{target.out}: {'a mix' if target.step is None else f'step {target.step}'}"))
         if recipe.way.extrapolates:

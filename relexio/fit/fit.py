@@ -73,6 +73,15 @@ class Fit:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.recipe} to {describe_steps(self.steps)} of {self.store.shown}>"
 
+    def rows(self) -> list[tuple[str, str]]:
+        """What is fitted to what, for people."""
+        rows = [("window", describe_steps(self.steps)), ("method", f"{self.recipe}, strength {self.recipe.strength:g}")]
+        if len(self.chosen) < len(self.store.tensors):
+            source = f"step {self.steps[-1]}" if self.choice.others == "last" else "the base"
+            count = f"{len(self.chosen)} of {len(self.store.tensors)}"
+            rows.append(("tensors", f"{count}; the others are as in {source}"))
+        return rows
+
     @cached_property
     def chosen(self) -> frozenset[str]:
         """The names of the tensors that are predicted."""
