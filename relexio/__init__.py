@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 from relexio.version import __version__
 
-__all__ = ["Checkpoint", "Prediction", "Recorder", "Trajectory", "TrajectoryFit", "__version__", "open"]
+__all__ = ["Checkpoint", "Prediction", "Recorder", "Trajectory", "TrajectoryFit", "__version__", "convert", "open"]
 
 if TYPE_CHECKING:
-    from relexio.api import Checkpoint, Prediction, Trajectory, TrajectoryFit, open
+    from relexio.api import Checkpoint, Prediction, Trajectory, TrajectoryFit, convert, open
     from relexio.recorder import Recorder
 
 

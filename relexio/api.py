@@ -1,5 +1,6 @@
 """The Python API: a trajectory, its fits and predictions, as lazy Dask arrays. The command line does the same things."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -26,16 +27,48 @@ from relexio.store.read import TILE, observed
 from relexio.store.schema import Block, Tensor
 from relexio.store.storage import local
 from relexio.store.store import Store
+from relexio.verbs.advice import how_far, take_advice
 from relexio.verbs.backtest import Judgement, judge
+from relexio.verbs.convert import Request, prepare
+from relexio.verbs.convert import convert as write
 from relexio.verbs.output import Target
 from relexio.verbs.predict import predict
 from relexio.verbs.restore import restore
-from relexio.words import parse_size, parse_steps
+from relexio.words import Selection, describe_steps, html_table, parse_size, parse_steps
+
+_log = logging.getLogger("relexio")
 
 
 def open(path: str | Path) -> "Trajectory":
     """Open a trajectory store: a directory, or a URL for fsspec. Raises MissingError, StoreError or StorageError."""
     return Trajectory(open_store(path))
+
+
+def convert(
+    checkpoints: str | Path,
+    out: str | Path,
+    base: str | Path | None = None,
+    *,
+    steps: str | Sequence[int] | None = None,
+    replace: str | Sequence[int] | None = None,
+    dtype: str = "base",
+    memory: int | str = DEFAULT_MEMORY,
+    workers: int | None = None,
+) -> "Trajectory":
+    """Store the step directories below ``checkpoints`` in the trajectory ``out``, as ``relexio convert`` does, and open it.
+
+    A new one needs ``base``, the model before RL. ``steps`` and ``replace``: ``"1:75"``, or steps. What the command prints as
+    notes is logged, as warnings of the logger ``relexio``. Raises a RelexioError that names file, tensor and step for what
+    cannot be converted as it is, RequestError for a wrong ``dtype``, BudgetError for too little memory.
+    """
+    chosen, again = _selection(steps), _selection(replace)
+    model = None if base is None else local(base)
+    request = Request(out, model, local(checkpoints), {}, chosen, again, dtype)
+    conversion = prepare(request, Resources(_bytes(memory), workers, "cpu"), silent)
+    done = write(conversion, silent)
+    for text in (*conversion.notes, *done.notes):
+        _log.warning("%s: %s", done.store.shown, text)
+    return Trajectory(done.store)
 
 
 class Trajectory:
@@ -46,6 +79,9 @@ class Trajectory:
 
     def __repr__(self) -> str:
         return f"<Trajectory {self._store.shown}: {len(self.tensors)} tensors, {len(self.steps)} steps>"
+
+    def _repr_html_(self) -> str:
+        return html_table([*_about(self._store), ("holds", describe_steps(self.steps))])
 
     @property
     def path(self) -> str:
@@ -90,12 +126,13 @@ class Trajectory:
         self,
         window: str | Sequence[int] | None = None,
         *,
-        method: str = "relex",
+        method: str = "auto",
         rank: int = 1,
         strength: float = 1.0,
         curve: str = "line",
         refit: int | None = None,
         last: int | None = None,
+        weights: str | None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         others: str = "last",
@@ -108,13 +145,22 @@ class Trajectory:
     ) -> "TrajectoryFit":
         """Fit a method to a window (``"1:75"`` or steps; all stored steps by default), within ``memory`` bytes.
 
-        Raises RequestError for a window, rank or method that does not fit, BudgetError for too little memory.
+        ``auto`` is the recipe, and the part of the window, that ``judge`` recommends; the paper's is ``relex``. Raises
+        RequestError for a window, rank or method that does not fit and where nothing is recommended, BudgetError for too
+        little memory.
         """
         limit = None if device_memory is None else _bytes(device_memory)
         resources = Resources(_bytes(memory), workers, device, limit, scheduler=scheduler)
-        recipe = Recipe(method, rank, strength, curve, refit, last)
-        choice = Choice(tuple(include), tuple(exclude), others)
-        fitted = fit(self._store, _window(self._store, window), recipe, solver, resources, silent, choice)
+        recipe = Recipe(method, rank, strength, curve, refit, last, weights)
+        choice, steps = Choice(tuple(include), tuple(exclude), others), _window(self._store, window)
+        if method == "auto":
+            if recipe != Recipe(method):
+                raise RequestError(
+                    'method="auto" takes rank, strength and the like from the backtest; name a method with them'
+                )
+            advice = take_advice(self._store, steps, resources, silent)
+            recipe, steps = advice.recipe, advice.window
+        fitted = fit(self._store, steps, recipe, solver, resources, silent, choice)
         return TrajectoryFit(**{f.name: getattr(fitted, f.name) for f in fields(fitted)}, resources=resources)
 
     def judge(
@@ -139,9 +185,15 @@ class TrajectoryFit(Fit):
 
     resources: Resources = field(default_factory=Resources)
 
-    def predict(self, step: int) -> "Prediction":
-        """The predicted checkpoint at a step. Raises RequestError for a step that the method cannot reach."""
-        return Prediction(self, step)
+    def _repr_html_(self) -> str:
+        return html_table([("trajectory", self.store.shown), *self.rows()])
+
+    def predict(self, step: int | None = None) -> "Prediction":
+        """The predicted checkpoint at a step; without one, as far as the backtest of the fit's recipe recommends.
+
+        A mix has no step. Raises RequestError for a step that the method cannot reach, and where nothing is recommended.
+        """
+        return Prediction(self, how_far(self).step if step is None and self.recipe.way.aims else step)
 
 
 class _Tensors(Mapping[str, da.Array]):
@@ -171,6 +223,16 @@ class Checkpoint(_Tensors):
     def __init__(self, store: Store, step: int | None) -> None:
         self._store, self.step = store, step
 
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self._name} of {self._store.shown}: {len(self)} tensors>"
+
+    def _repr_html_(self) -> str:
+        return html_table([*_about(self._store), ("checkpoint", self._name)])
+
+    @property
+    def _name(self) -> str:
+        return "base" if self.step is None else f"step {self.step}"
+
     def _bits(self, tensor: Tensor) -> Callable[[Block], np.ndarray]:
         return partial(_observed_block, self._store, self.step)
 
@@ -182,8 +244,21 @@ class Checkpoint(_Tensors):
 class Prediction(_Tensors):
     """A predicted checkpoint: tensors by name, computed when asked for."""
 
-    def __init__(self, fit: TrajectoryFit, step: int) -> None:
+    def __init__(self, fit: TrajectoryFit, step: int | None) -> None:
         self._fit, self._store, self.step, self._weights = fit, fit.store, step, fit.weights(step)
+
+    def __repr__(self) -> str:
+        return f"<Prediction {self._name} by {self._fit.recipe} of {self._store.shown}: {len(self)} tensors>"
+
+    def _repr_html_(self) -> str:
+        expected = self._fit.outlook(self.step)
+        verdict = [] if expected is None else [("verdict", str(expected))]
+        rows = [("trajectory", self._store.shown), *self._fit.rows(), ("predicted", self._name), *verdict]
+        return html_table(rows)
+
+    @property
+    def _name(self) -> str:
+        return "mix" if self.step is None else f"step {self.step}"
 
     def _bits(self, tensor: Tensor) -> Callable[[Block], np.ndarray]:
         if tensor.name not in self._weights:
@@ -197,9 +272,17 @@ class Prediction(_Tensors):
         predict(self._fit, [Target(self.step, local(directory))], self._fit.resources, silent)
 
 
+def _about(store: Store) -> list[tuple[str, str]]:
+    return [("trajectory", store.shown), ("tensors", str(len(store.tensors)))]
+
+
 def _window(store: Store, window: str | Sequence[int] | None) -> tuple[int, ...]:
-    text = window if isinstance(window, str) or window is None else ",".join(map(str, window))
-    return choose_window(store, None if text is None else parse_steps(text))
+    return choose_window(store, _selection(window))
+
+
+def _selection(steps: str | Sequence[int] | None) -> Selection | None:
+    text = steps if isinstance(steps, str) or steps is None else ",".join(map(str, steps))
+    return None if text is None else parse_steps(text)
 
 
 def _bytes(size: int | str) -> int:

@@ -1,7 +1,9 @@
 """Sizes and steps as text: parsing what the user writes, and formatting what the program prints."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 from urllib.parse import unquote
 
@@ -73,6 +75,13 @@ def without_secrets(text: str, address: str = "") -> str:
         for form in {secret, unquote(secret)} - {""}:
             text = text.replace(form, HIDDEN)
     return _ADDRESS.sub(lambda match: shown(match[0]), text)
+
+
+def html_table(rows: Iterable[tuple[str, str]]) -> str:
+    """Names and values as a small table for notebooks: everything escaped (names come from files), no secrets."""
+    cells = [tuple(escape(without_secrets(text)) for text in row) for row in rows]
+    lines = (f'<tr><th scope="row">{name}</th><td>{value}</td></tr>' for name, value in cells)
+    return f"<table>{''.join(lines)}</table>"
 
 
 def _secrets(address: str) -> tuple[str, str]:

@@ -80,7 +80,7 @@ def test_what_needs_the_base_is_not_advised(wrong: Run, tmp_path: Path, relexio:
     found = json.loads(relexio("backtest", store.address, "--json").out)
     assert not METHODS[found["verdict"]["method"]].needs_base
     assert found["verdict"]["sure"] in ("low", "none")
-    assert {row["method"] for row in found["recipes"]} == METHODS.keys() - {"reconstruct"}  # all are shown
+    assert {row["method"] for row in found["recipes"]} == METHODS.keys() - {"reconstruct", "mix"}  # all are shown
 
 
 def test_the_report_is_not_green(wrong: Run, tmp_path: Path, relexio: Relexio) -> None:
@@ -102,7 +102,7 @@ def test_which_methods_need_the_base(name: str) -> None:
     predicted = []
     for theta in (np.zeros(40), base):
         deltas = checkpoints - theta
-        weights = Recipe(name).weights(Window(deltas @ deltas.T, steps), targets)
+        weights = Recipe(name, mix="0=-0.5,4=0.5,8=1").weights(Window(deltas @ deltas.T, steps), targets)
         predicted.append(theta[:, None] + deltas.T @ weights)
     assert np.allclose(*predicted) is not METHODS[name].needs_base
 

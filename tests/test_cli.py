@@ -168,7 +168,7 @@ def test_python_api(run: Run, tmp_path: Path) -> None:
     np.testing.assert_array_equal(observed[name].compute(), run.steps[30][name].astype(np.float32))
     observed.save(tmp_path / "back")
     assert snapshot(tmp_path / "back") == snapshot(run.steps_path / "global_step_30")
-    fit = trajectory.fit([10, 30, 50], rank=2)
+    fit = trajectory.fit([10, 30, 50], method="relex", rank=2)
     assert repr(fit).startswith("<TrajectoryFit of relex, rank 2 to steps 10, 30, 50 of ")
     assert trajectory.judge([10, 30, 50], workers=1).window == (10, 30, 50)
     prediction = fit.predict(80)

@@ -476,8 +476,8 @@ def test_what_is_no_address_is_refused() -> None:
 def test_python_api(run: Run, tmp_path: Path, cluster: "distributed.LocalCluster") -> None:
     store_run(run, tmp_path / "run.zarr")
     trajectory = package.open(tmp_path / "run.zarr")
-    trajectory.fit(scheduler=cluster.scheduler_address).predict(40).save(tmp_path / "there")
-    trajectory.fit().predict(40).save(tmp_path / "here")
+    trajectory.fit(method="relex", scheduler=cluster.scheduler_address).predict(40).save(tmp_path / "there")
+    trajectory.fit(method="relex").predict(40).save(tmp_path / "here")
     assert snapshot(tmp_path / "here") == snapshot(tmp_path / "there")
 
 

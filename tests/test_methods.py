@@ -154,6 +154,53 @@ def test_parts_of_a_model() -> None:
     assert (layer_of("model.layers.31.mlp.up_proj.weight"), layer_of("model.norm.weight")) == (31, None)
 
 
+def limit(deltas: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Reduced rank extrapolation, of the shortest weights, by least squares over the elements."""
+    speeds = np.diff(deltas, axis=0) / np.diff(steps)[:, None]
+    even = np.full(len(speeds), 1 / len(speeds))
+    rest = np.linalg.svd(even[None])[2][1:]  # a basis of what adds up to 0
+    gamma = even + rest.T @ np.linalg.lstsq((rest @ speeds).T, -even @ speeds, rcond=1e-6)[0]
+    return gamma @ deltas[1:]
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    moves=st.integers(2, 9).flatmap(
+        lambda n: st.lists(st.sampled_from([0, 0, 1, -2, 3]), min_size=5 * n, max_size=5 * n)
+    ),
+    gaps=st.lists(st.sampled_from([1, 2, 10]), min_size=11, max_size=11),
+)
+def test_the_limit_is_that_of_least_squares_over_the_elements(moves: list[int], gaps: list[int]) -> None:
+    """More elements than steps or fewer, whatever repeats, or did not move but once."""
+    deltas = np.cumsum(np.array(moves, dtype=float).reshape(-1, len(moves) // 5).T, axis=0)
+    deltas = np.concatenate([deltas, deltas[-1:] + 1])  # so that something moved
+    steps = np.cumsum([3, *gaps])[: len(deltas)]
+    weights = Recipe("rre").weights(Window(deltas @ deltas.T, steps), [500, 9000])
+    np.testing.assert_allclose(weights[:, 0].sum(), 1, rtol=1e-9)
+    np.testing.assert_allclose(weights.T @ deltas, np.tile(limit(deltas, steps), (2, 1)), rtol=1e-5, atol=1e-5)
+
+
+def test_geometric_ways_end_at_their_limit() -> None:
+    rng, steps = np.random.default_rng(0), np.arange(10, 60, 10)
+    end, a, b = rng.standard_normal((3, 40))
+    deltas = end + 0.8 ** np.arange(5)[:, None] * a + (-0.5) ** np.arange(5)[:, None] * b
+    found = Recipe("rre", strength=0.5).weights(Window(deltas @ deltas.T, steps), [70])[:, 0] @ deltas
+    np.testing.assert_allclose(found, (end + deltas[-1]) / 2, rtol=1e-6, atol=1e-6)  # half of the way there
+
+
+@pytest.mark.parametrize(
+    ("moved", "gamma"),
+    [([1, 2, 3, 4, 5], [1 / 4] * 4), ([0, 0, 1, 1, 1], [1 / 3, 0, 1 / 3, 1 / 3])],
+    ids=["line", "once"],
+)
+def test_a_way_without_a_limit_gets_a_mean(moved: list[int], gamma: list[float]) -> None:
+    """All that could be divided by is rounding."""
+    direction = np.random.default_rng(2).standard_normal(1000)
+    deltas = np.outer(moved, direction) / 3
+    weights = Recipe("rre").weights(Window(deltas @ deltas.T, np.arange(1, 6) * 7), [70])[:, 0]
+    np.testing.assert_allclose(weights, [0, *gamma], atol=1e-9)
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     return make_run(tmp_path, steps=(10, 20, 30, 40, 50))
@@ -179,6 +226,7 @@ def truth(run: Run, recipe: Recipe, target: int) -> dict[str, np.ndarray]:
             "scaled-first": target / times[0] * m[0],
             "mean": m[-(recipe.last or len(m)) :].mean(axis=0),
             "ema": kept @ m / kept.sum(),
+            "rre": limit(m, times),
         }[recipe.method]
         found[name] = base.astype(np.float64) + ahead.reshape(base.shape)
     return found
@@ -197,6 +245,12 @@ def truth(run: Run, recipe: Recipe, target: int) -> dict[str, np.ndarray]:
 def test_what_is_written_is_the_truth(tmp_path: Path, recipe: Recipe, solver: str) -> None:
     run = make_run(tmp_path, BF16, (3, 10, 20, 21, 50), shapes={"a": (60, 170), "b": (23,), "model.norm.weight": (50,)})
     store = store_run(run, tmp_path / "run.zarr")
+    if recipe.way.whole and solver == "blocks":
+        with pytest.raises(
+            RequestError, match=f"--method {recipe} uses the whole Gram matrix, .* or give --solver gram"
+        ):
+            fit_run(store, recipe, solver=solver)
+        return
     found = load_checkpoint(predict_run(fit_run(store, recipe, solver=solver), 120, tmp_path / "out"))
     assert differing(found, truth(run, recipe, 120))[0] == 0
 

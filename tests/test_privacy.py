@@ -103,6 +103,7 @@ def test_commands_on_an_address_with_a_password(at_url: Path, run: Run, relexio:
     trajectory = package.open(URL)
     for held in (trajectory, trajectory._store, locate(URL)):
         assert SECRET not in repr(held) and "***" in repr(held)
+    assert SECRET not in trajectory._repr_html_() and "***" in trajectory._repr_html_()
 
 
 def test_a_sweep_on_an_address_with_a_password(at_url: Path, relexio: Relexio) -> None:

@@ -47,7 +47,7 @@ def test_a_recorded_run_is_the_converted_one(tmp_path: Path, run: Run, dtype: st
     recorded = open_store(tmp_path / "run.zarr")
     assert recorded.contents == converted.contents and recorded.base_content == converted.base_content
     assert recorder.steps == (1, 2, 4, 7)
-    relexio.open(tmp_path / "run.zarr").fit().predict(20).save(tmp_path / "predicted")
+    relexio.open(tmp_path / "run.zarr").fit(method="relex").predict(20).save(tmp_path / "predicted")
     assert (tmp_path / "predicted/config.json").exists()  # the base's: it can be loaded
 
 

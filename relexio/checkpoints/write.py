@@ -156,9 +156,10 @@ def validate(directory: Path, expected: Iterable[OutputFile]) -> None:
 def model_card(base_model: str | None, facts: dict[str, object], made: str) -> str:
     """A model card: YAML with base model and tags, a paragraph with how it was ``made``, and the provenance as JSON."""
     base = f"base_model: {json.dumps(base_model)}\n" if base_model else ""
+    title = "Mixed checkpoint" if facts["step"] is None else f"Predicted checkpoint, step {facts['step']}"
     return (
         f"---\nlibrary_name: transformers\n{base}tags:\n- relexio\n- rlvr\n- weight-extrapolation\n---\n\n"
-        f"# Predicted checkpoint, step {facts['step']}\n\n"
+        f"# {title}\n\n"
         f"These weights were not trained. {made} How well they do their task is for an evaluation to say.\n\n"
         f"```json\n{json.dumps(facts, indent=2)}\n```\n"
     )

@@ -12,7 +12,6 @@ from relexio.engine.resources import Resources
 from relexio.methods.verdict import Pick
 from relexio.store.store import Store
 from relexio.verbs.backtest import Judgement, judge
-from relexio.words import describe_steps
 
 _all = click.option("--all", "everything", is_flag=True, help="Show every recipe, not only the best of each method.")
 
@@ -43,23 +42,8 @@ def _show(judged: Judgement, everything: bool) -> None:
 
 
 def _show_run(judged: Judgement) -> None:
-    test, straight = judged.test, judged.straight
-    known = ", ".join(map(str, np.unique(test.known)))
-    rows = [
-        ("trajectory", judged.store.shown),
-        ("window", describe_steps(judged.window)),
-        ("cut-offs", f"steps {known}; {len(test.held_out)} predictions of later steps for each recipe"),
-    ]
-    if straight is not None:
-        half = "-" if straight.split_half is None else f"{straight.split_half:.2f}"
-        walk = f"a random walk over the same steps gives {straight.walk_energy:.2f}"
-        rows += [
-            ("energy", f"{straight.energy:.2f} at rank 1; {walk}"),
-            ("r2", f"{straight.r_squared:.2f} of the line; a random walk gives {straight.walk_r_squared:.2f}"),
-            ("split-half", f"{half}: cosine of the directions of odd and even increments; a random walk gives about 0"),
-        ]
-    table(rows)
-    for text in straight.signs if straight else ():
+    table(judged.rows())
+    for text in judged.straight.signs if judged.straight else ():
         note(f"not one line: {text}")
 
 

@@ -1,5 +1,6 @@
 """``relexio findings``."""
 
+from dataclasses import asdict
 from functools import partial
 
 import click
@@ -7,12 +8,13 @@ import numpy as np
 
 from relexio.cli import options
 from relexio.cli.command import Result, on_trajectory
-from relexio.cli.show import note, printable, stages, table
+from relexio.cli.show import note, number, printable, stages, table
 from relexio.cli.skill import skill_table
 from relexio.engine.resources import Resources
 from relexio.fit.fit import command
+from relexio.methods.linearity import LINEAR, VALUES, Linearity
 from relexio.store.store import Store
-from relexio.verbs.findings import Findings
+from relexio.verbs.findings import Findings, linearity
 from relexio.verbs.findings import findings as verb
 from relexio.words import describe_steps
 
@@ -23,14 +25,21 @@ _LARGEST, _COLUMNS, _ROWS = 8, 6, 16  # tensors and steps of the coefficients; s
 def findings(store: Store, window: tuple[int, ...], resources: Resources, rank: int) -> Result:
     """See whether the findings of the RELEX paper hold on this run.
 
-    Finding 1: the energy by direction. Finding 2: the coefficients over steps, and their lines (--json has them all). The
-    ablations of rank and curve, by skill. What --rank directions throw away at each step, and whether that is noise.
+    Finding 1: the energy by direction. Finding 2: the coefficients over steps, and their lines (--json has them all). How
+    many single elements move on a line, beside walks without direction. The ablations of rank and curve, by skill. What
+    --rank directions throw away at each step, and whether that is noise.
     """
     run = verb(store, window, rank, resources, stages)
-    return Result(run.to_json, partial(_show, run), next=(command("backtest", store),))
+    lines = linearity(store, window, resources, stages)
+    return Result(partial(_facts, run, lines), partial(_show, run, lines), next=(command("backtest", store),))
 
 
-def _show(run: Findings) -> None:
+def _facts(run: Findings, lines: Linearity | None) -> object:
+    facts = None if lines is None else {**asdict(lines), "share": lines.share, "several_share": lines.several_share}
+    return {**run.to_json(), "elements": facts}
+
+
+def _show(run: Findings, lines: Linearity | None) -> None:
     if run.judged is not None and run.judged.doubt is not None:
         note(run.judged.doubt)
     table(
@@ -43,6 +52,7 @@ def _show(run: Findings) -> None:
     click.echo("\nFinding 1: energy that the first directions keep, over all tensors")
     click.echo("  ".join(f"rank {rank}: {share:.1%}" for rank, share in enumerate(run.spectrum.cumsum()[:5], 1)))
     _show_lines(run)
+    _show_elements(lines)
     _show_ablation(run)
     _show_thrown_away(run)
 
@@ -66,6 +76,26 @@ def _show_lines(run: Findings) -> None:
         values = "".join(f"{t.coefficients[i]:>11.3g}" for i in columns)
         line = f"{t.line.slope:>11.3g}{t.line.intercept:>11.3g}{t.line.r_squared:>7.3f}"
         click.echo(f"{printable(t.name):<{width}}{values}{line}")
+
+
+def _show_elements(lines: Linearity | None) -> None:
+    click.echo(f"\nSingle elements: share with a line over the steps of r2 above {LINEAR:g}")
+    if lines is None:
+        click.echo("- (a line through two steps is always straight)")
+        return
+    part = "" if lines.blocks == lines.all_blocks else f"{lines.blocks} of {lines.all_blocks:,} blocks, "
+    moved = f"{lines.moved:,} that moved of {lines.elements:,}"
+    table(
+        [
+            (number(lines.share, ".2f"), f"{part}{moved}"),
+            (
+                number(lines.several_share, ".2f"),
+                f"{lines.several:,} with {VALUES} values or more; choosing them favours lines",
+            ),
+            (number(lines.walk, ".2f"), "a random walk over the same steps"),
+            (number(lines.momentum, ".2f"), "a walk with momentum: updates correlated at 0.9 from step to step"),
+        ]
+    )
 
 
 def _show_ablation(run: Findings) -> None:

@@ -12,7 +12,7 @@ from relexio.methods import METHODS, OPTIONS, Method
 def methods(as_json: bool) -> None:
     """List the methods that predict knows, with their sources.
 
-    For each: what it does, its source, and which of the options --rank, --fit, --refit and --last it uses."""
+    For each: what it does, its source, and which of the options --rank, --fit, --refit, --last and --weights it uses."""
     Result(lambda: [_facts(method) for method in METHODS.values()], _show).print(as_json)
 
 

@@ -181,6 +181,8 @@ def tensors(command: Command) -> Command:
 
 
 def check_out(steps: tuple[object, ...], out: str) -> None:
-    """Raise a usage error where several steps would be written to one directory."""
+    """Raise a usage error where several steps would be written to one directory, or a mix to one named by a step."""
+    if not steps and "{step}" in out:
+        raise click.UsageError("A mix has no step: leave {step} out of -o.")
     if len(steps) > 1 and "{step}" not in out:
         raise click.UsageError("Several steps need {step} in -o, as in -o 'pred/step-{step}'.")

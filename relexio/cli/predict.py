@@ -1,6 +1,7 @@
 """``relexio predict``."""
 
 from functools import partial
+from pathlib import Path
 
 import click
 
@@ -22,6 +23,8 @@ from relexio.words import describe_steps, show, stem
 
 _NO_VERDICT = "none: a backtest needs 3 steps, tensors that move, a rank below the number of steps, and the gram solver"
 
+_NOT_JUDGED = "not judged: a mix is no step's, so no step can be compared with it; evaluate it"
+
 
 @on_trajectory(
     click.option(
@@ -31,7 +34,7 @@ _NO_VERDICT = "none: a backtest needs 3 steps, tensors that move, a rank below t
         multiple=True,
         default=(options.AUTO,),
         show_default=True,
-        help="Step to predict: auto is the farthest at which the backtest has skill. Repeatable.",
+        help="Step to predict: auto is the farthest at which the backtest has skill. Repeatable. A mix has none.",
     ),
     click.option(
         "-o",
@@ -70,6 +73,8 @@ def predict(
     own method is --method relex.
     """
     given = window
+    if recipe is not None and not recipe.way.aims and asked == (options.AUTO,):
+        asked = ()
     if out is not None:
         options.check_out(asked, out)
     steps = tuple(step for step in asked if isinstance(step, int))
@@ -78,10 +83,7 @@ def predict(
         steps = tuple(step if isinstance(step, int) else advice.step for step in asked)
         note(_chosen(store, advice, recipe is None, options.AUTO in asked))
         recipe, window = advice.recipe, advice.window
-    outs = [
-        out.replace("{step}", str(step)) if out else f"{stem(store.address)}-{recipe.named(step)}" for step in steps
-    ]
-    targets = [Target(step, local(path)) for step, path in zip(steps, outs, strict=True)]
+    targets = [Target(step, _out(out, store, recipe, step)) for step in (steps or (None,))]
     job = verb.prepare(store, window, recipe, solver, targets, resources, choice)
     if dry_run:
         return _plan(job)
@@ -90,6 +92,11 @@ def predict(
     return Result(
         partial(_facts, fit, targets), partial(_show, fit, targets), next=(command("sweep", store, EVAL, window=given),)
     )
+
+
+def _out(out: str | None, store: Store, recipe: Recipe, step: int | None) -> Path:
+    """The directory of one prediction."""
+    return local(out.replace("{step}", str(step)) if out else f"{stem(store.address)}-{recipe.named(step)}")
 
 
 def _chosen(store: Store, advice: Advice, recipe: bool, step: bool) -> str:
@@ -103,7 +110,7 @@ def _plan(job: verb.PredictJob) -> Result:
     facts = {
         "window": list(job.fit.steps),
         **job.fit.recipe.to_json(),
-        "outputs": {str(target.step): str(target.out) for target in job.targets},
+        "outputs": {target.name: str(target.out) for target in job.targets},
         "fit_kept": job.kept,
         "bytes_read": job.bytes_read,
         "bytes_written": job.bytes_written,
@@ -130,15 +137,13 @@ def _facts(fit: Fit, targets: list[Target]) -> object:
 
 
 def _show(fit: Fit, targets: list[Target]) -> None:
-    recipe, count = fit.recipe, len(fit.store.tensors)
-    rows = [("window", describe_steps(fit.steps)), ("method", f"{recipe}, strength {recipe.strength:g}")]
-    if len(fit.chosen) < count:
-        source = f"step {fit.steps[-1]}" if fit.choice.others == "last" else "the base"
-        rows.append(("tensors", f"{len(fit.chosen)} of {count}; the others are as in {source}"))
+    rows, recipe = fit.rows(), fit.recipe
     for target in targets:
-        rows.append(("wrote", f"{target.out}: step {target.step}"))
+        rows.append(("wrote", f"{target.out}: {'a mix' if target.step is None else f'step {target.step}'}"))
         if recipe.way.extrapolates:
             rows.append(("verdict", str(fit.outlook(target.step) or _NO_VERDICT)))
+        elif not recipe.way.aims:
+            rows.append(("verdict", _NOT_JUDGED))
     table(rows)
 
 

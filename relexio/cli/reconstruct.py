@@ -40,10 +40,11 @@ def reconstruct(
     for text in fitted.notes:
         note(text)
     predict(fitted, targets, resources, stages)
-    lost = {step: fitted.thrown_away(step) for step in steps}
+    lost = [fitted.thrown_away(step) for step in steps]
 
     def facts() -> object:
-        rows = [{**provenance(fitted, t.step), "out": str(t.out), "thrown_away": lost[t.step]} for t in targets]
+        pairs = zip(targets, lost, strict=True)
+        rows = [{**provenance(fitted, t.step), "out": str(t.out), "thrown_away": share} for t, share in pairs]
         return rows[0] if len(rows) == 1 else rows
 
     return Result(
@@ -53,10 +54,9 @@ def reconstruct(
     )
 
 
-def _show(window: tuple[int, ...], rank: int, targets: list[Target], lost: dict[int, float | None]) -> None:
+def _show(window: tuple[int, ...], rank: int, targets: list[Target], lost: list[float | None]) -> None:
     rows = [("window", describe_steps(window)), ("rank", str(rank))]
-    for target in targets:
-        share = lost[target.step]
+    for target, share in zip(targets, lost, strict=True):
         energy = "" if share is None else f"; {1 - share:.1%} of its squared distance from the base is kept"
         rows.append(("wrote", f"{target.out}: step {target.step}{energy}"))
     table(rows)

@@ -13,6 +13,7 @@ from relexio.engine.device import out_of_memory, to_device, to_host, zeros
 from relexio.engine.tiles import Rows, compact, on_device, pieces, window_tiles
 from relexio.errors import BudgetError, RelexioWarning, RequestError
 from relexio.loops import Moves, dense, gram, increments, plain, predict
+from relexio.methods.linearity import LINEAR, VALUES, r_squared
 from relexio.store.read import dense_width
 from relexio.store.schema import Block
 from relexio.store.store import Store
@@ -158,3 +159,22 @@ def _weigh_on_device(
         for result, column in zip(results, to_host(after).T, strict=True):
             result[places[span]] = column
     return bad
+
+
+def linear_block(store: Store, steps: tuple[int, ...], tile_bytes: int, block: Block) -> np.ndarray:
+    """Elements of a block that moved within a window; of those the linear ones; and both of those that took VALUES or more.
+
+    int64 [4]. ``steps`` [T] are any of the store's; T > 2. Linear is what a line over the steps explains up to LINEAR.
+    """
+    rows, base = Rows.of(store, steps), store.base_bits(block)
+    numbers, counts = np.array(steps, np.float64), np.zeros(4, np.int64)
+    for _, span, moves in window_tiles(store, block, rows, tile_bytes):
+        _, moving, start = compact(moves, base[span])
+        for _, some, bits in pieces(moving, start, dense_width(rows.count)):
+            values = np.cumsum(dense(some, increments(some, bits, block.kind), rows.count), axis=1)[:, rows.places]
+            values -= values[:, :1].copy()
+            values = values[values.any(axis=1)]
+            linear = r_squared(numbers, values) > LINEAR
+            several = np.count_nonzero(np.diff(np.sort(values, axis=1), axis=1), axis=1) + 1 >= VALUES
+            counts += np.array([np.ones_like(linear), linear, several, linear & several]).sum(axis=1)
+    return counts

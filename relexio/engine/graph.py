@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 from dask.delayed import Delayed
 
-from relexio.engine.blocks import combine_block, gram_block, operator_block
+from relexio.engine.blocks import combine_block, gram_block, linear_block, operator_block
 from relexio.engine.executor import Executor, Keep, Pass, Progress
 from relexio.store.read import observed
 from relexio.store.schema import Block, Tensor
@@ -86,14 +86,19 @@ def sums(
 
 
 def each(
-    store: Store, steps: int, kernel: Callable[[Block], T], executor: Executor, progress: Progress
+    store: Store,
+    steps: int,
+    kernel: Callable[[Block], T],
+    executor: Executor,
+    progress: Progress,
+    blocks: Sequence[Block] | None = None,
 ) -> Iterator[tuple[Block, T]]:
-    """Run a kernel over every block of the store; the blocks and its results, in order."""
-
+    """Run a kernel over every block of the store, or over some; the blocks and its results, in order."""
+    chosen = store.blocks if blocks is None else blocks
     nodes = executor.begin()
     shared = nodes.shared(kernel)
-    results = executor.run(nodes, (_node(nodes, block, steps, shared) for block in store.blocks), progress)
-    return zip(store.blocks, results, strict=True)
+    results = executor.run(nodes, (_node(nodes, block, steps, shared) for block in chosen), progress)
+    return zip(chosen, results, strict=True)
 
 
 def gram(
@@ -132,6 +137,14 @@ def combine(
     """
     kernel = partial(_write_block, store, weights, targets, steps, sink, executor.plan.tile_bytes, executor.device)
     each(store, targets, kernel, executor, progress)
+
+
+def linear(
+    store: Store, steps: tuple[int, ...], blocks: Sequence[Block], executor: Executor, progress: Progress
+) -> np.ndarray:
+    """One pass over some blocks: the sum of what ``linear_block`` counts, int64 [4]."""
+    kernel = partial(linear_block, store, steps, executor.plan.tile_bytes)
+    return np.sum([found for _, found in each(store, len(steps), kernel, executor, progress, blocks)], axis=0)
 
 
 def _write_block(

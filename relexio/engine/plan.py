@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from relexio.engine.process import cores
 from relexio.errors import BudgetError
+from relexio.store.read import dense_width
 from relexio.store.schema import MOVES_CHUNK, moves_chunk
 from relexio.words import show
 
@@ -118,6 +119,11 @@ def combine_need(shape: Shape, steps: int, targets: int) -> Need:
     result, share = 2 * shape.block * shape.itemsize * targets, targets / max(steps, 1)
     device = 2 * 8 * steps * targets
     return Need(shape.bytes + result, _PER_TILE + 4.0 * share, device, _PER_DEVICE_TILE + 6.0 * share)
+
+
+def linear_need(shape: Shape, rows: int) -> Need:
+    """A block, and some elements of it at every row of the chain: bits, values, and what is made of both."""
+    return Need(shape.bytes + 8 * (8 * rows * dense_width(rows)), _PER_TILE)
 
 
 def gram_bytes(steps: int, tensors: int, small: int) -> int:

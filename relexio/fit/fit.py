@@ -1,5 +1,6 @@
 """From Gram matrices to T weights for each tensor: the fit, its backtest, and its figures for every tensor."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from shlex import quote
@@ -73,16 +74,25 @@ class Fit:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.recipe} to {describe_steps(self.steps)} of {self.store.shown}>"
 
+    def rows(self) -> list[tuple[str, str]]:
+        """What is fitted to what, for people."""
+        rows = [("window", describe_steps(self.steps)), ("method", f"{self.recipe}, strength {self.recipe.strength:g}")]
+        if len(self.chosen) < len(self.store.tensors):
+            source = f"step {self.steps[-1]}" if self.choice.others == "last" else "the base"
+            count = f"{len(self.chosen)} of {len(self.store.tensors)}"
+            rows.append(("tensors", f"{count}; the others are as in {source}"))
+        return rows
+
     @cached_property
     def chosen(self) -> frozenset[str]:
         """The names of the tensors that are predicted."""
         return self.choice.of(tensor.name for tensor in self.store.tensors)
 
-    def weights(self, step: int) -> dict[str, np.ndarray]:
+    def weights(self, step: int | None) -> dict[str, np.ndarray]:
         """The weights [T] of the observed deltas that make up the prediction, by tensor; as ``weights_for`` has them."""
         return {name: weights[:, 0] for name, weights in self.weights_for([step]).items()}
 
-    def weights_for(self, targets: list[int]) -> dict[str, np.ndarray]:
+    def weights_for(self, targets: Sequence[int | None]) -> dict[str, np.ndarray]:
         """Weights [T, S] over the window for S targets, by tensor; a tensor that keeps its last values has none.
 
         Raises RequestError for a target that the recipe cannot reach.
@@ -91,7 +101,7 @@ class Fit:
         weights = ((tensor.name, self._weights(tensor, targets)) for tensor in self.store.tensors)
         return {name: array for name, array in weights if array is not None}
 
-    def _weights(self, tensor: Tensor, targets: list[int]) -> np.ndarray | None:
+    def _weights(self, tensor: Tensor, targets: Sequence[int | None]) -> np.ndarray | None:
         if tensor.name not in self.chosen and self.choice.others == "base":
             return np.zeros((len(self.steps), len(targets)))
         if not tensor.kind.is_float or not tensor.size or self._recipe(tensor.name, self.recipe) is None:
@@ -127,9 +137,9 @@ class Fit:
             result = backtest(pairs, len(fitted), steps, [trial], folds, (self.recipe.strength,), self._recipe)
         return result if result.baseline.any() else None
 
-    def outlook(self, target: int) -> Outlook | None:
+    def outlook(self, target: int | None) -> Outlook | None:
         """What the backtest says about a target; None without a backtest."""
-        return None if self.backtest is None else outlook(self.backtest, target, self.steps[-1])
+        return None if self.backtest is None or target is None else outlook(self.backtest, target, self.steps[-1])
 
     def signs(self) -> list[str]:
         """Evidence that the window is not one line (repeats, a jump, a break in the slope), in words."""
@@ -218,6 +228,8 @@ def plan_fit(
     recipe.check(np.array(window), [])
     if solver not in SOLVERS:
         raise RequestError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
+    if recipe.way.whole:
+        solver = _whole(recipe.method, solver)
     shares = changed_shares(store, window)
     chosen = choice.of(shares)
     notes = _carried(store, window, {name: shares[name] for name in chosen})
@@ -225,6 +237,16 @@ def plan_fit(
         what = "of the chosen tensors" if choice != Choice() else "of the tensors"
         notes.append(f"none {what} changed within the window: they stay as they are")
     return FitPlan(store, window, recipe, choice, plan_grams(store, window, recipe.rank, solver, resources), notes)
+
+
+def _whole(method: str, solver: str) -> str:
+    """The solver of a method that uses all of the Gram matrix. Raises RequestError for the one that does not form it."""
+    if solver == "blocks":
+        raise RequestError(
+            f"--method {method} uses the whole Gram matrix, of which --solver blocks keeps the top directions alone; "
+            f"leave --solver out, or give --solver gram"
+        )
+    return "gram"
 
 
 def make_fit(plan: FitPlan, stages: Stages) -> Fit:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from relexio.methods.mix import delta_weights
 from relexio.methods.registry import Matrix, Vector, Window, method
 
 if TYPE_CHECKING:
     from relexio.methods.recipe import Recipe
 
 _CURVE = ("rank", "fit", "refit")
+_ROUNDING = 1e-12  # of sums of squares over a tensor
 
 
 @method(
@@ -132,6 +134,46 @@ def ema(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
     count = recipe.last or len(window.steps)
     weights = (1.0 - 2.0 / (count + 1)) ** np.arange(len(window.steps))[::-1]
     return np.tile((weights / weights.sum())[:, None], len(targets))
+
+
+@method(
+    "rre",
+    "Towards the limit that the window heads for, whatever the target; uneven steps by their speeds.",
+    "reduced rank extrapolation (Eddy 1979, Mesina 1977), one checkpoint on, as in Anderson acceleration",
+    least_steps=3,
+    from_last=True,
+    needs_base=False,
+    whole=True,
+)
+def rre(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
+    """b = sum_i gamma_i e_{i+1} - e_T, where gamma adds up to 1, and |sum_i gamma_i u_i| is least.
+
+    u_i = (theta_{i+1} - theta_i) / (s_{i+1} - s_i), i = 1 ... T - 1: over evenly spaced steps the differences of the
+    literature, but for a factor. Of several gamma the shortest: eigenvalues that are rounding, below 1e-12 of the squares
+    that speeds are differences of, count as 0. So a straight line, which has no limit, gets the mean of its last T - 1.
+    """
+    count = len(window.steps) - 1
+    differ = np.diff(np.eye(count + 1), axis=0) / np.diff(window.steps)[:, None]
+    speeds = differ @ window.gram @ differ.T
+    rounding = _ROUNDING * float(((np.abs(differ) @ np.sqrt(np.diag(window.gram))) ** 2).max())
+    even, centre = np.full(count, 1.0 / count), np.eye(count) - 1.0 / count  # gamma is even + what adds up to 0
+    values, vectors = np.linalg.eigh(centre @ speeds @ centre)
+    values, vectors = values[values > rounding], vectors[:, values > rounding]
+    gamma = even - vectors @ ((vectors.T @ speeds @ even) / values)
+    return np.tile((np.append(0.0, gamma) - _unit(window, -1))[:, None], len(targets))
+
+
+@method(
+    "mix",
+    "The base and observed checkpoints with the weights that you give; nothing is extrapolated, nothing is judged.",
+    "task arithmetic (Ilharco et al., ICLR 2023, arXiv 2212.04089), over the steps of one run",
+    uses=("weights",),
+    extrapolates=False,
+    aims=False,
+)
+def mix(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
+    """b_t = w_t, the weight given to step t; the base has the rest of 1."""
+    return np.tile(delta_weights(recipe.mix or "", window.steps)[:, None], len(targets))
 
 
 def _unit(window: Window, index: int) -> Vector:

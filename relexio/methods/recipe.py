@@ -3,6 +3,7 @@
 One table of options: the command line, refusals, names, JSON and suggested commands all follow from it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from relexio.errors import RequestError
 from relexio.methods.curves import CURVES, check_refits, read_off, read_off_refitting
+from relexio.methods.mix import check_mix
 from relexio.methods.registry import METHODS, Matrix, Method, Vector, Window
 
 _MOST_STRENGTH = 1e100  # its square is still a float64
@@ -50,6 +52,7 @@ OPTIONS = (
     Option("fit", "curve", str, "Curve through the coefficients.", tuple(CURVES), "{}"),
     Option("refit", "refit", int, "Steps to predict before the window moves on and is fitted again.", title="refit {}"),
     Option("last", "last", int, "Checkpoints in a mean or ema.  [default: the window]", title="last {}"),
+    Option("weights", "mix", str, "What a mix is made of, e.g. 0=-0.5,300=1.5, where 0 is the base.", title="{}"),
 )
 
 
@@ -58,7 +61,7 @@ class Recipe:
     """How to predict: a method, its rank, curve and refits, the k of a mean, and strength lambda (1 is as published).
 
     ``refit``: steps read off before the window moves on and is fitted again; None fits once. ``last``: the k of ``mean``
-    and ``ema``; None is the whole window.
+    and ``ema``; None is the whole window. ``mix``: the weights of a ``mix``, as text (mix.py).
     """
 
     method: str = "relex"
@@ -67,6 +70,7 @@ class Recipe:
     curve: str = "line"
     refit: int | None = None
     last: int | None = None
+    mix: str | None = None
 
     @property
     def way(self) -> Method:
@@ -79,7 +83,7 @@ class Recipe:
             return read_off(self.curve, steps, values, at)
         return read_off_refitting(self.curve, steps, values, at, self.refit)
 
-    def weights(self, window: Window, targets: list[int]) -> Matrix:
+    def weights(self, window: Window, targets: Sequence[int | None]) -> Matrix:
         """The weights [T, S] of this recipe for one tensor; zeros for a tensor that never changed."""
         if not window.gram.any():
             return np.zeros((len(window.steps), len(targets)))
@@ -100,10 +104,11 @@ class Recipe:
         others = [f", {o.title.format(o.of(self))}" for o in OPTIONS if o.title and o.of(self) != o.default]
         return f"{self.method}{''.join(others)}, strength {_digits(self.strength)}"
 
-    def named(self, step: int) -> str:
-        """The name of its prediction among files: ``pinned-step-105-strength-0.75-rank-2``."""
+    def named(self, step: int | None) -> str:
+        """The name of its prediction among files: ``pinned-step-105-strength-0.75-rank-2``; a mix has no step."""
         others = [f"-{o.flag}-{_digits(o.of(self))}" for o in OPTIONS if o.title and o.of(self) != o.default]
-        return f"{self.method}-step-{step}-strength-{_digits(self.strength)}{''.join(others)}"
+        at = f"-step-{step}" if step is not None else ""
+        return f"{self.method}{at}-strength-{_digits(self.strength)}{''.join(others)}"
 
     def to_json(self) -> dict[str, Any]:
         """For scripts: the method and every option by its flag."""
@@ -119,8 +124,11 @@ class Recipe:
         changed = [f"--{o.flag} {_digits(o.of(self))}" for o in OPTIONS if o.of(self) != o.default]
         return [f"--method {self.method}", *changed]
 
-    def check(self, steps: Vector, targets: list[int]) -> None:
-        """Raise RequestError, naming the limit, where this recipe cannot be used on a window for these targets."""
+    def check(self, steps: Vector, targets: Sequence[int | None]) -> None:
+        """Raise RequestError, naming the limit, where this recipe cannot be used on a window for these targets.
+
+        A target is a step; None is that of a method that does not aim at one.
+        """
         if self.method not in METHODS:
             raise RequestError(f"unknown method {self.method!r}; known are {', '.join(METHODS)}")
         if len(steps) < self.way.least_steps:
@@ -130,7 +138,13 @@ class Recipe:
             )
         if self.way.from_zero and steps[0] <= 0:
             raise RequestError(f"--method {self.method} counts from step 0; the window begins at step {steps[0]}")
+        if not self.way.aims and any(target is not None for target in targets):
+            raise RequestError(
+                f"--method {self.method} makes one checkpoint, of no step: give no step, and do not sweep it"
+            )
         self._check_options(len(steps))
+        if "weights" in self.way.uses:
+            check_mix(self.mix, steps)
         for target in targets:
             self._check_target(steps, target)
 
@@ -144,8 +158,9 @@ class Recipe:
                 raise RequestError(f"unknown --{option.flag} {value!r}; known are {', '.join(option.choices)}")
             heeded = option.type is float or option.flag in self.way.uses
             if not heeded and value != option.default:  # nothing that was asked for is ignored silently
+                do = "do" if len(option.users) > 1 else "does"
                 raise RequestError(
-                    f"--method {self.method} does not use --{option.flag}; only {', '.join(option.users)} do"
+                    f"--method {self.method} does not use --{option.flag}; only {', '.join(option.users)} {do}"
                 )
         if not abs(self.strength) <= _MOST_STRENGTH:
             raise RequestError(
@@ -154,7 +169,9 @@ class Recipe:
         if self.curve != "line" and count < CURVES[self.curve]:
             raise RequestError(f"--fit {self.curve} needs at least {CURVES[self.curve]} steps; the window has {count}")
 
-    def _check_target(self, steps: Vector, target: int) -> None:
+    def _check_target(self, steps: Vector, target: int | None) -> None:
+        if target is None and not self.way.aims:
+            return
         if type(target) is not int or target < 0 or target > 10**15:
             raise RequestError(f"--step {target} is not a training step")
         if self.way.extrapolates and target <= steps[-1]:

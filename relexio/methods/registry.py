@@ -44,7 +44,8 @@ class Method:
     ``uses``: the options of a recipe that it uses. ``from_last``: it starts from the last checkpoint, not from the base.
     ``from_zero``: it counts steps from 0, where the base was. ``stays``: it averages what was observed, whatever the target.
     ``keeps_norms``: norms stay as they are in the last checkpoint. ``needs_base``: it predicts something else where the base
-    is another model.
+    is another model. ``whole``: it uses all of the Gram matrix, of which the ``blocks`` solver keeps the top directions alone.
+    ``aims``: it makes the checkpoint of a step; without it there is one, of no step.
     """
 
     name: str
@@ -59,6 +60,8 @@ class Method:
     keeps_norms: bool = False
     stays: bool = False
     needs_base: bool = True
+    whole: bool = False
+    aims: bool = True
 
 
 #: All methods by name. The order is that of help texts, of colours, and of the trials of a backtest.

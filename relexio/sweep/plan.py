@@ -121,9 +121,10 @@ def prepare(store: Store, request: Request, resources: Resources, stages: Stages
     needed, free = _disk(store, request, files)
     lines, why = find_lines(store, request, resources, stages)
     for line in lines:
-        line.recipe.check(np.array(request.window), list(request.steps))
-    target = Target(request.steps[0] if request.steps else request.window[-1] + lines[0].ahead, files.candidate("none"))
-    one = predict.prepare(store, request.window, lines[0].recipe, "auto", [target], resources)
+        line.recipe.check(np.array(request.window), list(request.steps) or [request.window[-1] + line.ahead])
+    most = max(lines, key=lambda line: line.recipe.way.whole)  # a method that takes no less than all needs most memory
+    target = Target(request.steps[0] if request.steps else request.window[-1] + most.ahead, files.candidate("none"))
+    one = predict.prepare(store, request.window, most.recipe, "auto", [target], resources)
     grid = [Candidate(step, line.recipe, line.first) for line in lines for step in request.steps]
     candidates = (*request.references(store.steps), *grid)
     device = one.executor.device

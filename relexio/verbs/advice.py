@@ -5,7 +5,7 @@ from shlex import quote
 
 from relexio.engine.resources import Resources
 from relexio.errors import RequestError
-from relexio.fit.fit import fit
+from relexio.fit.fit import Fit, fit
 from relexio.methods import Recipe
 from relexio.methods.advice_words import words
 from relexio.methods.roles import Choice
@@ -41,15 +41,19 @@ def take_advice(
             raise _nothing(store, " ".join(judged.sentences()))
         pick = judged.advised
         return Advice(pick.recipe, judged.window_of(pick), judged.verdict.farthest, _sure(judged.verdict))
-    test = fit(store, window, recipe, solver, resources, stages, choice).backtest
+    return how_far(fit(store, window, recipe, solver, resources, stages, choice))
+
+
+def how_far(fitted: Fit) -> Advice:
+    """How far the backtest of a fit's own recipe recommends to go. Raises RequestError where it recommends nothing."""
+    store, test = fitted.store, fitted.backtest
     verdict = None if test is None else advise(test)
     if test is None or verdict is None:
-        raise _nothing(
-            store, f"{recipe} has no backtest here: it needs 3 steps, tensors that move, and the gram solver"
-        )
+        needs = "3 steps, tensors that move, a method that goes beyond them, and the gram solver"
+        raise _nothing(store, f"{fitted.recipe} has no backtest here: it needs {needs}")
     if verdict.sure == "none":
         raise _nothing(store, words(test, verdict)[0])
-    return Advice(recipe, window, verdict.farthest, _sure(verdict))
+    return Advice(fitted.recipe, fitted.steps, verdict.farthest, _sure(verdict))
 
 
 def _sure(verdict: Verdict) -> str:

@@ -22,13 +22,13 @@ from relexio.methods.trials import HORIZONS, STRENGTHS, horizon_name, make_folds
 from relexio.methods.verdict import CAVEAT, Pick, Verdict, advise, caveat, rank_all
 from relexio.progress import Stages
 from relexio.store.store import Store
-from relexio.words import show
+from relexio.words import describe_steps, html_table, show
 
 #: What an evaluation looks like in a command to run next.
 EVAL = "--eval 'python my_eval.py {checkpoint}'"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Judgement:
     """The judgement on a trajectory: the backtest, its verdict (None where no recipe fits), and how straight the run is.
 
@@ -41,6 +41,38 @@ class Judgement:
     verdict: Verdict | None
     straight: Straightness | None
     doubt: str | None = None
+
+    def __repr__(self) -> str:
+        advice = "nothing is recommended"
+        if self.verdict and (pick := self.advised):
+            advice = f"{pick.recipe}, strength {pick.strength:g}, confidence {self.verdict.sure}"
+        return f"<Judgement of {self.store.shown}, {describe_steps(self.window)}: {advice}>"
+
+    def _repr_html_(self) -> str:
+        rows = [("verdict", " ".join(self.words())), *(("next", command) for command in self.commands())]
+        return html_table([*self.rows(), *rows])
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What was tried on what, and how straight the run is, for people."""
+        test, straight = self.test, self.straight
+        known = ", ".join(map(str, np.unique(test.known)))
+        rows = [
+            ("trajectory", self.store.shown),
+            ("window", describe_steps(self.window)),
+            ("cut-offs", f"steps {known}; {len(test.held_out)} predictions of later steps for each recipe"),
+        ]
+        if straight is not None:
+            half = "-" if straight.split_half is None else f"{straight.split_half:.2f}"
+            walk = f"a random walk over the same steps gives {straight.walk_energy:.2f}"
+            rows += [
+                ("energy", f"{straight.energy:.2f} at rank 1; {walk}"),
+                ("r2", f"{straight.r_squared:.2f} of the line; a random walk gives {straight.walk_r_squared:.2f}"),
+                (
+                    "split-half",
+                    f"{half}: cosine of the directions of odd and even increments; a random walk gives about 0",
+                ),
+            ]
+        return rows
 
     @property
     def advised(self) -> Pick | None:

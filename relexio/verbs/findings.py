@@ -6,15 +6,22 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from relexio.engine import graph, plan
 from relexio.engine.resources import Resources
+from relexio.engine.tiles import Rows
 from relexio.errors import RequestError
 from relexio.fit.fit import changed_shares
 from relexio.fit.grams import find_grams
 from relexio.methods import Recipe, Window
+from relexio.methods.linearity import Linearity, null_shares
 from relexio.methods.spectrum import SPECTRUM, TensorFindings, alike, find, left_over, thrown_away
 from relexio.progress import Stages
+from relexio.store.schema import Block
+from relexio.store.storage import METADATA
 from relexio.store.store import Store
 from relexio.verbs.backtest import Judgement, by_horizon, judge
+
+_BLOCKS = 32  # as many as single elements are looked at in
 
 
 @dataclass(frozen=True)
@@ -101,3 +108,29 @@ def findings(store: Store, window: tuple[int, ...], rank: int, resources: Resour
     judged = judge(store, window, resources, stages) if count > 2 else None
     spectrum /= lengths.sum()
     return Findings(store, window, rank, tensors, spectrum, thrown_away(left, lengths), alike(left), judged)
+
+
+def linearity(store: Store, window: tuple[int, ...], resources: Resources, stages: Stages) -> Linearity | None:
+    """How many single elements move on a line, in at most 32 blocks, spread evenly over the model; None below 3 steps.
+
+    Raises BudgetError.
+    """
+    if len(window) < 3:
+        return None
+    blocks = [block for block in store.blocks if block.kind.is_float]
+    chosen = evenly(blocks, _BLOCKS)
+    executor = resources.on_cpu(plan.linear_need(plan.Shape.of(store), Rows.of(store, window).count))
+    executor.require(store.files(METADATA))
+    nbytes = sum(block.size * block.kind.itemsize for block in chosen) * len(window)
+    with stages("findings: elements", nbytes) as advance:
+        counts = graph.linear(store, window, chosen, executor, advance).tolist() if chosen else [0] * 4
+    with threadpool_limits(1):
+        walk, momentum = null_shares(np.array(window))
+    moved, linear, several, both = counts
+    elements = sum(block.size for block in chosen)
+    return Linearity(len(chosen), len(blocks), elements, moved, linear, several, both, walk, momentum)
+
+
+def evenly(blocks: list[Block], most: int) -> list[Block]:
+    """At most so many of the blocks, evenly spread, with the first and the last."""
+    return [blocks[i] for i in sorted({round(i) for i in np.linspace(0, len(blocks) - 1, min(most, len(blocks)))})]

@@ -21,10 +21,15 @@ from relexio.words import show
 
 @dataclass(frozen=True)
 class Target:
-    """One checkpoint to be written: the step and the directory."""
+    """One checkpoint to be written: the step, None for a mix, which has none, and the directory."""
 
-    step: int
+    step: int | None
     out: Path
+
+    @property
+    def name(self) -> str:
+        """What it is: the number of its step, or that it is a mix."""
+        return "mix" if self.step is None else str(self.step)
 
 
 @dataclass(frozen=True)

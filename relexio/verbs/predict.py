@@ -137,13 +137,13 @@ def _write_side_files(fit: Fit, target: Target, directory: Path) -> None:
     facts = provenance(fit, target.step)
     public = {**facts, "window": describe_steps(fit.steps), "base": fit.store.base_content}
     method = fit.recipe.way
-    did = "extrapolated" if method.extrapolates else "reconstructed"
+    did = "extrapolated" if method.extrapolates else "reconstructed" if method.aims else "mixed"
     origin = f"relexio {__version__} {did} them from observed checkpoints of a training run ({method.name}: {method.source})."
     card = model_card(facts["base"]["model"], public, origin)
     write_files(directory, [(CARD, card.encode()), (PROVENANCE, (json.dumps(facts, indent=2) + "\n").encode())])
 
 
-def provenance(fit: Fit, step: int) -> dict[str, Any]:
+def provenance(fit: Fit, step: int | None) -> dict[str, Any]:
     """Everything needed to make the same prediction again, and what the backtest said about it.
 
     It is published with the checkpoint: no path of this machine is in it.

@@ -44,7 +44,7 @@ def fit_run(
     return fit(store, chosen, recipe or Recipe(), solver, resources, silent)
 
 
-def predict_run(fitted: Fit, step: int, out: Path, resources: Resources = CPU) -> Path:
+def predict_run(fitted: Fit, step: int | None, out: Path, resources: Resources = CPU) -> Path:
     """Write one predicted checkpoint."""
     predict(fitted, [Target(step, out)], resources, silent)
     return out

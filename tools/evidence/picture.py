@@ -25,7 +25,7 @@ def coefficients(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
     """
     trajectory = relexio.open(path)
     steps = np.array(trajectory.steps)
-    window = trajectory.fit(f"1:{WINDOW_END}")
+    window = trajectory.fit(f"1:{WINDOW_END}", method="relex")
     ahead = window.weights(TARGET)
     along, reached = np.zeros(len(steps)), 0.0
     for name in trajectory.tensors:

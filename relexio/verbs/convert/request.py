@@ -35,7 +35,7 @@ class Request:
     """What the user asked of ``convert``: a directory of steps and steps by name, the base, and the store to write.
 
     ``dtype``: a new store has the types of the ``base``, or those that are ``stored`` in the steps' files. ``pattern``: names
-    of step directories.
+    of step directories. Raises RequestError for another dtype.
     """
 
     out: str | Path
@@ -46,6 +46,10 @@ class Request:
     replace: Selection | None = None
     dtype: str = "base"
     pattern: Pattern[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("base", "stored"):
+            raise RequestError(f"unknown dtype {self.dtype!r}; known are base, stored")
 
 
 @dataclass(frozen=True)

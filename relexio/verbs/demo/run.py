@@ -71,8 +71,8 @@ class _Prediction:
     advised: bool
 
     @property
-    def targets(self) -> list[Target]:
-        return [Target(step, Path(self.out.replace("{step}", str(step)))) for step in self.steps]
+    def targets(self) -> dict[int, Target]:
+        return {step: Target(step, Path(self.out.replace("{step}", str(step)))) for step in self.steps}
 
     def command(self, store: Store) -> str:
         """The command line that does the same."""
@@ -111,7 +111,7 @@ def run(directory: Path, stages: Stages, say: Callable[[str], None]) -> Outcome:
     for prediction in predictions:
         say(prediction.command(store))
         fitted = fit(store, prediction.window, prediction.recipe, "auto", resources, stages)
-        predict(fitted, prediction.targets, resources, stages)
+        predict(fitted, [*prediction.targets.values()], resources, stages)
     say(f"$ relexio convert {source} --steps {TARGET} -o {out}")
     store = _convert(path, None, data, str(TARGET), resources, stages)
     say(f"Accuracy: each checkpoint answers {len(data.problems):,} problems that training has not seen ...")
@@ -144,8 +144,8 @@ def _measure(
     found = [Measured(0, solved(data.base)), Measured(WINDOW_END, solved(data.step(WINDOW_END)))]
     for prediction in predictions:
         fitted = fit(store, prediction.window, prediction.recipe, "auto", resources, stages)
-        for target in prediction.targets:
-            skill = fitted.skill(target.step) if target.step in store.steps else None
-            outlook = fitted.outlook(target.step)
-            found.append(Measured(target.step, solved(target.out), fitted.recipe, prediction.advised, outlook, skill))
+        for step, target in prediction.targets.items():
+            skill = fitted.skill(step) if step in store.steps else None
+            outlook = fitted.outlook(step)
+            found.append(Measured(step, solved(target.out), fitted.recipe, prediction.advised, outlook, skill))
     return (*found, Measured(TARGET, solved(data.step(TARGET))))
