@@ -59,7 +59,7 @@ def test_what_is_returned_shows_itself(run: Run, tmp_path: Path, relexio: Relexi
     judged = trajectory.judge()
     found, printed = shown(judged, path), relexio("backtest", path).out
     assert found.pop("verdict") == " ".join(judged.words())
-    assert {"window", "cut-offs", "energy", "r2", "command"} < found.keys()
+    assert {"window", "cut-offs", "energy", "r2", "next"} < found.keys()
     assert all(text in printed for text in found.values())
     assert f"{judged.advised.recipe}, strength" in repr(judged) if judged.advised else "nothing" in repr(judged)
     fit = trajectory.fit(method="relex", exclude=["*norm*"])

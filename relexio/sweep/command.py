@@ -1,9 +1,12 @@
 """Running an evaluation: a shell command in a session of its own, its output in a log, stopped when its time is up."""
 
+import fcntl
 import os
 import select
 import signal
 import subprocess
+import sys
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,8 +16,8 @@ from typing import IO
 
 #: Seconds that a process group has to end by itself before it is killed.
 GRACE = 3.0
-_DRAIN = 1.0  # seconds for what a command that has ended printed last
 _LOOK = 0.05  # seconds between looks at whether the command has ended
+_CHUNK = 1 << 16  # bytes that are read at once
 _MOST = 1 << 20  # bytes of output, from the end, that a last line is looked for in
 _TAIL = 2000  # characters
 
@@ -57,20 +60,26 @@ def _follow(process: "subprocess.Popen[bytes]", out: IO[bytes], log: IO[bytes], 
 
     It is done when it has ended, even where something it has left behind holds its output open, or goes on to print.
     """
-    kept, ended = bytearray(), 0.0
-    while deadline is None or ended or time.monotonic() < deadline:
-        ended = ended or (time.monotonic() if process.poll() is not None else 0.0)
-        late = ended and time.monotonic() > ended + _DRAIN
-        if not late and select.select([out], [], [], 0 if ended else _LOOK)[0]:
-            chunk = os.read(out.fileno(), 1 << 16)
+    kept, left = bytearray(), -1  # bytes that were still to be read when it had ended
+    while deadline is None or left >= 0 or time.monotonic() < deadline:
+        if left < 0 and process.poll() is not None:
+            left = _unread(out)
+        if not left:
+            return bytes(kept)
+        if left > 0 or select.select([out], [], [], _LOOK)[0]:
+            chunk = os.read(out.fileno(), min(left, _CHUNK) if left > 0 else _CHUNK)
             log.write(chunk)
             kept += chunk
             del kept[:-_MOST]
             if not chunk:  # closed; a shell may close it long before it ends
                 return _wait(process, deadline, bytes(kept))
-        elif ended:
-            return bytes(kept)
+            left -= len(chunk) if left > 0 else 0
     return None
+
+
+def _unread(out: IO[bytes]) -> int:
+    """Bytes that wait in a pipe."""
+    return int.from_bytes(fcntl.ioctl(out, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def _wait(process: "subprocess.Popen[bytes]", deadline: float | None, kept: bytes) -> bytes | None:

@@ -3,6 +3,7 @@
 from collections.abc import Container
 from dataclasses import dataclass, replace
 from itertools import chain
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +98,8 @@ class SweepPlan:
         here = [result for result in self._found(table) if line.holds(result.candidate)]
         here = [result for result in here if result.score is not None or result.candidate in tried]
         scores = {result.candidate.at: None if result.score is None else sign * result.score for result in here}
-        error = max(table.error(result) or 0.0 for result in (known, *here))
+        best = max((known, *here), key=lambda result: -inf if result.score is None else sign * result.score)
+        error = table.error(best) or 0.0
         step = next_step(self.request.window[-1], line.ahead, scores, sign * known.score, error)
         return None if step is None else Candidate(step, line.recipe, line.first)
 

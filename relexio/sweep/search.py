@@ -17,7 +17,7 @@ def next_step(last: int, ahead: int, scores: Mapping[int, float | None], known: 
     """The step to evaluate next; None when the search is over.
 
     ``scores``: those of the steps so far, the higher the better, None where the evaluation failed. ``known``: that of step
-    ``last``, the last observed. ``error``: a difference that is not larger says nothing.
+    ``last``, the last observed. ``error``: the standard error of the best; a difference that is not larger says nothing.
     """
     seen = {0: known}
     for horizon in range(HORIZONS):
