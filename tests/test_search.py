@@ -15,7 +15,7 @@ from relexio.progress import silent
 from relexio.store.store import Store
 from relexio.sweep import Candidate, Evaluation, Request, Sweep, prepare, sweep
 from relexio.sweep.score import read_error
-from relexio.sweep.search import GROWTH, HORIZONS, MOST, next_step
+from relexio.sweep.search import GROWTH, HORIZONS, MOST, Scored, next_step
 from tests.support.command import Relexio
 from tests.support.make import BF16, make_run
 from tests.support.steps import CPU, store_run
@@ -26,11 +26,13 @@ SCORES = st.one_of(st.none(), st.floats(-1e300, 1e300))
 def search(
     last: int, ahead: int, score: Callable[[int], float | None], known: float, error: float = 0.0
 ) -> dict[int, float | None]:
-    """All that a search evaluates, in its order."""
+    """All that a search evaluates, in its order; every score has the same error."""
     found: dict[int, float | None] = {}
-    while (step := next_step(last, ahead, found, known, error)) is not None:
+    seen: dict[int, Scored] = {}
+    while (step := next_step(last, ahead, seen, Scored(known, error))) is not None:
         assert step not in found and step > last
-        found[step] = score(step)
+        found[step] = value = score(step)
+        seen[step] = Scored(-np.inf) if value is None else Scored(value, error)
     return found
 
 

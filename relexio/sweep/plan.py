@@ -17,7 +17,7 @@ from relexio.store.store import Store
 from relexio.sweep.candidates import Candidate, Line, Request
 from relexio.sweep.files import Files
 from relexio.sweep.lines import find_lines
-from relexio.sweep.search import MOST, next_step
+from relexio.sweep.search import MOST, Scored, next_step
 from relexio.sweep.table import Evaluation, Setting, Sweep
 from relexio.verbs import predict
 from relexio.verbs.output import Target
@@ -92,15 +92,13 @@ class SweepPlan:
 
     def _search(self, table: Sweep, tried: Container[Candidate], line: Line) -> Candidate | None:
         """The next candidate of a search along one line; None where it is over, or the last observed has no score."""
-        known, sign = table.last_observed, -1.0 if table.lower_is_better else 1.0
+        known = table.last_observed
         if known is None or known.score is None:
             return None
         here = [result for result in self._found(table) if line.holds(result.candidate)]
         here = [result for result in here if result.score is not None or result.candidate in tried]
-        scores = {result.candidate.at: None if result.score is None else sign * result.score for result in here}
-        best = max((known, *here), key=lambda result: -inf if result.score is None else sign * result.score)
-        error = table.error(best) or 0.0
-        step = next_step(self.request.window[-1], line.ahead, scores, sign * known.score, error)
+        scores = {result.candidate.at: _scored(table, result) for result in here}
+        step = next_step(self.request.window[-1], line.ahead, scores, _scored(table, known))
         return None if step is None else Candidate(step, line.recipe, line.first)
 
     def as_of_now(self) -> "SweepPlan":
@@ -108,6 +106,12 @@ class SweepPlan:
         files = Files(self.request.out)
         needed, free = _disk(self.store, self.request, files)
         return replace(self, table=_known(self.store, self.request, files), bytes_needed=needed, bytes_free=free)
+
+
+def _scored(table: Sweep, result: Evaluation) -> Scored:
+    if result.score is None:
+        return Scored(-inf)
+    return Scored(-result.score if table.lower_is_better else result.score, table.error(result) or 0.0)
 
 
 def prepare(store: Store, request: Request, resources: Resources, stages: Stages) -> SweepPlan:

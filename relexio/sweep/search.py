@@ -5,7 +5,8 @@ evaluations tell (docs/evidence.md). So this is a line search, in as few evaluat
 """
 
 from collections.abc import Mapping
-from math import exp, inf, isfinite, log
+from math import exp, isfinite, log
+from typing import NamedTuple
 
 #: How many times as far ahead the next horizon is, and how many horizons and points between them there are at most.
 GROWTH, HORIZONS, BETWEEN = 3, 5, 2
@@ -13,44 +14,48 @@ GROWTH, HORIZONS, BETWEEN = 3, 5, 2
 MOST = HORIZONS + BETWEEN
 
 
-def next_step(last: int, ahead: int, scores: Mapping[int, float | None], known: float, error: float) -> int | None:
+class Scored(NamedTuple):
+    """A score, the higher the better (-inf where the evaluation failed), and its standard error, 0 if that is not known."""
+
+    score: float
+    error: float = 0.0
+
+
+def next_step(last: int, ahead: int, scores: Mapping[int, Scored], known: Scored) -> int | None:
     """The step to evaluate next; None when the search is over.
 
-    ``scores``: those of the steps so far, the higher the better, None where the evaluation failed. ``known``: that of step
-    ``last``, the last observed. ``error``: the standard error of the best; a difference that is not larger says nothing.
+    ``scores``: those of the steps so far. ``known``: that of step ``last``, the last observed. A difference from the best
+    that is not larger than the best's standard error says nothing.
     """
     seen = {0: known}
     for horizon in range(HORIZONS):
         far = ahead * GROWTH**horizon
         if last + far not in scores:
             return last + far
-        seen[far] = _number(scores[last + far])
-        if seen[far] < max(seen.values()) - error:
+        seen[far] = scores[last + far]
+        best = max(seen.values())
+        if seen[far].score < best.score - best.error:
             break
     for _ in range(BETWEEN):
-        far = _top(seen, error)
+        far = _top(seen)
         if far in seen or last + far not in scores:
             return None if far in seen else last + far
-        seen[far] = _number(scores[last + far])
+        seen[far] = scores[last + far]
     return None
 
 
-def _number(score: float | None) -> float:
-    return -inf if score is None else score
-
-
-def _top(seen: Mapping[int, float], error: float) -> int:
+def _top(seen: Mapping[int, Scored]) -> int:
     """How many steps ahead the best score seems to be; where that promises no more than the error, the best so far."""
     steps = sorted(seen)
-    place = min(range(len(steps)), key=lambda i: (-seen[steps[i]], i))
-    best = steps[place]
+    place = min(range(len(steps)), key=lambda i: (-seen[steps[i]].score, i))
+    best, (top, error) = steps[place], seen[steps[place]]
     if place == len(steps) - 1:  # nothing dropped
         return best
     if not best:  # nothing helped; where the nearest was worse, one horizon nearer
-        return max(round(steps[1] / GROWTH), 1) if seen[steps[1]] < seen[0] - error else best
+        return max(round(steps[1] / GROWTH), 1) if seen[steps[1]].score < top - error else best
     near, far = steps[place - 1], steps[place + 1]
     left, right = log(best / (near or best / GROWTH)), log(far / best)
-    rise, fall = seen[best] - seen[near], seen[best] - seen[far]
+    rise, fall = top - seen[near].score, top - seen[far].score
     if not isfinite(fall):  # the evaluation failed
         return round(best * exp(right / 2))
     height = rise + fall

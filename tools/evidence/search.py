@@ -28,7 +28,7 @@ from relexio.engine.resources import Resources
 from relexio.methods import Recipe
 from relexio.progress import silent
 from relexio.store.opening import open_store
-from relexio.sweep.search import next_step
+from relexio.sweep.search import Scored, next_step
 from relexio.verbs.advice import take_advice
 
 STRENGTHS, METHODS = (0.5, 1.0), ("relex", "pinned")
@@ -45,19 +45,27 @@ def study_window(run: Trajectory, end: int, steps: int, known: float, evaluate: 
 
     window = tuple(step for step in run.steps if step <= end)
     advice = take_advice(open_store(run.path), window, Resources(), silent)
-    found: dict[int, float | None] = {}
-    while True:
-        top = max([known, *(value for value in found.values() if value is not None)])
-        step = next_step(end, advice.step - end, found, known, math.sqrt(top * (1 - top) / HELD_OUT))
-        if step is None:
-            break
-        found[step] = score(advice.recipe, advice.window[0], step)
+    found: dict[int, Scored] = {}
+    while (step := next_step(end, advice.step - end, found, scored(known))) is not None:
+        found[step] = scored(score(advice.recipe, advice.window[0], step))
     grid = {
         f"{method}, strength {strength:g}, step {step}": score(Recipe(method, strength=strength), 1, step)
         for method in METHODS for strength in STRENGTHS for step in targets(end, steps)
     }  # fmt: skip
     recipe = {"recipe": str(advice.recipe), "strength": advice.recipe.strength, "first": advice.window[0]}
-    return {"end": end, "known": known, **recipe, "farthest": advice.step, "search": found, "grid": grid}
+    return {
+        "end": end,
+        "known": known,
+        **recipe,
+        "farthest": advice.step,
+        "search": {step: one.score for step, one in found.items()},
+        "grid": grid,
+    }
+
+
+def scored(share: float) -> Scored:
+    """A share of right answers with its standard error."""
+    return Scored(share, math.sqrt(share * (1 - share) / HELD_OUT))
 
 
 def main() -> None:
