@@ -27,12 +27,10 @@ def find_lines(
             continue
         advice = take_advice(store, request.window, resources, stages)
         first = advice.window[0] if advice.window != request.window else None
-        ahead, why = (
-            max(advice.step - request.window[-1], 1),
-            f"{advice.recipe}, strength {advice.recipe.strength:g}: {advice.sure}",
-        )
-        recipes = [
-            replace(advice.recipe, strength=strength) for strength in request.strengths or (advice.recipe.strength,)
-        ]
-        lines += [Line(recipe, first, ahead) for recipe in recipes]
-    return tuple(dict.fromkeys(lines)), why
+        ahead, why = max(advice.step - request.window[-1], 1), f"{advice.recipe.label}: {advice.sure}"
+        strengths = request.strengths or (advice.recipe.strength,)
+        lines += [Line(replace(advice.recipe, strength=strength), first, ahead) for strength in strengths]
+    known: dict[tuple[Recipe, int | None], Line] = {}
+    for line in lines:
+        known.setdefault((line.recipe, line.first), line)  # a named method may be the one that is recommended
+    return tuple(known.values()), why

@@ -1,18 +1,17 @@
 """What the backtest recommends, where a recipe or how far to predict is left to it."""
 
 from dataclasses import dataclass
-from shlex import quote
 
 from relexio.engine.resources import Resources
 from relexio.errors import RequestError
-from relexio.fit.fit import Fit, fit
+from relexio.fit.fit import Fit, command, fit
 from relexio.methods import Recipe
 from relexio.methods.advice_words import words
 from relexio.methods.roles import Choice
 from relexio.methods.verdict import Verdict, advise
 from relexio.progress import Stages
 from relexio.store.store import Store
-from relexio.verbs.backtest import judge
+from relexio.verbs.backtest import EVAL, judge
 
 
 @dataclass(frozen=True)
@@ -62,5 +61,9 @@ def _sure(verdict: Verdict) -> str:
 
 def _nothing(store: Store, why: str) -> RequestError:
     step = store.steps[-1] + max(store.steps[-1] // 2, 1)
-    command = f"relexio predict {quote(store.shown)} --method relex --step {step}"
-    return RequestError(f"{store.shown}: nothing is recommended. {why.rstrip('.')}. To predict all the same: {command}")
+    predict = command("predict", store, f"--method relex --step {step}")
+    sweep = command("sweep", store, "--methods relex,pinned", EVAL)
+    return RequestError(
+        f"{store.shown}: nothing is recommended. {why.rstrip('.')}. To have your own evaluation judge: {sweep}. To predict all "
+        f"the same: {predict}"
+    )
