@@ -323,13 +323,6 @@ def test_directories_of_trainers(run: Run, tmp_path: Path, trainer: Trainer) -> 
     assert all(part in page for part in (*trainer.name.split(", "), trainer.inside, trainer.marker, trainer.beside))
 
 
-def test_a_dry_run_says_what_it_sees(run: Run, tmp_path: Path, relexio: Relexio) -> None:
-    for step, tensors in run.steps.items():
-        save_checkpoint(tmp_path / "run" / f"checkpoint-{step}", {n: a.astype("f4") for n, a in tensors.items()})
-    done = relexio("convert", tmp_path / "run", "--base", run.base_path, "-o", tmp_path / "traj", "--dry-run")
-    assert "from     TRL, Trainer; F32 on disk, stored as BF16\n" in done.out
-
-
 def test_directories_of_any_name(run: Run, tmp_path: Path, relexio: Relexio) -> None:
     for step in run.steps:
         save_checkpoint(tmp_path / "run" / f"iter_{step:04}_hf", run.steps[step])
