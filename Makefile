@@ -12,7 +12,7 @@ test: ## the README's test command; one test: pytest -n0 tests/test_loops.py -k 
 	pytest
 
 slow: ## slow tests, and those against torch and transformers: pip install -e ".[test,hf,rlvr]"
-	pytest -m "slow or hf"
+	pytest -m "(slow or hf) and not clients"
 
 check: lint types rooms docs-check ## all that needs no test run
 

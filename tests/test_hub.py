@@ -79,6 +79,10 @@ def test_what_is_not_there_is_told(run: Run, tmp_path: Path, relexio: Relexio) -
     assert done.code == 1 and "run the same command again" in done.err and "Traceback" not in done.err
     for options in (["hf://lab/model"], [run.steps_path, "--revisions", "step_{step}"]):
         assert relexio("convert", *options, "-o", tmp_path / "run.zarr").code == 2
+    with_hub = ("convert", "hf://lab/model", "--revisions", "step_{step}", "--base", run.base_path)
+    for option in (["--dry-run"], ["--verify"], ["--follow"], ["--replace", "3:"], ["--checkpoint", f"3={tmp_path}"]):
+        done = relexio(*with_hub, "-o", tmp_path / "run.zarr", *option)
+        assert done.code == 2 and "goes without" in done.err
     for address, pattern in (("hf://model", "step_{step}"), ("hf://a/b/c", "{step}"), ("hf://lab/model", "step")):
         with pytest.raises(RequestError, match="write"):
             Repository.parse(address, pattern)

@@ -242,10 +242,10 @@ FAULTS: dict[str, tuple[Spoil, list[str]]] = {
     "a config and no weights": (only(), ["a config and no weights"]),
     "a shard without end": (only("actor/model_world_size_8_rank_0.pt"), ["/actor"]),
     "a LoRA adapter": (only("adapter_model.safetensors"), ["adapter"]),
-    "a LoRA adapter of torch": (only("adapter_model.bin"), ["LoRA", "safe_serialization"]),
+    "a LoRA adapter of torch": (only("adapter_model.bin"), ["LoRA", "save_file"]),
     "a DCP checkpoint": (only("dcp/__0_0.distcp"), ["DCP"]),
     "a torch file without end": (only("pytorch_model.bin"), ["pytorch_model.bin: truncated"]),
-    "torch files of other names": (only("model.pt"), ["safe_serialization"]),
+    "torch files of other names": (only("model.pt"), ["mv ", "pytorch_model.bin"]),
     "an index and a single file": (lambda c: (c / INDEX).write_text("{}"), [FILE, INDEX]),
     "two files and no index": (in_turn(sharded(len), lambda c: (c / INDEX).unlink()), ["2 safetensors files", INDEX]),
     "an index that is no JSON": (in_turn(only(INDEX), lambda c: (c / INDEX).write_bytes(b"\xff")), [INDEX, "JSON"]),
@@ -321,13 +321,6 @@ def test_directories_of_trainers(run: Run, tmp_path: Path, trainer: Trainer) -> 
     assert trainer_of(tmp_path / "run" / inside.relative_to(tmp_path / "run").parts[0], inside) == trainer.name
     page = (Path(__file__).parents[1] / "docs" / "trainers.md").read_text()
     assert all(part in page for part in (*trainer.name.split(", "), trainer.inside, trainer.marker, trainer.beside))
-
-
-def test_a_dry_run_says_what_it_sees(run: Run, tmp_path: Path, relexio: Relexio) -> None:
-    for step, tensors in run.steps.items():
-        save_checkpoint(tmp_path / "run" / f"checkpoint-{step}", {n: a.astype("f4") for n, a in tensors.items()})
-    done = relexio("convert", tmp_path / "run", "--base", run.base_path, "-o", tmp_path / "traj", "--dry-run")
-    assert "from     TRL, Trainer; F32 on disk, stored as BF16\n" in done.out
 
 
 def test_directories_of_any_name(run: Run, tmp_path: Path, relexio: Relexio) -> None:

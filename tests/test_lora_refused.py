@@ -102,7 +102,7 @@ def test_an_adapter_without_its_configuration_is_incomplete(tmp_path: Path) -> N
     with pytest.raises(IncompleteError, match=CONFIG):
         over(adapter, CORPUS / "llama-bf16")
     (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")
-    with pytest.raises(CheckpointError, match="safe_serialization"):
+    with pytest.raises(CheckpointError, match="save_file"):
         over(adapter, CORPUS / "llama-bf16")
 
 

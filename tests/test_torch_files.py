@@ -106,9 +106,9 @@ def test_a_tensor_that_every_rank_has_whole(made: Path) -> None:
         ("trainer", "tensor model: is no plain tensor"),
         ("module", "torch.nn.modules.linear.Linear"),
         ("odd-columns/actor", "tensor w: is sharded along dimension 1, not 0; merge"),
-        ("odd-partial/actor", "tensor w: its placement is _?Partial, which cannot be read; merge"),
-        ("odd-twice/actor", "tensor w: is sharded over more than one dimension of the mesh; merge|_StridedShard"),
-        ("odd-strided/actor", "tensor w: its placement is _StridedShard, which cannot be read; merge"),
+        ("odd-partial/actor", "tensor w: its placement is _?Partial, which cannot be read; verl"),
+        ("odd-twice/actor", "tensor w: is sharded over more than one dimension of the mesh; verl|_StridedShard"),
+        ("odd-strided/actor", "tensor w: its placement is _StridedShard, which cannot be read; verl"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(made: Path, name: str, says: str) -> None:
@@ -245,7 +245,8 @@ def test_an_adapter_around_the_model_is_refused(made: Path, relexio: Relexio, tm
     assert data.count(old) >= 1 and len(old) == len(new)
     path.write_bytes(data.replace(old, new))
     with pytest.raises(
-        CheckpointError, match=r"a LoRA adapter around the model; merge it first: python -m verl.model_merger"
+        CheckpointError,
+        match=r"a LoRA adapter around the model; take the adapter out of it: python -m verl.model_merger",
     ):
         open_checkpoint(path.parent)
     base = save_checkpoint(tmp_path / "base", model())

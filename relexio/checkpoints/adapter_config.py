@@ -7,12 +7,12 @@ from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
+from relexio.checkpoints.converters import peft_merger
 from relexio.checkpoints.files import inside, is_file
 from relexio.checkpoints.header import parse_json
 from relexio.errors import CheckpointError, IncompleteError
 
 CONFIG = "adapter_config.json"
-MERGE = "merge it into its base first (peft: merge_and_unload, then save_pretrained)"
 _MOST = 1 << 20  # bytes
 _WHOLE = r"(.*\.)?({})$"
 _SCALINGS = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"}
@@ -53,8 +53,8 @@ def _pattern(patterns: Mapping[str, Any], module: str) -> str:
     return next((key for key in patterns if re.match(_WHOLE.format(key), module)), "")
 
 
-def read_config(directory: Path) -> LoraConfig:
-    """Read the configuration of the adapter in a directory.
+def read_config(directory: Path, step: int) -> LoraConfig:
+    """Read the configuration of the adapter of a step, in a directory.
 
     Raises IncompleteError if there is none yet, CheckpointError naming what makes of it another model than W + B A.
     """
@@ -63,18 +63,20 @@ def read_config(directory: Path) -> LoraConfig:
         raise IncompleteError(f"{directory}: holds an adapter and no {CONFIG}; copy it again, with its configuration")
     if file.stat().st_size > _MOST:
         raise CheckpointError(f"{file}: {file.stat().st_size:,} bytes, more than any configuration has; copy it again")
-    value = parse_json(inside(directory, file).read_bytes(), file)
+    value, merge = parse_json(inside(directory, file).read_bytes(), file), peft_merger(directory, step)
     if value.get("peft_type") != "LORA":
-        raise CheckpointError(f"{file}: an adapter of type {str(value.get('peft_type'))[:40]}, not LORA; {MERGE}")
+        raise CheckpointError(f"{file}: an adapter of type {str(value.get('peft_type'))[:40]}, not LORA; {merge}")
     init = value.get("init_lora_weights", True)
     if init not in _INITS:
         raise CheckpointError(
             f"{file}: init_lora_weights is {str(init)[:40]}, which changes the base before training; save the adapter as one "
-            f"of the unchanged base (peft: save_pretrained with path_initial_model_for_weight_conversion), or {MERGE}"
+            f"of the unchanged base (peft: save_pretrained with path_initial_model_for_weight_conversion), or {merge}"
         )
     for name in sorted(value.keys() - _SCALINGS - _HARMLESS):
         if value[name]:  # strict, since a key that is not known may mean any arithmetic: DoRA began as one
-            raise CheckpointError(f"{file}: {name[:40]} is set, and is not known to merge as plain LoRA does; {MERGE}")
+            raise CheckpointError(f"{file}: {name[:40]} is set, and is not known to merge as plain LoRA does; {merge}")
+    if value.get("lora_alpha") == 0:
+        raise CheckpointError(f"{file}: lora_alpha is 0, as verl's merger writes it; set it to that of training")
     try:
         return _checked(value)
     except (ValueError, re.error) as error:

@@ -14,7 +14,10 @@ from relexio.errors import CheckpointError, IncompleteError
 
 _NAME = re.compile(r"shard-(\d{5,6})-model-(\d{5,6})-of-(\d{5,6})\.safetensors")
 _INFO, _VERSION = "DCP_SHARDING_INFO", "DCP_VERSION"
-_ADVICE = "; save the model whole instead (NeMo-RL: save_consolidated, torchtitan: last_save_in_hf)"
+_ADVICE = (
+    "; save the model whole instead (NeMo-RL: checkpointing.save_consolidated=true; "
+    "torchtitan: --checkpoint.last_save_in_hf --checkpoint.last_save_model_only)"
+)
 
 
 class _Chunk(NamedTuple):

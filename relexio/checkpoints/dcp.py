@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from relexio.checkpoints.converters import accelerate_merger
 from relexio.checkpoints.files import File, inside, is_file, side_files
 from relexio.checkpoints.pieces import Piece, Pieced, Where, piece_of, present, tiled
 from relexio.checkpoints.torch_file import DTYPES, TENSOR_NAMES, counts, read_torch
@@ -163,8 +164,8 @@ def _pieces(
         if array is None or array.dtype != dtype or len(item.offsets) != len(array.shape):
             raise CheckpointError(f"its chunk in {item.file} is something else")
         if any(item.offsets[1:]) or array.shape[1:] != shape[1:] or len(array.shape) != len(shape):
-            merge = f"accelerate merge-weights {folder} {folder.parent / 'merged'}"
-            raise CheckpointError(f"is sharded along another dimension than 0; merge it first: {merge}")
+            merge = accelerate_merger(folder, folder.parent)
+            raise CheckpointError(f"is sharded along another dimension than 0; merge it: {merge}")
         piece = piece_of(array, files.index(item.file), item.offsets[0] * row if shape else 0)
         pieces += [] if piece is None else [piece]
     return tiled(pieces, dtype, shape)

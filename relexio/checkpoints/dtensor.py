@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from relexio.checkpoints.converters import HF_MODEL, MergeableError
 from relexio.checkpoints.torch_file import DTYPES, TENSOR_NAMES, Array, Contents, counts
 from relexio.checkpoints.unpickle import Global, Record
 from relexio.errors import CheckpointError
@@ -108,7 +109,7 @@ def _placed(array: Array, shape: tuple[int, ...], spec: dict[str, Any]) -> Local
         raise CheckpointError(f"{_ODD}: its rank is outside its mesh")
     shards = [(size, at) for p, size, at in zip(placements, sizes, coordinate, strict=True) if _is_shard(p)]
     if len(shards) > 1:
-        raise CheckpointError(f"is sharded over more than one dimension of the mesh{_MERGE}")
+        raise CheckpointError(f"is sharded over more than one dimension of the mesh; {HF_MODEL}")
     if shards and not shape:
         raise CheckpointError(f"{_ODD}: a scalar cannot be sharded")
     count, index = shards[0] if shards else (1, 0)
@@ -117,17 +118,11 @@ def _placed(array: Array, shape: tuple[int, ...], spec: dict[str, Any]) -> Local
     first, last = local.rows
     expected = (last - first, *shape[1:]) if shards else shape
     if array.shape != expected and not 0 == prod(array.shape) == prod(expected):
-        raise CheckpointError(
+        raise MergeableError(
             f"its part in this file has shape {list(array.shape)} where shard {index} of {count} of {list(shape)} has "
-            f"{last - first} rows{_MERGE}"
+            f"{last - first} rows"
         )
     return local
-
-
-_MERGE = (
-    "; merge the shards first, in their directory: python -m verl.model_merger merge --backend fsdp --local_dir . "
-    "--target_dir merged"
-)
 
 
 def _is_shard(placement: Any) -> bool:
@@ -136,9 +131,9 @@ def _is_shard(placement: Any) -> bool:
     if kind == "Replicate":
         return False
     if kind != "Shard":
-        raise CheckpointError(f"its placement is {kind}, which cannot be read{_MERGE}")
+        raise CheckpointError(f"its placement is {kind}, which cannot be read; {HF_MODEL}")
     if (dim := _fields(placement, "dim").get("dim")) != 0:
-        raise CheckpointError(f"is sharded along dimension {dim}, not 0{_MERGE}")
+        raise MergeableError(f"is sharded along dimension {dim}, not 0")
     return True
 
 

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from math import prod
 from pathlib import Path
+from shlex import quote
 
+from relexio.checkpoints.converters import MergeableError, verl_merger
 from relexio.checkpoints.dtensor import SHARD_NAMES, Local, local_of
 from relexio.checkpoints.files import File, inside, is_file, side_files
 from relexio.checkpoints.pieces import Piece, Pieced, Where, piece_of, present, tiled
@@ -66,15 +68,19 @@ def _ranks(path: Path) -> dict[int, Path]:
 
 def _read(path: Path, rank: int, file: Path) -> tuple[File, Mapping[str, Local]]:
     found, contents = read_torch(file, SHARD_NAMES)
+    merger = verl_merger("fsdp", path, path / _BESIDE)
     try:
         table = locals_of(contents)
+    except MergeableError as error:
+        raise CheckpointError(f"{file}: {error}; merge the shards, and then this again: {merger}") from error
     except CheckpointError as error:
         raise type(error)(f"{file}: {error}") from error
     lora = next((name for name in table if ".lora_" in name or name.startswith("base_model.model.")), None)
     if lora is not None:
         raise CheckpointError(
-            f"{file}: tensor {lora}: a LoRA adapter around the model; merge it first: "
-            f"python -m verl.model_merger merge --backend fsdp --local_dir {path} --target_dir {path}/merged"
+            f"{file}: tensor {lora}: a LoRA adapter around the model; take the adapter out of it: "
+            f"{verl_merger('fsdp', path, path / 'taken')}, move {quote(str(path / 'taken' / 'lora_adapter'))} to "
+            f"{quote(str(path / 'lora_adapter'))}, and then this again"
         )
     writers = {local.rank for local in table.values() if local.rank is not None}
     if writers - {rank}:

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from relexio.bounded import loads
-from relexio.checkpoints.adapter_config import CONFIG, MERGE, LoraConfig, read_config
+from relexio.checkpoints.adapter_config import CONFIG, LoraConfig, read_config
+from relexio.checkpoints.converters import peft_merger
 from relexio.checkpoints.files import ADAPTER, File, inside, is_file, left_out, side_files
 from relexio.checkpoints.header import Shard, read_shard
 from relexio.checkpoints.match import EMBEDDINGS, HEAD
@@ -42,8 +43,9 @@ def open_directory(path: Path, step: int | None = None, top: Path | None = None)
     if not path.is_dir():
         raise MissingError(f"{path}: no such directory")
     if step is None:
-        raise CheckpointError(f"{path}: holds a LoRA adapter, not a model; give the base model's directory, or {MERGE}")
-    config = read_config(path)
+        merge = peft_merger(path, step)
+        raise CheckpointError(f"{path}: holds a LoRA adapter, not a model; give the base model's directory, or {merge}")
+    config = read_config(path, step)
     shard = read_shard(inside(path, path / ADAPTER))
     # The adapter's files would make transformers load the model that is written beside them as the adapter's base.
     side = {n: file for n, file in side_files(path, ()).items() if n.rpartition("/")[2] not in (ADAPTER, CONFIG)}
@@ -182,6 +184,10 @@ class _Plan:
             raise self._refused("holds no tensor; save it with peft")
         self._require_one_way()
 
+    @property
+    def _merge(self) -> str:
+        return peft_merger(self._adapter.path, self._adapter.step)
+
     def _refused(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self._adapter.label}: {what}")
 
@@ -190,7 +196,7 @@ class _Plan:
         if self._tied and name in (HEAD, *EMBEDDINGS):
             raise self._refused(
                 f"changes {name}, which is tied in {self._base.label}: head and embedding would not be the same "
-                f"after merging; untie the model and {MERGE}"
+                f"after merging; untie the base (save it with a head of its own), and {self._merge}"
             )
         if name not in self._base.tensors:
             raise self._refused(
@@ -200,7 +206,7 @@ class _Plan:
         if not kind_of(dtype).is_float:
             raise self._refused(
                 f"changes {name}, which has type {dtype} in {self._base.label}; an adapter of a quantized base is not merged "
-                f"here: give the base in bf16, or {MERGE}"
+                f"here: give the model that was quantized, with --base"
             )
         return shape
 
@@ -249,7 +255,7 @@ class _Plan:
         if square and seen - {self._adapter.config.transposed}:
             raise self._refused(
                 f"tensor {square[0]}: whether it is stored transposed does not follow from {CONFIG}, whose fan_in_fan_out does not "
-                f"hold for all layers; {MERGE}"
+                f"hold for all layers; {self._merge}"
             )
 
 

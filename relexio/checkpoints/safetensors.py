@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from errno import ENAMETOOLONG
 from functools import lru_cache
 from pathlib import Path
+from shlex import quote
 
+from relexio.checkpoints.converters import adapter_to_safetensors, of_dcp, of_partitions
 from relexio.checkpoints.disk import OnDisk
 from relexio.checkpoints.disk import read_exactly as read_exactly
 from relexio.checkpoints.files import ADAPTER, INDEX, SINGLE, inside, is_file, left_out, side_files
@@ -114,7 +116,8 @@ def _not_a_directory(path: Path) -> str:
     if path.exists():
         return "is a file; give the directory that holds it"
     if len(path.parts) == 2 and not path.parent.exists():
-        return f"no such directory; download a model on the Hub first: hf download {path} --local-dir {path.name}"
+        command = f"hf download {quote(str(path))} --local-dir {quote(path.name)}"
+        return f"no such directory; download a model on the Hub first: {command}"
     return "no such directory"
 
 
@@ -152,14 +155,17 @@ def _shards(path: Path) -> list[Path]:
 def _other_format(path: Path) -> str | None:
     """What a directory holds in place of safetensors weights, and what to do; None if it holds no weights at all."""
     if is_file(path / "adapter_model.bin"):
-        return "holds a LoRA adapter as a torch file; save it again as safetensors (peft: safe_serialization=True)"
+        return f"holds a LoRA adapter as a torch file; save it as safetensors: {adapter_to_safetensors(path)}"
     shards = [*path.glob("**/model_world_size_*_rank_*.pt"), *path.parent.glob("model_world_size_*_rank_*.pt")]
     if shards:
         return f"holds no model itself; there are FSDP shards in {shards[0].parent}: give that directory"
-    if any(path.glob("**/*.distcp")):
-        return "holds a torch distributed checkpoint (DCP) that accelerate did not write; convert it to Hugging Face format first"
-    if any(path.glob("*.bin")) or any(path.glob("*.pt")):
-        return "holds torch files that are not named pytorch_model*.bin; save it again with safe_serialization=True"
+    if command := of_partitions(path):
+        return f"holds no model, but the partitions of DeepSpeed's ZeRO; make one of them: {command}"
+    if command := of_dcp(path):
+        return f"holds a torch distributed checkpoint (DCP) that is not read; convert it: {command}"
+    if others := sorted([*path.glob("*.bin"), *path.glob("*.pt")]):
+        name, wanted = quote(str(others[0])), quote(str(path / "pytorch_model.bin"))
+        return f"holds torch files that are not named pytorch_model*.bin; if it is the model's state_dict: mv {name} {wanted}"
     return None
 
 

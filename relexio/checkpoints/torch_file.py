@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from relexio.checkpoints.files import File
@@ -96,9 +97,9 @@ def read_torch(path: Path, known: frozenset[str], window: tuple[int, int] | None
         except CheckpointError as error:
             raise type(error)(f"{path}: {error}") from error
         except _Legacy:
+            code = f"import torch; p = {str(path)!r}; torch.save(torch.load(p, 'cpu', weights_only=True), p)"
             raise CheckpointError(
-                f'{path}: a torch file of the format before torch 1.6; save it again: python -c "import torch; '
-                f"p = '{path}'; torch.save(torch.load(p, 'cpu', weights_only=True), p)\""
+                f"{path}: a torch file of the format before torch 1.6; save it again: python -c {quote(code)}"
             ) from None
     return File(path.absolute(), stat.st_size, stat.st_mtime_ns), contents
 

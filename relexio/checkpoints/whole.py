@@ -39,7 +39,8 @@ class Watch:
 
     def is_whole(self, step: int, model: Path, stamps: Stamps, now: float) -> bool:
         """Whether a step with files of these stamps is whole, at ``now`` (seconds)."""
-        quiet, marked = self.quiet_for(step, model, stamps, now), self._is_marked(step, model, stamps)
+        top = self._root / model.relative_to(self._root).parts[0]
+        quiet, marked = self.quiet_for(step, model, stamps, now), marker_of(step, top, model, stamps) is not None
         self._marks = self._marks or marked
         return marked or quiet >= self._quiet * (_MARKING if self._marks else 1)
 
@@ -52,15 +53,18 @@ class Watch:
         self._seen[step] = state, since
         return now - since
 
-    def _is_marked(self, step: int, model: Path, stamps: Stamps) -> bool:
-        """Whether a marker says so that is no older than the weights: a step may be written again."""
-        newest = max((time for _, _, time in stamps), default=0)
-        top = self._root / model.relative_to(self._root).parts[0]
-        if any(_time(folder / name) >= newest for name in MARKERS for folder in (top, model)):
-            return True
-        if delta.is_whole(model):
-            return True
-        return any(_time(self._root / name) >= newest and _number(self._root / name) >= step for name in BESIDE)
+
+def marker_of(step: int, top: Path, model: Path, stamps: Stamps) -> str | None:
+    """The marker that says that a step is whole, in its directory ``top``, in its model's, or beside it; None without one.
+
+    It is no older than the weights, whose stamps are given: a step may be written again.
+    """
+    if delta.is_whole(model):
+        return delta.weight_files(model)[0].name  # written last
+    newest = max((time for _, _, time in stamps), default=0)
+    inside = (name for name in MARKERS if any(_time(folder / name) >= newest for folder in (top, model)))
+    beside = (name for name in BESIDE if _time(top.parent / name) >= newest and _number(top.parent / name) >= step)
+    return next(inside, None) or next(beside, None)
 
 
 def _time(file: Path) -> int:

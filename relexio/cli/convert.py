@@ -9,9 +9,9 @@ from pathlib import Path
 import click
 
 from relexio.checkpoints.layout import choose
-from relexio.checkpoints.trainers import trainer_of
 from relexio.cli import options
 from relexio.cli.command import Result, at_work
+from relexio.cli.convert_plan import added, plan, replaced
 from relexio.cli.follow import Freed, delete, follow_run, require_bytes, step_directories
 from relexio.cli.show import not_stored, note, stages, table
 from relexio.cli.verify import report
@@ -125,6 +125,11 @@ def convert(
     _check_options(bool(named or replace or verify or dry_run), verify, delete_verified, keep, follow, until, idle)
     model = local(base) if base is not None else None
     if checkpoints is not None and checkpoints.startswith(SCHEME):
+        if named or replace or pattern or verify or delete_verified or follow or dry_run:
+            raise click.UsageError(
+                f"{SCHEME}ORG/NAME goes without --checkpoint, --replace, --pattern, --verify, --delete-verified, --follow "
+                "and --dry-run."
+            )
         return _from_hub(checkpoints, revisions, verb.Request(out, model, None, {}, steps, None, dtype), resources)
     root = local(checkpoints) if checkpoints is not None else None
     paths = {step: local(path) for step, path in named.items()}
@@ -136,7 +141,7 @@ def convert(
     for text in conversion.notes:
         note(text)
     if dry_run:
-        return _plan(conversion)
+        return plan(conversion, paths, pattern)
     if deleting is not None:
         require_bytes(conversion)
     done = verb.convert(conversion, stages)
@@ -194,62 +199,6 @@ def _check_options(
         raise click.UsageError("--delete-verified compares before it deletes: leave --verify out.")
 
 
-def _added(conversion: verb.Conversion) -> str:
-    return describe_steps(conversion.steps) if conversion.steps else "nothing: all steps are stored already"
-
-
-def _replaced(conversion: verb.Conversion) -> list[tuple[str, str]]:
-    return [("replaced", describe_steps(conversion.forgotten))] if conversion.forgotten else []
-
-
-def _plan(conversion: verb.Conversion) -> Result:
-    plan, free = conversion.executor.plan, conversion.out.free_bytes()
-    facts = {
-        "out": conversion.out.shown,
-        "steps": list(conversion.steps),
-        "present": list(conversion.present),
-        "replaced": list(conversion.forgotten),
-        "bytes_read": conversion.bytes_read,
-        "bytes_written_at_most": conversion.bytes_written_at_most,
-        "bytes_free": free,
-        **plan.to_json(),
-    }
-    room = "" if free is None else f", {show(free)} free"
-    facts |= {"from": _written_by(conversion), "types": _types(conversion)}
-    rows = [
-        *(
-            [("from", f"{_written_by(conversion) or 'a trainer that the names do not tell'}; {_types(conversion)}")]
-            if conversion.steps
-            else []
-        ),
-        *_replaced(conversion),
-        ("to add", _added(conversion)),
-        ("to read", show(conversion.bytes_read)),
-        ("disk", f"{show(conversion.bytes_written_at_most)} at most{room}"),
-        ("memory", str(plan)),
-    ]
-    return Result(lambda: facts, lambda: table(rows))
-
-
-def _written_by(conversion: verb.Conversion) -> str | None:
-    """The trainer whose directories these are, as far as their names tell."""
-    for checkpoint in conversion.checkpoints:
-        if checkpoint.directory is not None:
-            return trainer_of(checkpoint.directory.resolve(), Path(checkpoint.source))
-    return None
-
-
-def _types(conversion: verb.Conversion) -> str:
-    """The types of the steps' files, and those that they are stored in, where these are others."""
-    stored = sorted({dtype for checkpoint in conversion.checkpoints for dtype, _ in checkpoint.tensors.values()})
-    cast = sorted({checkpoint.cast for checkpoint in conversion.checkpoints if checkpoint.cast})
-    return (
-        f"{', '.join(cast)} on disk, stored as {', '.join(stored)}"
-        if cast
-        else f"{', '.join(stored)} on disk and stored"
-    )
-
-
 def _facts(conversion: verb.Conversion, done: verb.ConversionResult, freed: Freed) -> object:
     return {
         "out": conversion.out.shown,
@@ -269,8 +218,8 @@ def _show(conversion: verb.Conversion, done: verb.ConversionResult, left: list[t
     table(
         [
             ("trajectory", conversion.out.shown),
-            *_replaced(conversion),
-            ("added", _added(conversion)),
+            *replaced(conversion),
+            ("added", added(conversion)),
             ("holds", describe_steps(done.store.steps)),
             ("size", f"{show(size.steps)} for {smaller}, and {show(size.base)} for the base"),
             *left,

@@ -51,21 +51,15 @@ class Written:
         return cls(tuple(counts), tuple(hashes), joined, np.array(changed, np.int64).reshape(len(changed), -1))
 
 
-class ChunkWriter:
-    """Fills the chunks of one array, from a block's first place on, or from the first."""
+class Chunks:
+    """Fills chunks of an array with entries, and hands each over when it is full."""
 
-    def __init__(self, store: Store, path: str, block: Block | None = None) -> None:
-        self._store, self._path, layout = store, path, store.array(path)
-        self._chunk = np.zeros(layout.chunks, layout.dtype)
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self._chunk = np.zeros(shape, dtype)
         self._filled = 0
-        room = layout.shape[0] // store.block_counts[block.kind.name] if block else 0
-        self._next = block.index * room // len(self._chunk) if block else 0
-        self.count = 0
-        self.hashes: list[int] = []
 
     def append(self, entries: np.ndarray) -> None:
         """Add entries behind those before."""
-        self.count += len(entries)
         while len(entries):
             room = len(self._chunk) - self._filled
             taken, entries = entries[:room], entries[room:]
@@ -74,18 +68,44 @@ class ChunkWriter:
             if self._filled == len(self._chunk):
                 self.flush()
 
+    def flush(self) -> None:
+        """Hand the chunk over, the rest of it zero, if there is anything in it."""
+        if self._filled:
+            self._chunk[self._filled :] = 0
+            self.put(self._chunk)
+            self._filled = 0
+
+    def put(self, chunk: np.ndarray) -> None:
+        """Take a chunk, before its array is filled again."""
+        raise NotImplementedError
+
+
+class ChunkWriter(Chunks):
+    """Writes the chunks of one array, from a block's first place on, or from the first."""
+
+    def __init__(self, store: Store, path: str, block: Block | None = None) -> None:
+        self._store, self._path, layout = store, path, store.array(path)
+        super().__init__(layout.chunks, layout.dtype)
+        room = layout.shape[0] // store.block_counts[block.kind.name] if block else 0
+        self._next = block.index * room // layout.chunks[0] if block else 0
+        self.count = 0
+        self.hashes: list[int] = []
+
+    def append(self, entries: np.ndarray) -> None:
+        """Add entries behind those before."""
+        self.count += len(entries)
+        super().append(entries)
+
     def discard(self) -> None:
         """Remove what was written."""
         layout, location = self._store.array(self._path), locate(self._store.address)
         for number in range(self._next - len(self.hashes), self._next):
             location.discard(chunk_key(self._path, layout, number))
 
-    def flush(self) -> None:
-        """Write the chunk, the rest of it zero, if there is anything in it."""
-        if self._filled:
-            self._chunk[self._filled :] = 0
-            self.hashes.append(self._store.write_chunk(self._path, self._chunk, self._next))
-            self._next, self._filled = self._next + 1, 0
+    def put(self, chunk: np.ndarray) -> None:
+        """Write a chunk."""
+        self.hashes.append(self._store.write_chunk(self._path, chunk, self._next))
+        self._next += 1
 
 
 class MovesWriter:
