@@ -24,7 +24,7 @@ FILE = "model.safetensors"
 EMBED, NORM, HEAD = "embed.weight", "norm.weight", "value_head.weight"
 SHAPES = {EMBED: (16, 8), NORM: (24,), HEAD: (8, 2)}
 NEW, APPEND = "convert steps --base base -o new", "convert steps -o store"
-PREDICT, INSPECT = "predict store --step 9 -o out", "inspect store"
+PREDICT, INSPECT = "predict store --method relex --step 9 -o out", "inspect store"
 STEP, BASE = Path("steps/global_step_5"), Path("base")
 
 Spoil = Callable[[Path], object]
@@ -256,7 +256,13 @@ def test_a_store_that_names_files_outside_the_output_is_refused(relexio: Relexio
 
 
 LONG = "m" * 300
-ENDS = ["inspect", "predict store --step 9 -o", NEW[:-3], "convert steps -o new --base", "convert -o new --base base"]
+ENDS = [
+    "inspect",
+    "predict store --method relex --step 9 -o",
+    NEW[:-3],
+    "convert steps -o new --base",
+    "convert -o new --base base",
+]
 REQUESTS = {
     **{
         f"{command} --memory 1MB": ["1 MB is too small", "one worker needs"]
@@ -274,7 +280,7 @@ REQUESTS = {
     f"{PREDICT} --method secant --rank 2": ["--method secant does not use --rank"],
     f"{PREDICT} --fit poly3": ["--fit poly3", "at least 4 steps", "has 3"],
     f"{PREDICT} --method mean --last 4": ["--last 4", "1 to 3"],
-    "predict store --refit 1 --step 1000000000 -o out": ["1000000000", "--refit"],
+    "predict store --method relex --refit 1 --step 1000000000 -o out": ["1000000000", "--refit"],
     f"{PREDICT} --include *.nothing": ["--include '*.nothing'", "matches none of the"],
     f"{PREDICT} --exclude *": ["leave no tensor"],
     "reconstruct store --step 9 -o out": ["--step 9", "1..3"],
@@ -283,14 +289,14 @@ REQUESTS = {
     "backtest store --memory 1MB": ["1 MB is too small"],
     "findings store --rank 4": ["--rank 4", "1 to 3"],
     "findings store --window 1": ["a window of 1 step"],
-    "predict store --step 3 -o out": ["--step 3", "ends at step 3"],
+    "predict store --method relex --step 3 -o out": ["--step 3", "ends at step 3"],
     "predict store --step 2 -o out --method pinned": ["--step 2", "ends at step 3"],
-    "predict store --step 9 --step 9 -o out-{step}": ["given twice"],
-    "predict store --step 8 --step 9 -o {step}/../out": ["one name"],
-    "predict store --step 9 -o base": ["base: exists"],
-    f"predict store --step 9 -o base/{FILE}": [f"{FILE}: exists"],
-    f"predict store --step 9 -o base/{FILE}/out": [f"base/{FILE}"],
-    "predict absent --step 9 -o out": ["absent", "no such trajectory"],
+    "predict store --method relex --step 9 --step 9 -o out-{step}": ["given twice"],
+    "predict store --method relex --step 8 --step 9 -o {step}/../out": ["one name"],
+    "predict store --method relex --step 9 -o base": ["base: exists"],
+    f"predict store --method relex --step 9 -o base/{FILE}": [f"{FILE}: exists"],
+    f"predict store --method relex --step 9 -o base/{FILE}/out": [f"base/{FILE}"],
+    "predict absent --method relex --step 9 -o out": ["absent", "no such trajectory"],
     "inspect base": ["base", "not a relexio trajectory"],
     f"inspect base/{FILE}": [FILE, "not a relexio trajectory"],
     "convert steps --base base -o steps": ["steps: exists and is not a trajectory"],
@@ -321,7 +327,7 @@ def test_a_request_that_cannot_be_met_is_refused(relexio: Relexio, command: str)
         *[f"{PREDICT} --step {steps}" for steps in ("10", "9", "-1", "x", "1.5")],
         *[f"{PREDICT} {wrong}" for wrong in ("--rank 0", "--window 3:1", "--workers 0", "--method x", "--device tpu")],
         *["reconstruct store --step 1 --step 2 -o out", "reconstruct store -o out"],
-        *["convert -o new --base base", NEW[:-6], "predict store -o out", "predict store --step 9", "inspect", "x"],
+        *["convert -o new --base base", NEW[:-6], "inspect", "x"],
     ],
 )
 def test_wrong_usage_ends_with_code_2(relexio: Relexio, command: str) -> None:

@@ -9,6 +9,7 @@ from relexio.cli.show import stages
 from relexio.engine.resources import Resources
 from relexio.methods.verdict import caveat
 from relexio.report import ReportRequest, missing, report
+from relexio.verbs.backtest import EVAL
 from relexio.verbs.demo.run import TARGET, WINDOW_END, Outcome, free_directory, run
 from relexio.verbs.demo.words import bars, head, sentences
 
@@ -34,7 +35,8 @@ def demo(out: Path | None) -> None:
     _report(outcome, directory / "report.html")
     click.echo(f"\nEverything is in {directory}; look around, and remove it when you are done.")
     click.echo("Next, on your own run:")
-    for command in ("convert CHECKPOINTS --base MODEL -o run.zarr", "backtest run.zarr", "predict run.zarr"):
+    sweep = f"sweep run.zarr {EVAL}"
+    for command in ("convert CHECKPOINTS --base MODEL -o run.zarr", "backtest run.zarr", "predict run.zarr", sweep):
         click.echo(f"$ relexio {command}")
 
 

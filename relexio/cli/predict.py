@@ -18,7 +18,7 @@ from relexio.store.store import Store
 from relexio.verbs import predict as verb
 from relexio.verbs.advice import Advice, take_advice
 from relexio.verbs.backtest import EVAL
-from relexio.verbs.output import Target
+from relexio.verbs.output import Target, check_targets
 from relexio.words import describe_steps, show, stem
 
 _NO_VERDICT = "none: a backtest needs 3 steps, tensors that move, a rank below the number of steps, and the gram solver"
@@ -79,6 +79,8 @@ def predict(
         options.check_out(asked, out)
     steps = tuple(step for step in asked if isinstance(step, int))
     if recipe is None or options.AUTO in asked:
+        if out is not None and "{step}" not in out:
+            check_targets(store, [Target(None, local(out))])  # before anything that takes long
         advice = take_advice(store, window, resources, stages, recipe, solver, choice)
         steps = tuple(step if isinstance(step, int) else advice.step for step in asked)
         note(_chosen(store, advice, recipe is None, options.AUTO in asked))

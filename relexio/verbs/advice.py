@@ -32,6 +32,10 @@ def take_advice(
 
     Raises RequestError where it recommends nothing, and BudgetError.
     """
+    if len(window) < 2:
+        raise RequestError(
+            f"{store.shown}: a window of 1 step cannot be fitted; add steps: a backtest needs at least 3"
+        )
     if len(window) < 3:
         raise _nothing(store, f"a backtest needs at least 3 observed steps; there are {len(window)}")
     if recipe is None:
