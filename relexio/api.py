@@ -152,6 +152,7 @@ class Trajectory:
         limit = None if device_memory is None else _bytes(device_memory)
         resources = Resources(_bytes(memory), workers, device, limit, scheduler=scheduler)
         recipe = Recipe(method, rank, strength, curve, refit, last, weights)
+        farthest: int | None = None
         choice, steps = Choice(tuple(include), tuple(exclude), others), _window(self._store, window)
         if method == "auto":
             if recipe != Recipe(method):
@@ -159,9 +160,11 @@ class Trajectory:
                     'method="auto" takes rank, strength and the like from the backtest; name a method with them'
                 )
             advice = take_advice(self._store, steps, resources, silent)
-            recipe, steps = advice.recipe, advice.window
+            recipe, steps, farthest = advice.recipe, advice.window, advice.step
         fitted = fit(self._store, steps, recipe, solver, resources, silent, choice)
-        return TrajectoryFit(**{f.name: getattr(fitted, f.name) for f in fields(fitted)}, resources=resources)
+        return TrajectoryFit(
+            **{f.name: getattr(fitted, f.name) for f in fields(fitted)}, resources=resources, farthest=farthest
+        )
 
     def judge(
         self,
@@ -181,9 +184,13 @@ class Trajectory:
 
 @dataclass(frozen=True, repr=False)
 class TrajectoryFit(Fit):
-    """A method fitted to a window of a trajectory, with the resources that predictions may use."""
+    """A method fitted to a window of a trajectory, with the resources that predictions may use.
+
+    ``farthest``: how far the backtest of all methods recommends to go, where it chose this one.
+    """
 
     resources: Resources = field(default_factory=Resources)
+    farthest: int | None = None
 
     def _repr_html_(self) -> str:
         return html_table([("trajectory", self.store.shown), *self.rows()])
@@ -193,7 +200,9 @@ class TrajectoryFit(Fit):
 
         A mix has no step. Raises RequestError for a step that the method cannot reach, and where nothing is recommended.
         """
-        return Prediction(self, how_far(self).step if step is None and self.recipe.way.aims else step)
+        if step is None and self.recipe.way.aims:
+            step = self.farthest or how_far(self).step
+        return Prediction(self, step)
 
 
 class _Tensors(Mapping[str, da.Array]):
@@ -248,7 +257,7 @@ class Prediction(_Tensors):
         self._fit, self._store, self.step, self._weights = fit, fit.store, step, fit.weights(step)
 
     def __repr__(self) -> str:
-        return f"<Prediction {self._name} by {self._fit.recipe} of {self._store.shown}: {len(self)} tensors>"
+        return f"<Prediction of {self._store.shown}, {self._name}: {self._fit.recipe.label}, {len(self)} tensors>"
 
     def _repr_html_(self) -> str:
         expected = self._fit.outlook(self.step)

@@ -37,6 +37,10 @@ class RequestError(RelexioError, ValueError):
     """A request that the data cannot answer: a step, window, rank or tensor that does not exist."""
 
 
+class OverflowedError(RequestError, OverflowError):
+    """A prediction so far away that the tensor's type cannot hold it."""
+
+
 class BudgetError(RelexioError, ValueError):
     """A memory budget too small for the smallest possible plan."""
 

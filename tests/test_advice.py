@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import relexio as relexio_package
+from relexio.errors import RequestError
 from tests.support.command import Relexio, snapshot
 from tests.support.make import BF16, Run, make_run
 from tests.support.steps import store_run
@@ -91,9 +93,8 @@ def test_where_nothing_is_recommended_nothing_is_written(
     before = sorted(path.name for path in tmp_path.iterdir())
     done = relexio("predict", stored, *asked)
     assert done.code == 1 and done.out == "" and done.err.count("\n") == 1, done.err
-    assert "nothing is recommended" in done.err and done.err.endswith(
-        f"relexio predict {stored} --method relex --step 18\n"
-    )
+    said = "relex, strength 1 is not recommended at any step" if "relex" in asked else "nothing is recommended"
+    assert said in done.err and done.err.endswith(f"relexio predict {stored} --method relex --step 18\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     command = done.err.rpartition(": relexio ")[2].split()
     assert relexio(*command).code == 0 and (tmp_path / "walk-relex-step-18-strength-1" / "config.json").is_file()
@@ -101,10 +102,12 @@ def test_where_nothing_is_recommended_nothing_is_written(
 
 def test_too_few_steps_for_a_backtest(stored: Path, relexio: Relexio) -> None:
     done = relexio("predict", stored, "--window", "2:4")
-    assert done.code == 1 and "a backtest needs at least 3 observed steps; there are 2" in done.err
+    assert done.code == 1 and "A backtest needs at least 3 observed steps; there are 2" in done.err
+    command = done.err.rstrip().rpartition(": relexio ")[2]
+    assert command == "predict 'my run.zarr' --window 2:4 --method relex --step 6"
     assert relexio("predict", stored, "--window", "2:4", "--method", "relex", "--step", 40).code == 0
     swept = relexio("sweep", stored, "--window", "2:4", "--eval", "echo 1 {checkpoint}")
-    assert swept.code == 1 and "a backtest needs at least 3 observed steps" in swept.err
+    assert swept.code == 1 and "A backtest needs at least 3 observed steps" in swept.err
     assert not Path("my run.sweep").exists()
 
 
@@ -113,3 +116,13 @@ def test_commands_end_with_what_to_run_next(stored: Path, relexio: Relexio, comm
     done = relexio(command, stored)
     last = done.out[done.out.index("\nnext\n") :].splitlines()[2:]
     assert last and all(line.startswith("  relexio ") and "'my run.zarr'" in line for line in last)
+
+
+@pytest.mark.parametrize("window", ["2:20", "2:32", "12:24"])
+def test_python_does_what_the_command_does(stored: Path, relexio: Relexio, window: str) -> None:
+    done = relexio("predict", stored, "--window", window, "-o", "by-command")
+    fit = relexio_package.open(stored).fit(window)
+    fit.predict().save("in-python")
+    assert done.code == 0 and snapshot(Path("in-python")) == snapshot(Path("by-command"))
+    with pytest.raises(RequestError, match="takes rank, strength and the like from the backtest"):
+        relexio_package.open(stored).fit(window, strength=0.5)

@@ -92,10 +92,11 @@ def test_the_command_needs_neither_torch_nor_the_report(tmp_path: Path) -> None:
     assert len(shown) == 6 and sum("untested" in line for line in shown) == 2
     assert "no test covers it" in ended.stdout and "Use pinned, rank 1, strength 0.5" in ended.stdout
     assert "pip install 'relexio[report]'" in " ".join(lines) and not list(tmp_path.rglob("*.html"))
-    assert [line.split()[2] for line in lines if line.startswith("$ relexio")][-3:] == [
+    assert [line.split()[2] for line in lines if line.startswith("$ relexio")][-4:] == [
         "convert",
         "backtest",
         "predict",
+        "sweep",
     ]
     again = in_process("demo", "-o", tmp_path / "demo")
     assert again.code == 1 and "exists" in again.err
@@ -172,13 +173,13 @@ def test_what_is_seen() -> None:
         "Training from step 50 to step 200: +20.0 points; predicted from the steps up to 50, without training: "
         "step 75, pinned, recommended: +10.0 points (step 75 as trained does not come with relexio); "
         "step 200, same recipe, untested: -5.0 points; "
-        "step 200, relex (the paper), untested: +5.0 points (25 % of that).",
-        "Skill in weights, now that step 200 is known: step 200, same recipe, untested: +0.40; "
-        "step 200, relex (the paper), untested: -0.10.",
+        "step 200, relex (the paper), untested: +5.0 points (25 % of what training gained).",
+        "Skill in weights, now that step 200 is known: step 200, same recipe: +0.40; "
+        "step 200, relex (the paper): -0.10.",
         "Step 200, 4.0 times the last known step, is farther ahead than any held-out step: no test covers it.",
     ]
     worse = replace(outcome, measured=(*measured[:-1], Measured(200, 0.4)))
-    assert "% of that" not in " ".join(sentences(worse))
+    assert "% of what" not in " ".join(sentences(worse))
 
 
 def test_an_answer_counts_if_it_is_exact_and_ends(data: Run) -> None:

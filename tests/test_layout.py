@@ -303,7 +303,7 @@ def test_files_that_make_no_model_are_refused(
 @pytest.mark.parametrize("trainer", TRAINERS, ids=[trainer.name for trainer in TRAINERS])
 def test_directories_of_trainers(run: Run, tmp_path: Path, trainer: Trainer) -> None:
     name = re.sub(r"_hf\)\?$|\(\?:", "", trainer.directory).replace(r"(\d+)", f"{12 - trainer.added:06}")
-    name = name.replace(r"\d+", "3").replace("_?", "")
+    name = name.replace(r"(?!_\d+$)", "").replace(r"\d+", "3").replace("_?", "")
     inside = tmp_path / "run" / name / trainer.inside
     save_checkpoint(inside, run.steps[2])
     for name in (

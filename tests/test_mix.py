@@ -107,7 +107,7 @@ def test_what_is_suggested_is_a_mix() -> None:
         (("--method", "mix"), "error: --method mix needs --weights, as in --weights 0=-0.5,300=1.5"),
         (("--method", "mix", "--weights", "300=1", "--step", "400"), "makes one checkpoint, of no step"),
         (("--method", "relex", "--weights", "300=1"), "--method relex does not use --weights; only mix does"),
-        (("--step", "400", "--weights", "300=1"), "--weights goes with --method NAME"),
+        (("--step", "400", "--weights", "300=1"), "--weights goes with --method mix"),
     ],
 )
 def test_what_does_not_go_together(

@@ -304,7 +304,7 @@ def test_scores_of_a_sweep_are_shown(relexio: Relexio, run: Path, tmp_path: Path
     command = """python3 -c "print(0.5 + $RELEXIO_STEP / 1000)" # {checkpoint}"""
     options = ("--steps", "20,30", "--methods", "relex,pinned", "--problems", 100, "--eval", command)
     assert relexio("sweep", run, "--window", "1:11", *options).code == 0
-    assert relexio("report", run, "-o", tmp_path / "with.html").code == 0
+    assert relexio("report", run, "--window", "1:11", "-o", tmp_path / "with.html").code == 0
     page = Page((tmp_path / "with.html").read_text())
     (figure,) = [figure for figure in page.content["figures"] if figure["name"] == "scores"]
     rows = [row for rows in re.findall(r'\[\{"series".*?\}\]', json.dumps(figure["spec"])) for row in json.loads(rows)]
@@ -314,7 +314,15 @@ def test_scores_of_a_sweep_are_shown(relexio: Relexio, run: Path, tmp_path: Path
         **{(f"{method}, strength 1", step): 0.5 + step / 1000 for method in ("relex", "pinned") for step in (20, 30)},
     }
     assert all(row["high"] - row["score"] == pytest.approx(0.05, rel=0.01) for row in rows)
-    # those of another run are not
+    assert '"known": 0.511' in json.dumps(figure["spec"])  # step 11, the last observed
+    (tmp_path / "run.sweep" / "results.json").rename(tmp_path / "kept.json")
+    (tmp_path / "run.sweep" / "results.json").write_text('{"format": 1}')
+    done = relexio("report", run, "--window", "1:11", "-o", tmp_path / "damaged.html")
+    assert done.code == 0 and "note: without scores of a sweep: " in done.err
+    (tmp_path / "kept.json").rename(tmp_path / "run.sweep" / "results.json")
+    # those of another window or run are not
+    assert relexio("report", run, "-o", tmp_path / "other.html").code == 0
+    assert "Not measured. Only your own evaluation" in (tmp_path / "other.html").read_text()
     other = tmp_path / "other"
     store_run(make_run(other, steps=(1, 2, 3), shapes=SHAPES, size=3e-3, seed=5), other / "run.zarr")
     (tmp_path / "run.sweep").rename(other / "run.sweep")

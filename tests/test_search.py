@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from math import sqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -188,7 +189,91 @@ def test_the_error_of_a_share_lets_it_go_on(store: Store, tmp_path: Path, relexi
 
 
 def test_named_methods_are_searched_from_half_as_far_again(store: Store, tmp_path: Path, relexio: Relexio) -> None:
-    command = ("sweep", store.address, "-o", tmp_path / "out", "--methods", "relex,auto", "--strengths", "1,0.5")
+    command = ("sweep", store.address, "-o", tmp_path / "out", "--methods", "secant,auto", "--strengths", "1,0.5")
     planned = json.loads(relexio(*command, "--eval", "echo 1 {checkpoint}", "--dry-run", "--json").out)
     assert [line["strength"] for line in planned["lines"]] == [1.0, 0.5, 1.0, 0.5]
     assert [line["ahead"] for line in planned["lines"]][:2] == [16, 16]
+
+
+def test_a_prediction_that_overflows_has_failed_and_the_sweep_goes_on(tmp_path: Path, relexio: Relexio) -> None:
+    made = make_run(tmp_path, np.dtype(np.float32), (10, 20, 30, 40), shapes={"model.norm.weight": (12,)}, noise=0.1)
+    store = store_run(made, tmp_path / "run.zarr")
+    command = ("sweep", store.address, "--steps", "50,60", "--strengths", "1,1e60", "--methods", "relex")
+    done = relexio(*command, "--eval", "echo $RELEXIO_STEP {checkpoint} | cut -d ' ' -f 1")
+    assert done.code == 0 and "best    relex, strength 1, step 60: 60" in done.out, done.err
+    rows = json.loads((tmp_path / "run.sweep" / "results.json").read_text())["results"]
+    failed = [row for row in rows if row["strength"] == 1e60]
+    assert len(failed) == 2 and all("the prediction overflows F32" in row["failed"] for row in failed)
+    assert done.err.count("it was not written: tensor model.norm.weight") == 2
+
+
+@pytest.mark.parametrize("method", ["mean", "rre"])
+def test_what_is_the_same_for_every_step_is_evaluated_once(
+    store: Store, tmp_path: Path, relexio: Relexio, method: str
+) -> None:
+    for steps in ((), ("--steps", "40,50,60")):
+        out = tmp_path / f"out{len(steps)}"
+        command = ("sweep", store.address, "-o", out, "--methods", method, *steps, "--eval", "echo 0.5 # {checkpoint}")
+        assert relexio(*command).code == 0
+        rows = json.loads((out / "results.json").read_text())["results"]
+        assert [row["method"] for row in rows] == ["base", "observed", method]
+
+
+def test_a_score_that_is_no_share_of_problems(store: Store, tmp_path: Path, relexio: Relexio) -> None:
+    command = ("sweep", store.address, "-o", tmp_path / "out", "--problems", 100, "--eval", "echo 49 # {checkpoint}")
+    done = relexio(*command)
+    assert done.code == 1 and "49 is no share of 100 problems: print one from 0 to 1" in done.err.splitlines()[-1]
+
+
+SPOILS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no problems": lambda table: table.update(problems=0),
+    "problems in words": lambda table: table.update(problems="x"),
+    "a line that is none": lambda table: table["results"][2].update(line=[]),
+    "an infinite score": lambda table: table["results"][2].update(score=np.inf),
+    "a vast score": lambda table: table["results"][2].update(score=10**400),
+    "no time": lambda table: table["results"][2].update(seconds=np.nan),
+    "no step": lambda table: table["results"][2].update(step=np.inf),
+    "a step inside the window": lambda table: table["results"][2].update(step=20),
+    "no first": lambda table: table["results"][2].update(first=np.inf),
+    "no method": lambda table: table["results"][2]["recipe"].update(method=[]),
+    "an unknown method": lambda table: table["results"][2]["recipe"].update(method="bogus"),
+    "no strength": lambda table: table["results"][2]["recipe"].update(strength=None),
+    "a rank in words": lambda table: table["results"][2]["recipe"].update(rank="x"),
+    "no metric": lambda table: table.update(metric=[]),
+    "a window without steps": lambda table: table.update(window=[]),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_a_table_that_no_sweep_wrote(store: Store, tmp_path: Path, relexio: Relexio, spoil: str) -> None:
+    out = tmp_path / "out"
+    command = (
+        "sweep",
+        store.address,
+        "-o",
+        out,
+        "--methods",
+        "relex",
+        "--steps",
+        "40",
+        "--eval",
+        "echo 1 # {checkpoint}",
+    )
+    assert relexio(*command).code == 0
+    table = json.loads((out / "results.json").read_text())
+    SPOILS[spoil](table)
+    (out / "results.json").write_text(json.dumps(table))
+    done = relexio(*command)
+    assert done.code == 1 and done.err.count("\n") == 1 and "not a table that a sweep wrote" in done.err, done.err
+    if spoil == "no problems":
+        (out / "results.json").write_text("[" * 100_000)
+        assert "not a table that a sweep wrote" in relexio(*command).err
+
+
+def test_scores_whose_difference_no_number_holds(store: Store, tmp_path: Path, relexio: Relexio) -> None:
+    command = """python3 -c "print(-1.7e308 if $RELEXIO_STEP < 40 else 1.7e308)" # {checkpoint}"""
+    done = relexio(
+        "sweep", store.address, "-o", tmp_path / "out", "--methods", "relex", "--steps", "40", "--eval", command
+    )
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["results"][2]["gain"] is None

@@ -313,7 +313,7 @@ def test_scores_of_another_sweep_are_not_mixed_in(run: Run, store: Store, tmp_pa
     ):
         done = swept(relexio, store_, out, command, "--steps", "50", *more)
         assert done.code == 1 and done.err.count("\n") == 1
-        assert f"holds scores of a sweep with {said}" in done.err and "give another -o" in done.err
+        assert f"holds scores of a sweep with {said}" in done.err and f"such as -o {out}-" in done.err
     assert snapshot(out) == before
 
 

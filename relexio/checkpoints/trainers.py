@@ -28,7 +28,7 @@ TRAINERS = (
     Trainer("verl, FSDP", r"global_step_(\d+)", "actor/huggingface", beside="latest_checkpointed_iteration.txt"),
     Trainer("verl, Megatron", r"global_step_(\d+)", "actor/model/huggingface", marker="actor/ckpt_contents.json"),
     Trainer("SkyRL", r"global_step_(\d+)", "policy", beside="latest_ckpt_global_step.txt"),
-    Trainer("OpenRLHF", r"global_step_?(\d+)(?:_hf)?"),
+    Trainer("OpenRLHF", r"global_step(?!_\d+$)_?(\d+)(?:_hf)?"),
     Trainer("NeMo-RL", r"step_(\d+)", "policy/weights/model/consolidated"),
     Trainer("prime-rl, open-instruct", r"step_(\d+)", marker="STABLE"),
     Trainer("torchtitan", r"step-(\d+)"),

@@ -62,7 +62,8 @@ def _show_recipes(judged: Judgement, picks: list[Pick]) -> None:
             f"{'*' if pick == judged.advised else ' '} {pick.recipe!s:<{width}}  {_share(pick):>6}  "
             f"{pick.strength:>8g}{skills}{pick.score:>+8.2f}{median:>+8.2f}{cosine:>8}"
         )
-    click.echo("*: recommended")
+    if judged.advised is not None:
+        click.echo("*: recommended")
     click.echo(
         "mean: over the horizons; recipes are ranked by it. median: over tensors, mean over predictions. cosine: of "
         "the predicted and the real update."

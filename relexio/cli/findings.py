@@ -31,7 +31,9 @@ def findings(store: Store, window: tuple[int, ...], resources: Resources, rank: 
     """
     run = verb(store, window, rank, resources, stages)
     lines = linearity(store, window, resources, stages)
-    return Result(partial(_facts, run, lines), partial(_show, run, lines), next=(command("backtest", store),))
+    return Result(
+        partial(_facts, run, lines), partial(_show, run, lines), next=(command("backtest", store, window=window),)
+    )
 
 
 def _facts(run: Findings, lines: Linearity | None) -> object:

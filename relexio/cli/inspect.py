@@ -24,7 +24,7 @@ def inspect(store: Store, window: tuple[int, ...], resources: Resources, rank: i
     checkpoint.
     """
     inspection = verb(store, window, rank, resources, stages)
-    return Result(inspection.to_json, partial(_show, inspection), next=(command("backtest", store),))
+    return Result(inspection.to_json, partial(_show, inspection), next=(command("backtest", store, window=window),))
 
 
 def _figure(value: float | None, form: str, more: str) -> str:

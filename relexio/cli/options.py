@@ -149,9 +149,13 @@ def recipe(command: Command) -> Command:
 
 def _auto(method: str, **options: Any) -> bool:
     """Whether the recipe is left to the backtest. Raises a usage error where a part of it is given all the same."""
-    given = [option.flag for option in OPTIONS if options[option.field] != option.default]
+    given = [option for option in OPTIONS if options[option.field] != option.default]
     if method == AUTO and given:
-        raise click.UsageError(f"--{given[0]} goes with --method NAME: --method auto takes it from the backtest.")
+        (name, *others) = given[0].users or ["NAME"]
+        name = "NAME" if others else name
+        raise click.UsageError(
+            f"--{given[0].flag} goes with --method {name}: --method auto takes all from the backtest."
+        )
     return method == AUTO
 
 

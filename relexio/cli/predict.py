@@ -2,8 +2,10 @@
 
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 import click
+import numpy as np
 
 from relexio.cli import options
 from relexio.cli.command import Result, on_trajectory
@@ -78,9 +80,9 @@ def predict(
     if out is not None:
         options.check_out(asked, out)
     steps = tuple(step for step in asked if isinstance(step, int))
+    advice = None
     if recipe is None or options.AUTO in asked:
-        if out is not None and "{step}" not in out:
-            check_targets(store, [Target(None, local(out))])  # before anything that takes long
+        _check_early(store, window, choice, steps, out)
         advice = take_advice(store, window, resources, stages, recipe, solver, choice)
         steps = tuple(step if isinstance(step, int) else advice.step for step in asked)
         note(_chosen(store, advice, recipe is None, options.AUTO in asked))
@@ -92,13 +94,38 @@ def predict(
     fit = verb.run(job, stages, note)
     _warn(fit, steps)
     return Result(
-        partial(_facts, fit, targets), partial(_show, fit, targets), next=(command("sweep", store, EVAL, window=given),)
+        partial(_facts, fit, targets), partial(_show, fit, targets), next=_next(fit, targets, given, advice is not None)
     )
 
 
 def _out(out: str | None, store: Store, recipe: Recipe, step: int | None) -> Path:
     """The directory of one prediction."""
     return local(out.replace("{step}", str(step)) if out else f"{stem(store.address)}-{recipe.named(step)}")
+
+
+def _check_early(
+    store: Store, window: tuple[int, ...], choice: Choice, steps: tuple[int, ...], out: str | None
+) -> None:
+    """Refuse what can be refused before a backtest, which may take long."""
+    choice.of(tensor.name for tensor in store.tensors)
+    if len(window) > 1:
+        Recipe().check(np.array(window), list(steps))
+    if out is not None and "{step}" not in out:
+        check_targets(store, [Target(None, local(out))])
+
+
+def _next(fit: Fit, targets: list[Target], window: tuple[int, ...], advised: bool) -> tuple[str, ...]:
+    """The command that evaluates such predictions beside the checkpoints that were observed."""
+    recipe = fit.recipe
+    if not recipe.way.extrapolates:
+        return tuple(f"python my_eval.py {quote(str(target.out))}" for target in targets)
+    options = []
+    if not advised:
+        options = [f"--methods {recipe.method}", f"--steps {','.join(target.name for target in targets)}"]
+        options += [f"--strengths {recipe.strength:g}"] * (recipe.strength != 1) + [f"--rank {recipe.rank}"] * (
+            recipe.rank != 1
+        )
+    return (command("sweep", fit.store, *options, EVAL, window=window),)
 
 
 def _chosen(store: Store, advice: Advice, recipe: bool, step: bool) -> str:

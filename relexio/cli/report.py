@@ -7,8 +7,9 @@ import click
 
 from relexio.cli import options
 from relexio.cli.command import Result, on_trajectory
-from relexio.cli.show import stages, table
+from relexio.cli.show import note, stages, table
 from relexio.engine.resources import Resources
+from relexio.errors import RequestError
 from relexio.fit.fit import command
 from relexio.report import ReportFiles, ReportRequest, Score, default_page
 from relexio.report import report as verb
@@ -44,7 +45,11 @@ def report(
     'relexio[report]'.
     """
     page: Path = local(out) if out else default_page(store.address)
-    scores = tuple(Score(*score) for score in known_scores(store, default_directory(store.address)))
+    try:
+        scores = tuple(Score(*score) for score in known_scores(store, window, default_directory(store.address)))
+    except RequestError as error:
+        note(f"without scores of a sweep: {error}")
+        scores = ()
     request = ReportRequest(page, local(png) if png else None, window, rank, step, scores)
     written = verb(store, request, resources, stages)
     facts = {
@@ -54,7 +59,7 @@ def report(
         "window": list(window),
         "target": written.target,
     }
-    return Result(lambda: facts, partial(_show, written), next=(command("predict", store),))
+    return Result(lambda: facts, partial(_show, written), next=(command("backtest", store, window=window),))
 
 
 def _show(written: ReportFiles) -> None:

@@ -244,15 +244,17 @@ def _show(request: Request, found: Sweep) -> None:
     elif gain > 0:
         gained = f"+{number(gain)} over the last observed checkpoint (step {step}: {number(last.score)})"
     else:
-        gained = f"none: no prediction beats the last observed checkpoint (step {step}: {number(last.score)})"
+        gained = (
+            f"none: no prediction beats the last observed checkpoint (step {step}: {number(last.score)}); keep that"
+        )
     failed = sum(evaluation.score is None for evaluation in found.results if evaluation.candidate.predicted)
     without = f", {failed} more failed" if failed else ""
     rows = [
         ("best", f"{best.candidate.label}: {number(best.score)}"),
         ("gain", gained),
-        ("chosen", f"the best of {len(found.predicted)} predictions{without}"),
+        ("chosen", f"the best of {len(found.predicted)} prediction{'s' * (len(found.predicted) > 1)}{without}"),
     ]
-    if len(found.predicted) > 1:
-        rows.append(("", "the best of several looks better than it is; evaluate it again on other problems"))
+    if len(found.predicted) > 1 and (gain is None or gain > 0):
+        rows.append(("", f"the best of several looks better than it is; compare it with step {step} on other problems"))
     click.echo("\n".join([*curve(found), ""]))
     table([*rows, ("wrote", f"{request.out / 'best'}, {request.out / 'results.csv'} and results.json")])

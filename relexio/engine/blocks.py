@@ -11,7 +11,7 @@ import numpy as np
 from relexio.dtypes import Array, from_float64, nonfinite, to_float64
 from relexio.engine.device import out_of_memory, to_device, to_host, zeros
 from relexio.engine.tiles import Rows, compact, on_device, pieces, window_tiles
-from relexio.errors import BudgetError, RelexioWarning, RequestError
+from relexio.errors import BudgetError, OverflowedError, RelexioWarning
 from relexio.loops import Moves, dense, gram, increments, plain, predict
 from relexio.methods.linearity import LINEAR, VALUES, r_squared
 from relexio.store.read import dense_width
@@ -123,7 +123,7 @@ def combine_block(
         if weight is not None and len(moves.row):
             bad = weigh(moves, base[span], weight, block, [r[span] for r in results], tile_bytes, device)
             if bad:
-                raise RequestError(
+                raise OverflowedError(
                     f"tensor {block.pieces[place].tensor.name}: the prediction overflows "
                     f"{block.pieces[place].tensor.dtype} in {bad} elements; predict a nearer step or give a smaller --strength"
                 )

@@ -72,7 +72,7 @@ class Fit:
     notes: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} of {self.recipe} to {describe_steps(self.steps)} of {self.store.shown}>"
+        return f"<{type(self).__name__} of {self.store.shown}, {describe_steps(self.steps)}: {self.recipe.label}>"
 
     def rows(self) -> list[tuple[str, str]]:
         """What is fitted to what, for people."""

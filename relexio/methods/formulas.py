@@ -112,6 +112,7 @@ def scaled_first(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
     "LAWA (Kaddour 2022, arXiv 2209.14981)",
     uses=("last",),
     stays=True,
+    fixed=True,
     needs_base=False,
 )
 def mean(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
@@ -127,6 +128,7 @@ def mean(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
     "iterate averaging (Polyak and Juditsky 1992), with decay 1 - 2 / (k + 1)",
     uses=("last",),
     stays=True,
+    fixed=True,
     needs_base=False,
 )
 def ema(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
@@ -144,6 +146,7 @@ def ema(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
     from_last=True,
     needs_base=False,
     whole=True,
+    fixed=True,
 )
 def rre(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
     """b = sum_i gamma_i e_{i+1} - e_T, where gamma adds up to 1, and |sum_i gamma_i u_i| is least.

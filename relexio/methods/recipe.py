@@ -3,6 +3,7 @@
 One table of options: the command line, refusals, names, JSON and suggested commands all follow from it.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from relexio.methods.curves import CURVES, check_refits, read_off, read_off_refi
 from relexio.methods.mix import check_mix
 from relexio.methods.registry import METHODS, Matrix, Method, Vector, Window
 
+_NAME = 120  # characters of a name among files
 _MOST_STRENGTH = 1e100  # its square is still a float64
 
 
@@ -108,7 +110,9 @@ class Recipe:
         """The name of its prediction among files: ``pinned-step-105-strength-0.75-rank-2``; a mix has no step."""
         others = [f"-{o.flag}-{_digits(o.of(self))}" for o in OPTIONS if o.title and o.of(self) != o.default]
         at = f"-step-{step}" if step is not None else ""
-        return f"{self.method}{at}-strength-{_digits(self.strength)}{''.join(others)}"
+        return re.sub(r"[^\w.+-]+", "_", f"{self.method}{at}-strength-{_digits(self.strength)}{''.join(others)}")[
+            :_NAME
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """For scripts: the method and every option by its flag."""
@@ -133,7 +137,7 @@ class Recipe:
             raise RequestError(f"unknown method {self.method!r}; known are {', '.join(METHODS)}")
         if len(steps) < self.way.least_steps:
             raise RequestError(
-                f"a window of {len(steps)} step cannot be fitted: --method {self.method} needs at least "
+                f"a window of {len(steps)} step{'s' * (len(steps) > 1)} cannot be fitted: --method {self.method} needs at least "
                 f"{self.way.least_steps} observed steps"
             )
         if self.way.from_zero and steps[0] <= 0:

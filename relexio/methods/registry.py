@@ -42,7 +42,8 @@ class Method:
     """One method: its name, what it does in a line, its source, its weights, and what it needs.
 
     ``uses``: the options of a recipe that it uses. ``from_last``: it starts from the last checkpoint, not from the base.
-    ``from_zero``: it counts steps from 0, where the base was. ``stays``: it averages what was observed, whatever the target.
+    ``from_zero``: it counts steps from 0, where the base was. ``stays``: it averages what was observed.
+    ``fixed``: it predicts the same for every target.
     ``keeps_norms``: norms stay as they are in the last checkpoint. ``needs_base``: it predicts something else where the base
     is another model. ``whole``: it uses all of the Gram matrix, of which the ``blocks`` solver keeps the top directions alone.
     ``aims``: it makes the checkpoint of a step; without it there is one, of no step.
@@ -59,6 +60,7 @@ class Method:
     extrapolates: bool = True
     keeps_norms: bool = False
     stays: bool = False
+    fixed: bool = False
     needs_base: bool = True
     whole: bool = False
     aims: bool = True

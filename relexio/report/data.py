@@ -71,8 +71,8 @@ class Facts:
 
 
 def number(value: float) -> float | None:
-    """A number as it goes into the page; None for NaN."""
-    return None if np.isnan(value) else float(f"{value:.5g}")
+    """A number as it goes into the page; None where it is not finite."""
+    return float(f"{value:.5g}") if np.isfinite(value) else None
 
 
 def numbers(values: np.ndarray) -> list[float | None]:
@@ -204,10 +204,9 @@ def score_rows(scores: tuple[Score, ...]) -> Table:
     ]
 
 
-def last_observed(scores: tuple[Score, ...]) -> float | None:
-    """The score of the last observed step that predictions start from: the first one of those evaluated."""
-    observed = [one for one in scores if one.series == "observed"]
-    return min(observed, key=lambda one: one.step).score if observed else None
+def last_observed(scores: tuple[Score, ...], step: int) -> float | None:
+    """The score of the last step of the window, which predictions go on from."""
+    return next((one.score for one in scores if (one.series, one.step) == ("observed", step)), None)
 
 
 def changed_shares(facts: Facts) -> Table:

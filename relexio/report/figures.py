@@ -16,7 +16,7 @@ _SKILL = tip("skill:Q", "skill", "+.3f")
 def _untested(facts: Facts) -> str:
     if facts.findings.judged is None:
         return f"A backtest needs at least 3 observed steps; this window has {len(facts.findings.window)}."
-    return "No method could be tried at every cut-off: the window has too few steps."
+    return "No method could be tried at every cut-off: the window has too few steps, or nothing moved between them."
 
 
 def scores(facts: Facts) -> Figure:
@@ -25,7 +25,7 @@ def scores(facts: Facts) -> Figure:
     if not facts.scores:
         how = "Not measured. Only your own evaluation can say: relexio sweep runs it, and the next report shows the scores."
         return Figure(title, how, wide=True)
-    rows, known = data.score_rows(facts.scores), data.last_observed(facts.scores)
+    rows, known = data.score_rows(facts.scores), data.last_observed(facts.scores, facts.findings.window[-1])
     series = list(dict.fromkeys(row["series"] for row in rows))
     base = plot(rows).encode(
         x=step_axis().scale(zero=True),

@@ -26,7 +26,7 @@ def verdict(facts: Facts) -> VerdictText:
         return VerdictText("untested", [reason], [], None)
     signs = judged.straight.signs if judged.straight else []
     sure = judged.verdict.sure if judged.verdict else "untested"
-    return VerdictText(sure, judged.sentences(), signs, next(iter(judged.commands()), None))
+    return VerdictText(sure, judged.sentences(), signs, judged.commands()[0] if judged.advised else None)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from math import inf
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -65,11 +66,8 @@ class SweepPlan:
     @property
     def done(self) -> int:
         """How many of them have a score already."""
-        return (
-            len(self.candidates)
-            - len(self.waiting)
-            + sum(result.score is not None for result in self._found(self.table))
-        )
+        searched = sum(result.score is not None for result in self._found(self.table))
+        return len(self.candidates) - len(self.waiting) + min(searched, self.most - len(self.candidates))
 
     @property
     def failed(self) -> int:
@@ -96,6 +94,8 @@ class SweepPlan:
         if known is None or known.score is None:
             return None
         here = [result for result in self._found(table) if line.holds(result.candidate)]
+        if here and line.recipe.way.fixed:
+            return None
         here = [result for result in here if result.score is not None or result.candidate in tried]
         scores = {result.candidate.at: _scored(table, result) for result in here}
         step = next_step(self.request.window[-1], line.ahead, scores, _scored(table, known))
@@ -131,21 +131,26 @@ def prepare(store: Store, request: Request, resources: Resources, stages: Stages
     most = max(lines, key=lambda line: line.recipe.way.whole)  # a method that takes no less than all needs most memory
     target = Target(request.steps[0] if request.steps else request.window[-1] + most.ahead, files.candidate("none"))
     one = predict.prepare(store, request.window, most.recipe, "auto", [target], resources)
-    grid = [Candidate(step, line.recipe, line.first) for line in lines for step in request.steps]
+    grid = [
+        Candidate(step, line.recipe, line.first)
+        for line in lines
+        for step in request.steps[: 1 if line.recipe.way.fixed else None]  # it predicts the same for all
+    ]
     candidates = (*request.references(store.steps), *grid)
     device = one.executor.device
     return SweepPlan(store, request, resources, candidates, lines, why, one.plan, device, table, needed, free)
 
 
-def known_scores(store: Store, top: Path) -> list[tuple[str, int, float, float | None]]:
+def known_scores(store: Store, window: tuple[int, ...], top: Path) -> list[tuple[str, int, float, float | None]]:
     """What a sweep's directory holds: curve, step, score and its standard error of each result that has a score.
 
-    None of a directory that is not there, or holds scores of other checkpoints. Raises RequestError for a damaged table.
+    None of a directory that is not there, or holds scores of other checkpoints or of another window. Raises RequestError
+    for a damaged table.
     """
     table = Files(top).load()
     if table is None or table.setting.base != store.base_content:
         return []
-    if any(step not in store.steps or _content(store, step) != content for step, content in table.setting.window):
+    if table.setting.window != tuple((step, _content(store, step)) for step in window):
         return []
     scored = [(r, r.score) for r in table.results if r.content == content_of(store, r.candidate)]
     return [(r.candidate.series, r.candidate.at, score, table.error(r)) for r, score in scored if score is not None]
@@ -165,7 +170,8 @@ def _known(store: Store, request: Request, files: Files) -> Sweep:
         return replace(found, results=same).judged(fresh)
     if found.find(lambda result: True):
         raise RequestError(
-            f"{files.top}: holds scores of a sweep with {other}; give another -o, or sweep with that again"
+            f"{files.top}: holds scores of a sweep with {other}; sweep with that again, or give another directory, such as "
+            f"-o {quote(f'{files.top}-{request.window[-1]}')}"
         )
     return fresh
 

@@ -9,7 +9,7 @@ from relexio import atomic
 from relexio.checkpoints.side import lacking
 from relexio.checkpoints.write import write_files
 from relexio.engine.resources import Resources
-from relexio.errors import EvaluationError
+from relexio.errors import EvaluationError, OverflowedError
 from relexio.fit.fit import Fit, fit
 from relexio.methods import Recipe
 from relexio.progress import Stages
@@ -24,7 +24,7 @@ from relexio.verbs import predict
 from relexio.verbs.output import Target
 from relexio.verbs.restore import restore
 
-#: Told of each evaluation when its checkpoint is written (no result yet), and after it; and the table so far.
+#: Told of each evaluation before its checkpoint is written (no result yet), and after it; and the table so far.
 Watch = Callable[[Candidate, Evaluation | None, Sweep], None]
 
 
@@ -45,9 +45,8 @@ def sweep(plan: SweepPlan, stages: Stages, watch: Watch, note: Callable[[str], N
             work.settle(table)
             while (candidate := plan.next(table, tried)) is not None:
                 tried.add(candidate)
-                checkpoint = work.write(candidate)
                 watch(candidate, None, table)
-                evaluation = work.evaluate(candidate, checkpoint)
+                evaluation = work.evaluate(candidate)
                 table = table.added(evaluation)
                 files.save(table)
                 work.settle(table)
@@ -64,8 +63,9 @@ def _require_command(table: Sweep, request: Request) -> None:
     if base is None or last is None or not last.failed or not (base.failed or not request.steps):
         return
     which = "the base and on " if base.failed else ""
+    ended = next((f" ({line.strip()[:120]})" for line in reversed(last.tail.splitlines()) if line.strip()), "")
     raise EvaluationError(
-        f"--eval fails on {which}step {last.candidate.at}, the last observed: {last.failed} (see {request.out / last.log}); "
+        f"--eval fails on {which}step {last.candidate.at}, the last observed: {last.failed}{ended} (see {request.out / last.log}); "
         f"mend the command, and run the same sweep again"
     )
 
@@ -83,8 +83,12 @@ class _Work:
     fits: dict[tuple[Recipe, int | None], Fit] = field(default_factory=dict)
     placed: Candidate | None = None
 
-    def evaluate(self, candidate: Candidate, checkpoint: Path) -> Evaluation:
-        """Run the command on a checkpoint."""
+    def evaluate(self, candidate: Candidate) -> Evaluation:
+        """Write a checkpoint and run the command on it."""
+        try:
+            checkpoint = self.write(candidate)
+        except OverflowedError as error:
+            return Evaluation(candidate, None, f"it was not written: {error}", 0.0)
         environment = {
             "RELEXIO_STEP": str(candidate.at),
             "RELEXIO_METHOD": candidate.method,
@@ -95,6 +99,10 @@ class _Work:
         content = content_of(self.store, candidate)
         try:
             score = read_score(_line(ended, self.request.timeout), self.request.metric)
+            if self.request.problems is not None and not 0 <= score <= 1:
+                raise EvaluationError(
+                    f"{score:g} is no share of {self.request.problems} problems: print one from 0 to 1, or leave --problems out"
+                )
         except EvaluationError as error:
             line = ended.line if ended.code == 0 else None
             return Evaluation(candidate, None, str(error), ended.seconds, line, ended.tail, content)

@@ -33,7 +33,7 @@ def next_step(last: int, ahead: int, scores: Mapping[int, Scored], known: Scored
         if last + far not in scores:
             return last + far
         seen[far] = scores[last + far]
-        best = max(seen.values())
+        best = max(seen.values(), key=lambda one: one.score)  # of equals the nearest
         if seen[far].score < best.score - best.error:
             break
     for _ in range(BETWEEN):

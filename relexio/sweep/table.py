@@ -2,12 +2,14 @@
 
 import csv
 import io
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+
+from relexio.bounded import loads
 from relexio.errors import EvaluationError, RequestError
 from relexio.methods import Recipe
 from relexio.sweep.candidates import BASE, Candidate
@@ -19,6 +21,9 @@ FORMAT = 2
 _COLUMNS = (
     "name", "method", "step", "strength", "first", "score", "error", "gain", "best", "failed", "seconds", "log",
 )  # fmt: skip
+
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ class Sweep:
         if last is None or last.score is None or result.score is None:
             return None
         gain = last.score - result.score if self.lower_is_better else result.score - last.score
-        return float(f"{gain:.12g}")  # 0.15, and not 0.15000000000000002
+        return float(f"{gain:.12g}") if math.isfinite(gain) else None  # 0.15, and not 0.15000000000000002
 
     def row(self, result: Evaluation) -> dict[str, Any]:
         """One line of the table."""
@@ -192,32 +197,52 @@ def _place(result: Evaluation) -> tuple[bool, bool, str, int]:
 def parse(data: bytes, where: str) -> Sweep:
     """Read what ``to_json`` wrote. Raises RequestError for anything else."""
     try:
-        found = json.loads(data)
+        found = loads(data)
         if found["format"] != FORMAT:
-            raise RequestError(
+            raise _OtherFormatError(
                 f"{where}: written by another version of relexio (format {found['format']}); give another -o"
             )
-        window = tuple((int(step["step"]), str(step["content"])) for step in found["window"])
-        setting = Setting(str(found["base"]), window, str(found["eval"]))
-        results = tuple(map(_result, found["results"]))
-        if not window:
-            raise ValueError("no window")
-        metric, lower = found["metric"], bool(found["lower_is_better"])
-        return Sweep(str(found["trajectory"]), setting, metric, lower, found["problems"], results)
-    except RequestError:
-        raise
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        window = tuple((_a(int, step["step"]), _a(str, step["content"])) for step in found["window"])
+        setting = Setting(_a(str, found["base"]), window, _a(str, found["eval"]))
+        metric, problems = _maybe(str, found["metric"]), _maybe(int, found["problems"])
+        if not window or (problems is not None and problems < 1):
+            raise ValueError("no window, or no problems")
+        results = tuple(_result(row, [step for step, _ in window]) for row in found["results"])
+        lower = _a(bool, found["lower_is_better"])
+        return Sweep(_a(str, found["trajectory"]), setting, metric, lower, problems, results)
+    except _OtherFormatError as error:
+        raise RequestError(str(error)) from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise RequestError(f"{where}: not a table that a sweep wrote; give another -o, or remove it") from error
 
 
-def _result(row: dict[str, Any]) -> Evaluation:
+class _OtherFormatError(Exception):
+    """A table of another version."""
+
+
+def _result(row: dict[str, Any], window: list[int]) -> Evaluation:
     recipe = None if row["recipe"] is None else Recipe.from_json(row["recipe"])
-    candidate = Candidate(
-        None if row["method"] == BASE else int(row["step"]), recipe, None if row["first"] is None else int(row["first"])
-    )
-    score, content = _number(row["score"]), row["content"]
-    return Evaluation(candidate, score, row["failed"], float(row["seconds"]), row["line"], str(row["tail"]), content)
+    step = None if row["method"] == BASE else _a(int, row["step"])
+    candidate = Candidate(step, recipe, _maybe(int, row["first"]))
+    if recipe is not None:
+        _a(str, recipe.method)
+        _a(float, recipe.strength)
+        recipe.check(np.array([one for one in window if one >= (candidate.first or 0)]), [step])
+    score, failed, line = _maybe(float, row["score"]), _maybe(str, row["failed"]), _maybe(str, row["line"])
+    if (score is None) is (failed is None):
+        raise ValueError("either a score or why there is none")
+    seconds, tail, content = _a(float, row["seconds"]), _a(str, row["tail"]), _maybe(str, row["content"])
+    return Evaluation(candidate, score, failed, seconds, line, tail, content)
 
 
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
+def _a(kind: type[_T], value: Any) -> _T:
+    """A value of a type; a float may be whole, and is finite. Raises ValueError for another."""
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{str(value)[:40]} is no {kind.__name__}")
+    return value
+
+
+def _maybe(kind: type[_T], value: Any) -> _T | None:
+    return None if value is None else _a(kind, value)

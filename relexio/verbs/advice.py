@@ -6,7 +6,6 @@ from relexio.engine.resources import Resources
 from relexio.errors import RequestError
 from relexio.fit.fit import Fit, command, fit
 from relexio.methods import Recipe
-from relexio.methods.advice_words import words
 from relexio.methods.roles import Choice
 from relexio.methods.verdict import Verdict, advise
 from relexio.progress import Stages
@@ -37,11 +36,11 @@ def take_advice(
             f"{store.shown}: a window of 1 step cannot be fitted; add steps: a backtest needs at least 3"
         )
     if len(window) < 3:
-        raise _nothing(store, f"a backtest needs at least 3 observed steps; there are {len(window)}")
+        raise _nothing(store, window, f"A backtest needs at least 3 observed steps; there are {len(window)}")
     if recipe is None:
         judged = judge(store, window, resources, stages)
         if judged.verdict is None or judged.advised is None:
-            raise _nothing(store, " ".join(judged.sentences()))
+            raise _nothing(store, window, " ".join(judged.sentences()))
         pick = judged.advised
         return Advice(pick.recipe, judged.window_of(pick), judged.verdict.farthest, _sure(judged.verdict))
     return how_far(fit(store, window, recipe, solver, resources, stages, choice))
@@ -49,25 +48,34 @@ def take_advice(
 
 def how_far(fitted: Fit) -> Advice:
     """How far the backtest of a fit's own recipe recommends to go. Raises RequestError where it recommends nothing."""
-    store, test = fitted.store, fitted.backtest
+    store, window, recipe, test = fitted.store, fitted.steps, fitted.recipe, fitted.backtest
     verdict = None if test is None else advise(test)
-    if test is None or verdict is None:
-        needs = "3 steps, tensors that move, a method that goes beyond them, and the gram solver"
-        raise _nothing(store, f"{fitted.recipe} has no backtest here: it needs {needs}")
-    if verdict.sure == "none":
-        raise _nothing(store, words(test, verdict)[0])
-    return Advice(fitted.recipe, fitted.steps, verdict.farthest, _sure(verdict))
+    if verdict is not None and verdict.sure != "none":
+        return Advice(recipe, window, verdict.farthest, _sure(verdict))
+    why = (
+        "has no backtest here: it needs 3 steps, tensors that move, a method that goes beyond them, and the gram solver"
+    )
+    if verdict is not None:
+        why = f"is not recommended at any step: its mean skill is {verdict.pick.score:+.2f}"
+    same = command("predict", store, *recipe.arguments(), f"--step {_farther(window)}", window=window)
+    raise RequestError(
+        f"{store.shown}: {recipe.label} {why}. What is recommended: {command('backtest', store, window=window)}. To predict "
+        f"all the same: {same}"
+    )
 
 
 def _sure(verdict: Verdict) -> str:
     return f"mean skill {verdict.pick.score:+.2f}, confidence {verdict.sure}"
 
 
-def _nothing(store: Store, why: str) -> RequestError:
-    step = store.steps[-1] + max(store.steps[-1] // 2, 1)
-    predict = command("predict", store, f"--method relex --step {step}")
-    sweep = command("sweep", store, "--methods relex,pinned", EVAL)
+def _nothing(store: Store, window: tuple[int, ...], why: str) -> RequestError:
+    predict = command("predict", store, f"--method relex --step {_farther(window)}", window=window)
+    sweep = command("sweep", store, "--methods relex,pinned", EVAL, window=window)
     return RequestError(
         f"{store.shown}: nothing is recommended. {why.rstrip('.')}. To have your own evaluation judge: {sweep}. To predict all "
         f"the same: {predict}"
     )
+
+
+def _farther(window: tuple[int, ...]) -> int:
+    return window[-1] + max(window[-1] // 2, 1)

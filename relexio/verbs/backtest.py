@@ -90,7 +90,10 @@ class Judgement:
                 f"with low confidence at best.",
             ]
         if self.verdict is None:
-            return [*doubt, "No recipe could be tried at every cut-off: there are too few steps."]
+            return [
+                *doubt,
+                "No recipe could be tried at every cut-off: there are too few steps, or nothing moved between them.",
+            ]
         return [*doubt, *words(self.test, self.verdict)]
 
     def words(self) -> list[str]:
@@ -145,9 +148,9 @@ class Judgement:
         return self.window[-(pick.trial.window(len(self.window)) or len(self.window)) :]
 
     def commands(self) -> list[str]:
-        """The commands to run next: what the verdict advises, or none where it advises against."""
+        """The commands to run next: what the verdict advises; where it advises against, an evaluation that judges by itself."""
         if self.advised is None:
-            return []
+            return [command("sweep", self.store, "--methods relex,pinned", EVAL, window=self.window)]
         return [command(name, self.store, *more, window=self.window) for name, *more in (("predict",), ("sweep", EVAL))]
 
     def to_json(self) -> dict[str, Any]:

@@ -30,7 +30,9 @@ def sentences(outcome: Outcome) -> list[str]:
     """What is seen: how much of what training gained each prediction gained, how near it came, and which were untested."""
     _, last, *predicted, trained = outcome.measured
     parts = [f"{_label(one)}: {_gain(one, last, trained)}" for one in predicted]
-    skills = [f"{_label(one)}: {one.skill:+.2f}" for one in predicted if one.skill is not None]
+    skills = [
+        f"{_label(one).removesuffix(', untested')}: {one.skill:+.2f}" for one in predicted if one.skill is not None
+    ]
     untested = dict.fromkeys(str(one.outlook) for one in predicted if one.untested and one.outlook is not None)
     return [
         f"Training from step {last.step} to step {trained.step}: {_gain(trained, last)}; predicted from the steps up to "
@@ -58,4 +60,4 @@ def _gain(one: Measured, last: Measured, trained: Measured | None = None) -> str
     if one.step != trained.step:
         return f"{text} (step {one.step} as trained does not come with relexio)"
     whole = trained.accuracy - last.accuracy
-    return f"{text} ({100 * gain / whole:.0f} % of that)" if min(gain, whole) > 0 else text
+    return f"{text} ({100 * gain / whole:.0f} % of what training gained)" if min(gain, whole) > 0 else text
