@@ -11,7 +11,6 @@ the same 1,000 problems. Writes one JSON object. Needs torch and transformers.
 import argparse
 import json
 import math
-import sys
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -81,21 +80,13 @@ def main() -> None:
     evaluate = partial(accuracy, task=TASKS[given.task])
     store = given.run.with_suffix(".zarr")
     if not store.exists():
-        relexio_convert(given.run, given.base, store)
+        relexio.convert(given.run, store, given.base)
     ends = [round(share * given.steps) for share in SHARES]
     run = relexio.open(store)
     windows = [
         study_window(run, end, given.steps, evaluate(given.run / f"global_step_{end}"), evaluate) for end in ends
     ]
     given.out.write_text(json.dumps({"task": given.task, "windows": windows}, indent=1) + "\n")
-
-
-def relexio_convert(run: Path, base: Path, store: Path) -> None:
-    """Convert a run's steps."""
-    import subprocess
-
-    command = [sys.executable, "-m", "relexio", "convert", str(run), "--base", str(base), "-o", str(store)]
-    subprocess.run(command, check=True, stdout=sys.stderr)
 
 
 if __name__ == "__main__":
