@@ -115,7 +115,7 @@ def test_what_was_planned_is_what_runs(
         shutil.rmtree(tmp_path / "run.zarr" / "cache")
     fit = predict(job, silent, pytest.fail)
     assert executors == [job.executor] and executors[0] is job.executor
-    assert repr(fit) == f"<Fit of relex, rank 1 to steps 10, 20, 30, 40, 50 of {store.shown}>"
+    assert repr(fit) == f"<Fit of {store.shown}, steps 10, 20, 30, 40, 50: relex, strength 1>"
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
@@ -169,7 +169,7 @@ def test_python_api(run: Run, tmp_path: Path) -> None:
     observed.save(tmp_path / "back")
     assert snapshot(tmp_path / "back") == snapshot(run.steps_path / "global_step_30")
     fit = trajectory.fit([10, 30, 50], method="relex", rank=2)
-    assert repr(fit).startswith("<TrajectoryFit of relex, rank 2 to steps 10, 30, 50 of ")
+    assert repr(fit).endswith("run.zarr, steps 10, 30, 50: relex, rank 2, strength 1>")
     assert trajectory.judge([10, 30, 50], workers=1).window == (10, 30, 50)
     prediction = fit.predict(80)
     prediction.save(tmp_path / "out")

@@ -13,7 +13,9 @@ def methods(as_json: bool) -> None:
     """List the methods that predict knows, with their sources.
 
     For each: what it does, its source, and which of the options --rank, --fit, --refit, --last and --weights it uses."""
-    Result(lambda: [_facts(method) for method in METHODS.values()], _show).print(as_json)
+    Result(lambda: [_facts(method) for method in METHODS.values()], _show, next=("relexio backtest run.zarr",)).print(
+        as_json
+    )
 
 
 def _facts(method: Method) -> dict[str, object]:

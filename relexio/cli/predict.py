@@ -74,13 +74,12 @@ def predict(
     Recipe and step are those that relexio backtest recommends. Where it recommends none, nothing is written. The paper's
     own method is --method relex.
     """
-    given = window
+    given, named = window, recipe is not None
     if recipe is not None and not recipe.way.aims and asked == (options.AUTO,):
         asked = ()
     if out is not None:
         options.check_out(asked, out)
     steps = tuple(step for step in asked if isinstance(step, int))
-    advice = None
     if recipe is None or options.AUTO in asked:
         _check_early(store, window, choice, steps, out)
         advice = take_advice(store, window, resources, stages, recipe, solver, choice)
@@ -93,9 +92,7 @@ def predict(
         return _plan(job)
     fit = verb.run(job, stages, note)
     _warn(fit, steps)
-    return Result(
-        partial(_facts, fit, targets), partial(_show, fit, targets), next=_next(fit, targets, given, advice is not None)
-    )
+    return Result(partial(_facts, fit, targets), partial(_show, fit, targets), next=_next(fit, targets, given, named))
 
 
 def _out(out: str | None, store: Store, recipe: Recipe, step: int | None) -> Path:
@@ -114,13 +111,13 @@ def _check_early(
         check_targets(store, [Target(None, local(out))])
 
 
-def _next(fit: Fit, targets: list[Target], window: tuple[int, ...], advised: bool) -> tuple[str, ...]:
+def _next(fit: Fit, targets: list[Target], window: tuple[int, ...], named: bool) -> tuple[str, ...]:
     """The command that evaluates such predictions beside the checkpoints that were observed."""
     recipe = fit.recipe
     if not recipe.way.extrapolates:
         return tuple(f"python my_eval.py {quote(str(target.out))}" for target in targets)
     options = []
-    if not advised:
+    if named:
         options = [f"--methods {recipe.method}", f"--steps {','.join(target.name for target in targets)}"]
         options += [f"--strengths {recipe.strength:g}"] * (recipe.strength != 1) + [f"--rank {recipe.rank}"] * (
             recipe.rank != 1

@@ -1,5 +1,7 @@
 """``relexio restore``."""
 
+from shlex import quote
+
 import click
 
 from relexio.cli import options
@@ -36,4 +38,4 @@ def restore(store: Store, resources: Resources, step: int | str, out: str) -> Re
         how = "as safetensors: it was not stored from safetensors files"
     rows = [("wrote", f"{out}: {name}, {how}"), *not_stored(left)]
     facts = {"step": number, "out": out, "not_stored": [one.to_json() for one in left]}
-    return Result(lambda: facts, lambda: table(rows))
+    return Result(lambda: facts, lambda: table(rows), next=(f"python my_eval.py {quote(out)}",))

@@ -175,10 +175,11 @@ class _Progress:
             line = next((line.strip() for line in reversed(evaluation.tail.splitlines()) if line.strip()), "")
             reason = f": {line[:120]}" if line and evaluation.line is None else ""
             return f"failed: {evaluation.failed}{reason} (full output: {self.plan.request.out / evaluation.log})"
-        last = table.last_observed
+        last, error = table.last_observed, table.error(evaluation)
+        score = number(evaluation.score) + (f" ± {error:.2g}" if error else "")
         if last is None or last.score is None or not evaluation.candidate.predicted:
-            return number(evaluation.score)
-        return f"{number(evaluation.score)} (last observed {number(last.score)})"
+            return score
+        return f"{score} (last observed {number(last.score)})"
 
 
 def _plan_facts(plan: SweepPlan) -> dict[str, Any]:

@@ -94,9 +94,9 @@ class SweepPlan:
         if known is None or known.score is None:
             return None
         here = [result for result in self._found(table) if line.holds(result.candidate)]
+        here = [result for result in here if result.score is not None or result.candidate in tried]
         if here and line.recipe.way.fixed:
             return None
-        here = [result for result in here if result.score is not None or result.candidate in tried]
         scores = {result.candidate.at: _scored(table, result) for result in here}
         step = next_step(self.request.window[-1], line.ahead, scores, _scored(table, known))
         return None if step is None else Candidate(step, line.recipe, line.first)
