@@ -159,10 +159,11 @@ def rre(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
     differ = np.diff(np.eye(count + 1), axis=0) / np.diff(window.steps)[:, None]
     speeds = differ @ window.gram @ differ.T
     rounding = _ROUNDING * float(((np.abs(differ) @ np.sqrt(np.diag(window.gram))) ** 2).max())
-    even, centre = np.full(count, 1.0 / count), np.eye(count) - 1.0 / count  # gamma is even + what adds up to 0
-    values, vectors = np.linalg.eigh(centre @ speeds @ centre)
-    values, vectors = values[values > rounding], vectors[:, values > rounding]
-    gamma = even - vectors @ ((vectors.T @ speeds @ even) / values)
+    even = np.full(count, 1.0 / count)
+    basis = np.linalg.svd(even[None])[2][1:].T  # of what adds up to 0, which gamma is but for even
+    values, vectors = np.linalg.eigh(basis.T @ speeds @ basis)
+    kept = basis @ vectors[:, values > rounding]
+    gamma = even - kept @ ((kept.T @ speeds @ even) / values[values > rounding])
     return np.tile((np.append(0.0, gamma) - _unit(window, -1))[:, None], len(targets))
 
 
