@@ -19,7 +19,7 @@ from relexio.engine.tiles import Rows, window_tiles
 from relexio.errors import RequestError
 from relexio.fit.fit import Fit, choose_window, fit
 from relexio.loops import dense, increments
-from relexio.methods import Recipe
+from relexio.methods import AUTO, Recipe
 from relexio.methods.roles import Choice
 from relexio.progress import silent
 from relexio.store.opening import open_store
@@ -126,7 +126,7 @@ class Trajectory:
         self,
         window: str | Sequence[int] | None = None,
         *,
-        method: str = "auto",
+        method: str = AUTO,
         rank: int = 1,
         strength: float = 1.0,
         curve: str = "line",
@@ -154,7 +154,7 @@ class Trajectory:
         recipe = Recipe(method, rank, strength, curve, refit, last, weights)
         farthest: int | None = None
         choice, steps = Choice(tuple(include), tuple(exclude), others), _window(self._store, window)
-        if method == "auto":
+        if method == AUTO:
             if recipe != Recipe(method):
                 raise RequestError(
                     'method="auto" takes rank, strength and the like from the backtest; name a method with them'

@@ -65,8 +65,11 @@ def test_only_the_recipe_or_only_the_step(stored: Path, relexio: Relexio) -> Non
 
 
 def test_a_part_of_a_recipe_goes_with_its_method(stored: Path, relexio: Relexio) -> None:
-    done = relexio("predict", stored, "--strength", 0.5)
-    assert done.code == 2 and "--strength goes with --method NAME" in done.err
+    for strength in (0.5, 1):  # the default too: what is asked for is not ignored
+        done = relexio("predict", stored, "--strength", strength)
+        assert done.code == 2 and "--strength goes with --method NAME" in done.err
+    swept = relexio("sweep", stored, "--rank", 1, "--eval", "echo 1 {checkpoint}")
+    assert swept.code == 2 and "--rank goes with --methods NAME" in swept.err
     same = relexio("predict", stored, "--step", 40, "--step", 50, "-o", "one")
     assert same.code == 2 and "{step}" in same.err
 

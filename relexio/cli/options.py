@@ -6,12 +6,13 @@ from functools import wraps
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from relexio.checkpoints.trainers import parse_pattern
 from relexio.engine.device import DEVICES
 from relexio.engine.plan import DEFAULT_MEMORY
 from relexio.errors import RequestError
-from relexio.methods import METHODS, OPTIONS, Recipe
+from relexio.methods import AUTO, METHODS, OPTIONS, Recipe
 from relexio.methods.roles import OTHERS, Choice
 from relexio.verbs.convert.delete import Keep, parse_keep
 from relexio.words import Selection, parse_duration, parse_size, parse_steps, show
@@ -32,10 +33,6 @@ class _Parsed(click.ParamType):  # type: ignore[type-arg]  # generic only since 
             return value if isinstance(value, self.parsed) else self.parse(value)
         except RequestError as error:
             self.fail(str(error), param, ctx)
-
-
-#: What is left to the backtest.
-AUTO = "auto"
 
 
 class StepOr(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
@@ -134,7 +131,7 @@ def recipe(command: Command) -> Command:
     @wraps(command)
     def run(**given: Any) -> Any:
         asked = {name: given.pop(name) for name in names}
-        return command(recipe=None if _auto(**asked) else Recipe(**asked), **given)
+        return command(recipe=None if _auto(asked["method"]) else Recipe(**asked), **given)
 
     method = click.option(
         "--method",
@@ -147,9 +144,14 @@ def recipe(command: Command) -> Command:
     return together(method, *map(_option, flags))(run)
 
 
-def _auto(method: str, **options: Any) -> bool:
+def is_given(field: str) -> bool:
+    """Whether an option is on the command line, be it with its default."""
+    return click.get_current_context().get_parameter_source(field) is not ParameterSource.DEFAULT
+
+
+def _auto(method: str) -> bool:
     """Whether the recipe is left to the backtest. Raises a usage error where a part of it is given all the same."""
-    given = [option for option in OPTIONS if options[option.field] != option.default]
+    given = [option for option in OPTIONS if is_given(option.field)]
     if method == AUTO and given:
         (name, *others) = given[0].users or ["NAME"]
         name = "NAME" if others else name

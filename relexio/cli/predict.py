@@ -13,7 +13,7 @@ from relexio.cli.show import note, stages, table
 from relexio.engine.resources import Resources
 from relexio.fit.fit import Fit, command, name_window
 from relexio.fit.grams import SOLVERS
-from relexio.methods import Recipe
+from relexio.methods import AUTO, Recipe
 from relexio.methods.roles import Choice
 from relexio.store.storage import local
 from relexio.store.store import Store
@@ -32,9 +32,9 @@ _NOT_JUDGED = "not judged: a mix is no step's, so no step can be compared with i
     click.option(
         "--step",
         "asked",
-        type=options.StepOr(options.AUTO),
+        type=options.StepOr(AUTO),
         multiple=True,
-        default=(options.AUTO,),
+        default=(AUTO,),
         show_default=True,
         help="Step to predict: auto is the farthest at which the backtest has skill. Repeatable. A mix has none.",
     ),
@@ -75,16 +75,16 @@ def predict(
     own method is --method relex.
     """
     given, named = window, recipe is not None
-    if recipe is not None and not recipe.way.aims and asked == (options.AUTO,):
+    if recipe is not None and not recipe.way.aims and asked == (AUTO,):
         asked = ()
     if out is not None:
         options.check_out(asked, out)
     steps = tuple(step for step in asked if isinstance(step, int))
-    if recipe is None or options.AUTO in asked:
+    if recipe is None or AUTO in asked:
         _check_early(store, window, choice, steps, out)
         advice = take_advice(store, window, resources, stages, recipe, solver, choice)
         steps = tuple(step if isinstance(step, int) else advice.step for step in asked)
-        note(_chosen(store, advice, recipe is None, options.AUTO in asked))
+        note(_chosen(store, advice, recipe is None, AUTO in asked))
         recipe, window = advice.recipe, advice.window
     targets = [Target(step, _out(out, store, recipe, step)) for step in (steps or (None,))]
     job = verb.prepare(store, window, recipe, solver, targets, resources, choice)

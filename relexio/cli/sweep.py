@@ -12,6 +12,7 @@ from relexio.cli.command import Result, on_trajectory
 from relexio.cli.show import note, printable, quiet, seconds, stages, table
 from relexio.engine.resources import Resources
 from relexio.fit.fit import command
+from relexio.methods import AUTO
 from relexio.store.storage import local
 from relexio.store.store import Store
 from relexio.sweep import Candidate, Evaluation, Request, Sweep, SweepPlan, default_directory, prepare
@@ -29,7 +30,7 @@ class _Steps(click.ParamType):  # type: ignore[type-arg]  # generic only since c
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         """The steps of an expression, ascending; wrong text is a usage error."""
-        if isinstance(value, tuple) or value == options.AUTO:
+        if isinstance(value, tuple) or value == AUTO:
             return value if isinstance(value, tuple) else ()
         steps: Selection = options.STEPS.convert(value, param, ctx)
         if sum(map(len, steps.parts)) > _MOST_STEPS:
@@ -66,7 +67,7 @@ class _Listed(click.ParamType):  # type: ignore[type-arg]  # generic only since 
     click.option(
         "--steps",
         type=_Steps(),
-        default=options.AUTO,
+        default=AUTO,
         show_default=True,
         help="Steps to predict, e.g. 100,200,400 or 100:400:50. auto goes farther until scores drop.",
     ),
@@ -79,7 +80,7 @@ class _Listed(click.ParamType):  # type: ignore[type-arg]  # generic only since 
     click.option(
         "--methods",
         type=_Listed(str),
-        default=(options.AUTO,),
+        default=(AUTO,),
         show_default=True,
         help="Methods, e.g. auto,relex: auto is the recipe that relexio backtest recommends.",
     ),
@@ -118,7 +119,7 @@ def sweep(store: Store, resources: Resources, out: str | None, dry_run: bool, **
     """
     if asked["timeout"] is not None and not isfinite(asked["timeout"]):
         raise click.UsageError(f"--timeout {asked['timeout']} is not a number of seconds.")
-    if asked["rank"] != 1 and options.AUTO in asked["methods"]:
+    if options.is_given("rank") and AUTO in asked["methods"]:
         raise click.UsageError("--rank goes with --methods NAME: auto takes it from the backtest.")
     request = Request(out=local(out) if out else default_directory(store.address), **asked)
     plan = prepare(store, request, resources, stages)

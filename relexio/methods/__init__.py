@@ -5,6 +5,6 @@ Importing this package fills the table of methods.
 
 from relexio.methods import formulas as _formulas  # noqa: F401  its decorators fill the table
 from relexio.methods.recipe import OPTIONS, Recipe
-from relexio.methods.registry import METHODS, Method, Window, directions
+from relexio.methods.registry import AUTO, METHODS, Method, Window, directions
 
-__all__ = ["METHODS", "OPTIONS", "Method", "Recipe", "Window", "directions"]
+__all__ = ["AUTO", "METHODS", "OPTIONS", "Method", "Recipe", "Window", "directions"]

@@ -8,6 +8,8 @@ import numpy as np
 
 from relexio.methods.eigen import power_iteration, solve
 
+#: In the place of a method's name, it leaves the recipe to the backtest; in that of a step, how far to predict.
+AUTO = "auto"
 Vector = np.ndarray
 Matrix = np.ndarray
 

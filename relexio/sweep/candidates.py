@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from relexio.errors import RequestError
-from relexio.methods import Recipe
+from relexio.methods import AUTO, Recipe
 
 #: What stands for the method of a checkpoint that was not predicted.
 BASE, OBSERVED = "base", "observed"
-#: What leaves the recipe to the backtest.
-AUTO = "auto"
 #: Not what a shell would take for a variable, as in ${step}.
 _FIELD = re.compile(r"(?<!\$)\{(checkpoint|step)\}")
 

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 from relexio.engine.resources import Resources
 from relexio.errors import RequestError
-from relexio.methods import Recipe
+from relexio.methods import AUTO, Recipe
 from relexio.progress import Stages
 from relexio.store.store import Store
-from relexio.sweep.candidates import AUTO, Line, Request
+from relexio.sweep.candidates import Line, Request
 from relexio.verbs.advice import take_advice
 
 

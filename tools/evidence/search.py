@@ -1,6 +1,6 @@
 """What the search of `relexio sweep` finds on a run, beside a full grid: scores, and how many evaluations they took.
 
-usage: python tools/evidence/search.py RUNS/add/seed-1 --base RUNS/add/base -o RUNS/add/seed-1.search.json
+usage: python tools/evidence/search.py RUNS/add/seed-1 --base RUNS/add/base --task add --steps 400 -o RUNS/add/seed-1.search.json
 
 RUN is a directory made by `train.py grpo`, of which the first 30 % of the steps are enough. For windows of the first 15 %
 and 30 % the search begins at the recipe and step that `relexio backtest` recommends. The grid is relex and pinned at
