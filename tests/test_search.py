@@ -277,3 +277,21 @@ def test_scores_whose_difference_no_number_holds(store: Store, tmp_path: Path, r
     )
     assert done.code == 0, done.err
     assert json.loads((tmp_path / "out" / "results.json").read_text())["results"][2]["gain"] is None
+
+
+def test_a_search_goes_on_once_its_command_is_mended(store: Store, tmp_path: Path, relexio: Relexio) -> None:
+    mended = tmp_path / "mended"
+    command = (
+        "sweep",
+        store.address,
+        "-o",
+        tmp_path / "out",
+        "--eval",
+        f"test -e '{mended}' && echo 0.5 # {{checkpoint}}",
+    )
+    broken = relexio(*command)
+    assert broken.code == 1 and "error: --eval fails on the base and on step 32" in broken.err
+    mended.touch()
+    done = relexio(*command)
+    assert done.code == 0 and "2 failed before and will be tried again" in done.err, done.err
+    assert done.out.count("0.5") >= 3

@@ -1,7 +1,7 @@
 """The sweep itself: write a checkpoint, evaluate it, record the score, keep it if it is the best, remove it if not."""
 
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -51,16 +51,18 @@ def sweep(plan: SweepPlan, stages: Stages, watch: Watch, note: Callable[[str], N
                 files.save(table)
                 work.settle(table)
                 watch(candidate, evaluation, table)
-                _require_command(table, plan.request)
+                _require_command(table, plan.request, tried)
         finally:
             files.clear()
     return table
 
 
-def _require_command(table: Sweep, request: Request) -> None:
+def _require_command(table: Sweep, request: Request, tried: Container[Candidate]) -> None:
     """Raise EvaluationError where the command fails on base and last observed step; in a search, on the latter alone."""
     base, last = table.of(Candidate()), table.last_observed
     if base is None or last is None or not last.failed or not (base.failed or not request.steps):
+        return
+    if last.candidate not in tried:  # it failed in an earlier run, and will be tried again
         return
     which = "the base and on " if base.failed else ""
     ended = next((f" ({line.strip()[:120]})" for line in reversed(last.tail.splitlines()) if line.strip()), "")
