@@ -65,5 +65,9 @@ class EvaluationError(RelexioError, RuntimeError):
     """An evaluation command of the user's that failed, hung, or printed no score."""
 
 
+class TrainingError(RelexioError, RuntimeError):
+    """A training command of the user's that failed, or left no checkpoint."""
+
+
 class RelexioWarning(UserWarning):
     """The work continues, and its result is right, but not as planned. The text says why, and what to do."""

@@ -170,7 +170,7 @@ def test_lines_that_hold_no_score(line: str, metric: str | None, said: str) -> N
 
 @pytest.mark.parametrize("path", ["/plain", "/two words", '/it\'s $HOME `id` "x"'])
 def test_the_shell_gets_the_directory_as_one_word(path: str) -> None:
-    command = filled("printf '%s|' a{checkpoint} {step} ${step} {other}", Path(path), 7)
+    command = filled("printf '%s|' a{checkpoint} {step} ${step} {other}", checkpoint=Path(path), step=7)
     done = subprocess.run(command, shell=True, capture_output=True, text=True, env={"step": "s"})
     assert done.stdout == f"a{path}|7|s|{{other}}|"
 
@@ -545,7 +545,7 @@ def test_commands_in_the_docs_parse() -> None:
     found = [command for page in pages for command in sweeps_in(page)]
     assert len(found) >= 5
     for command in found:
-        assert filled(command["command"], Path("/a b"), 3) != command["command"]
+        assert filled(command["command"], checkpoint=Path("/a b"), step=3) != command["command"]
 
 
 def sweeps_in(page: Path) -> list[dict[str, Any]]:
@@ -590,7 +590,7 @@ def test_the_harness_examples_print_what_their_metric_names(tmp_path: Path) -> N
     found = 0
     for options in sweeps_in(page):
         if options["metric"] is not None:
-            command = filled(options["command"], Path("/a b"), 3).replace("python ", f"{PYTHON} ")
+            command = filled(options["command"], checkpoint=Path("/a b"), step=3).replace("python ", f"{PYTHON} ")
             done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
             assert read_score(done.stdout.strip().splitlines()[-1], options["metric"]) == 0.5, done.stderr
             found += 1

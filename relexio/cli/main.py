@@ -24,6 +24,7 @@ _GROUPS = {
         "convert": "Store a run's checkpoints losslessly, as a small trajectory.",
         "predict": "Write the checkpoint that training would reach later.",
         "sweep": "Evaluate predictions with your own command; keep the best.",
+        "leap": "Train, extrapolate, evaluate, and train on from the best, round after round.",
         "demo": "Try it all on a real, tiny RLVR run that comes with relexio.",
     },
     "Judge": {

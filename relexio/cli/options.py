@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from functools import wraps
+from math import isfinite
 from typing import Any
 
 import click
@@ -60,6 +61,18 @@ PATTERN = _Parsed("pattern", re.Pattern, parse_pattern)
 KEEP = _Parsed("keep", Keep, parse_keep)
 
 
+class FiniteSeconds(click.FloatRange):
+    """A number of seconds above 0."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Parse; wrong text and what is not finite is a usage error."""
+        found: float = super().convert(value, param, ctx)
+        return found if isfinite(found) else self.fail(f"{found} is not a number of seconds.", param, ctx)
+
+
 def together(*options: Decorator) -> Decorator:
     """Several options as one decorator, in their order."""
 
@@ -97,6 +110,30 @@ pattern = click.option(
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 window = click.option(
     "--window", type=STEPS, help="Stored steps to fit, e.g. 1:75, 80:, 10:300:10 or 1,2,5.  [default: all]"
+)
+#: How a command of the user's is run and judged.
+judging = together(
+    click.option("--metric", metavar="NAME", help="Number to take from a JSON object, e.g. gsm8k.exact_match."),
+    click.option(
+        "--problems",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="The score is the share of N problems solved: a drop within its standard error is none.",
+    ),
+    click.option("--lower-is-better", is_flag=True, help="The score is a loss."),
+    click.option(
+        "--timeout",
+        type=FiniteSeconds(),
+        metavar="SECONDS",
+        help="Stop an evaluation after this time.",
+    ),
+)
+evaluation = click.option(
+    "--eval",
+    "command",
+    required=True,
+    metavar="COMMAND",
+    help="Shell command that contains {checkpoint} and prints the score.",
 )
 device = together(
     click.option(

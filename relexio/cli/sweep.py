@@ -2,7 +2,6 @@
 
 import sys
 from functools import partial
-from math import isfinite
 from typing import Any
 
 import click
@@ -57,13 +56,7 @@ class _Listed(click.ParamType):  # type: ignore[type-arg]  # generic only since 
 
 
 @on_trajectory(
-    click.option(
-        "--eval",
-        "command",
-        required=True,
-        metavar="COMMAND",
-        help="Shell command that contains {checkpoint} and prints the score.",
-    ),
+    options.evaluation,
     click.option(
         "--steps",
         type=_Steps(),
@@ -88,20 +81,7 @@ class _Listed(click.ParamType):  # type: ignore[type-arg]  # generic only since 
         "-o", "--out", help="Directory for table, logs and the best checkpoint.  [default: run.sweep for run.zarr]"
     ),
     options.rank,
-    click.option("--metric", metavar="NAME", help="Number to take from a JSON object, e.g. gsm8k.exact_match."),
-    click.option(
-        "--problems",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="The score is the share of N problems solved: a drop within its standard error is none.",
-    ),
-    click.option("--lower-is-better", is_flag=True, help="The score is a loss."),
-    click.option(
-        "--timeout",
-        type=click.FloatRange(min=0, min_open=True),
-        metavar="SECONDS",
-        help="Stop an evaluation after this time.",
-    ),
+    options.judging,
     click.option(
         "--disk", type=options.SIZE, help="Limit on disk space for checkpoints; two must fit.  [default: what is free]"
     ),
@@ -117,8 +97,6 @@ def sweep(store: Store, resources: Resources, out: str | None, dry_run: bool, **
     recipe, each farther than the one before, until one is worse than the best by more than its standard error, and at
     last one or two next to the best. When run again, it continues with what has no score.
     """
-    if asked["timeout"] is not None and not isfinite(asked["timeout"]):
-        raise click.UsageError(f"--timeout {asked['timeout']} is not a number of seconds.")
     if options.is_given("rank") and AUTO in asked["methods"]:
         raise click.UsageError("--rank goes with --methods NAME: auto takes it from the backtest.")
     request = Request(out=local(out) if out else default_directory(store.address), **asked)
@@ -130,20 +108,20 @@ def sweep(store: Store, resources: Resources, out: str | None, dry_run: bool, **
     if plan.done or plan.failed:
         again = f"; {plan.failed} failed before and will be tried again" if plan.failed else ""
         note(f"{plan.done}{'' if plan.searching else f' of {plan.most}'} evaluations are done already{again}")
-    with _Progress(plan) as progress:
+    with Progress(plan) as progress:
         found = verb(plan, stages, progress, note)
     facts = {**found.to_json(), "out": str(request.out)}
     return Result(lambda: facts, partial(_show, request, found), _errors(request, found), _next(store, found))
 
 
-class _Progress:
-    """Reports on stderr what is evaluated, how it went, and the time left, as long as the evaluations so far took."""
+class Progress:
+    """Reports on stderr what is evaluated, how it went, and the time left, if evaluations take as long as those so far."""
 
     def __init__(self, plan: SweepPlan) -> None:
         self.plan, self.inside_line = plan, False
         self.number, self.took = plan.done, list[float]()
 
-    def __enter__(self) -> "_Progress":
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -152,6 +130,7 @@ class _Progress:
             click.echo(err=True)
 
     def __call__(self, candidate: Candidate, evaluation: Evaluation | None, table: Sweep) -> None:
+        """An evaluation begins, or has ended."""
         if quiet():
             return
         of = "/" if not self.plan.searching else " of at most "

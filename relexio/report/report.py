@@ -84,12 +84,8 @@ def report(store: Store, request: ReportRequest, resources: Resources, stages: S
     if reason := missing():
         raise RequestError(reason)
     request.check(store)
-    needed = resources.held + OVERHEAD + _DRAWING
-    if needed > resources.memory:
-        raise BudgetError(
-            f"--memory {show(resources.memory)} is too small: a report needs {show(needed)}, most of it to draw "
-            f"the figures; give --memory {-(-needed // 10**6)}MB or more"
-        )
+    if reason := too_small(resources):
+        raise BudgetError(reason)
     measured = findings(store, request.window, request.rank, resources, stages)
     target = default_target(measured) if request.target is None else request.target
     facts = Facts(measured, sizes(store), store.changed_counts(request.window), target, request.scores)
@@ -124,6 +120,17 @@ def render(facts: Facts, request: ReportRequest) -> tuple[str, dict[Path, bytes]
     figures_to_write = zip(request.pictures(), drawn.values(), strict=False)  # none without a directory for them
     pictures = {path: png for path, figure in figures_to_write if (png := figure.picture(facts.parts)) is not None}
     return text, pictures
+
+
+def too_small(resources: Resources) -> str | None:
+    """Why the memory is not enough to draw; None where it is."""
+    needed = resources.held + OVERHEAD + _DRAWING
+    if needed <= resources.memory:
+        return None
+    return (
+        f"--memory {show(resources.memory)} is too small: a report needs {show(needed)}, most of it to draw "
+        f"the figures; give --memory {-(-needed // 10**6)}MB or more"
+    )
 
 
 def missing() -> str | None:

@@ -12,7 +12,7 @@ from relexio.methods import AUTO, Recipe
 #: What stands for the method of a checkpoint that was not predicted.
 BASE, OBSERVED = "base", "observed"
 #: Not what a shell would take for a variable, as in ${step}.
-_FIELD = re.compile(r"(?<!\$)\{(checkpoint|step)\}")
+_FIELD = re.compile(r"(?<!\$)\{(\w+)\}")
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class Request:
     ``steps``: none are searched for. ``methods``: ``auto`` is the recipe that the backtest recommends. ``strengths``: none
     is that of the recommended recipe, 1 for named methods. ``out`` is the directory of its results, ``timeout`` in seconds,
     ``disk`` in bytes; None is no limit. ``problems``: how many the score is a mean over, for its standard error.
+    ``with_base``: the base is evaluated, too.
     """
 
     window: tuple[int, ...]
@@ -96,18 +97,23 @@ class Request:
     timeout: float | None = None
     disk: int | None = None
     problems: int | None = None
+    with_base: bool = True
 
     def __post_init__(self) -> None:
-        if not any(match[1] == "checkpoint" for match in _FIELD.finditer(self.command)):
-            raise RequestError("--eval: must contain {checkpoint}, which stands for the directory to evaluate")
+        require_field("--eval", self.command, "checkpoint", "the directory to evaluate")
 
     def references(self, stored: Iterable[int]) -> list[Candidate]:
         """What predictions are compared with: base, last of the window, stored steps among those asked for."""
         observed = sorted({self.window[-1], *(step for step in stored if step in self.steps)})
-        return [Candidate(), *map(Candidate, observed)]
+        return [*([Candidate()] if self.with_base else []), *map(Candidate, observed)]
 
 
-def filled(command: str, checkpoint: Path, step: int) -> str:
-    """The command with the directory, quoted for the shell, and the step in their places."""
-    values = {"checkpoint": shlex.quote(str(checkpoint)), "step": str(step)}
-    return _FIELD.sub(lambda match: values[match[1]], command)
+def require_field(option: str, command: str, name: str, what: str) -> None:
+    """Raise RequestError where a command does not contain a field."""
+    if name not in _FIELD.findall(command):
+        raise RequestError(f"{option}: must contain {{{name}}}, which stands for {what}")
+
+
+def filled(command: str, **values: object) -> str:
+    """The command with these values, quoted for the shell, in the places of their names; other braces stay."""
+    return _FIELD.sub(lambda found: shlex.quote(str(values[found[1]])) if found[1] in values else found[0], command)

@@ -2,9 +2,10 @@
 
 from itertools import groupby
 
-from relexio.sweep.table import Evaluation, Sweep
+from relexio.sweep.table import Sweep
 
-_WIDTH = 80
+#: Characters of a line.
+WIDTH = 80
 _LEAST = 24  # columns of the curve itself, whatever is written to the left of it
 
 
@@ -21,8 +22,8 @@ def curve(sweep: Sweep) -> list[str]:
     groups = [(name, list(some)) for name, some in groupby(sweep.results, lambda result: result.candidate.series)]
     steps = max(4, max(len(str(result.candidate.at)) for result in sweep.results))
     numbers = max(6, max(len(number(score)) for score in scores))
-    label = min(max(len(name) for name, _ in groups), _WIDTH - steps - numbers - 6 - _LEAST)
-    scale = _Scale(min(scores), max(scores), _WIDTH - label - steps - numbers - 6)
+    label = min(max(len(name) for name, _ in groups), WIDTH - steps - numbers - 6 - _LEAST)
+    scale = Scale(min(scores), max(scores), WIDTH - label - steps - numbers - 6)
     better = "lower is better" if sweep.lower_is_better else "higher is better"
     left, right = number(scale.low), number(scale.high)
     head = f"{'':<{label}}  {'step':>{steps}}  {'score':>{numbers}}  "
@@ -34,13 +35,13 @@ def curve(sweep: Sweep) -> list[str]:
             shown = "failed" if result.score is None else number(result.score)
             title = name[:label] if i == 0 else ""
             start = f"{title:<{label}}  {result.candidate.at:>{steps}}  {shown:>{numbers}}  "
-            lines.append((start + scale.line(result, mark, result is sweep.best)).rstrip())
+            lines.append((start + scale.line(result.score, mark, result is sweep.best)).rstrip())
     line = "" if mark is None else ", | last observed step"
     lines.append(f"o score, * best prediction{line} ({better})")
     return lines
 
 
-class _Scale:
+class Scale:
     """Scores to columns, the lowest at the left end."""
 
     def __init__(self, low: float, high: float, width: int) -> None:
@@ -51,10 +52,10 @@ class _Scale:
         span = self.high / 2 - self.low / 2  # halves: the difference of two floats may be none
         return round((score / 2 - self.low / 2) / span * (self.width - 1)) if span > 0 else self.width // 2
 
-    def line(self, result: Evaluation, mark: int | None, best: bool) -> str:
-        """The dots that lead to the mark of a score, and the last observed score."""
+    def line(self, score: float | None, mark: int | None, best: bool) -> str:
+        """The dots that lead to the mark of a score, * if it is the ``best``, else o; and another mark at a column."""
         cells = [" "] * self.width
-        at = None if result.score is None else self.column(result.score)
+        at = None if score is None else self.column(score)
         if at is not None:
             cells[: at + 1] = "." * at + ("*" if best else "o")
         if mark is not None and mark != at:

@@ -1,6 +1,5 @@
 """The sweep itself: write a checkpoint, evaluate it, record the score, keep it if it is the best, remove it if not."""
 
-import signal
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,11 +13,10 @@ from relexio.fit.fit import Fit, fit
 from relexio.methods import Recipe
 from relexio.progress import Stages
 from relexio.store.store import Store
-from relexio.sweep.candidates import Candidate, Request, filled
-from relexio.sweep.command import CommandResult, run
+from relexio.sweep.candidates import Candidate, Request
+from relexio.sweep.evaluate import evaluate
 from relexio.sweep.files import Files
 from relexio.sweep.plan import SweepPlan, content_of
-from relexio.sweep.score import read_score
 from relexio.sweep.table import Evaluation, Sweep
 from relexio.verbs import predict
 from relexio.verbs.output import Target
@@ -60,16 +58,25 @@ def sweep(plan: SweepPlan, stages: Stages, watch: Watch, note: Callable[[str], N
 def _require_command(table: Sweep, request: Request, tried: Container[Candidate]) -> None:
     """Raise EvaluationError where the command fails on base and last observed step; in a search, on the latter alone."""
     base, last = table.of(Candidate()), table.last_observed
-    if base is None or last is None or not last.failed or not (base.failed or not request.steps):
+    on_base = base is not None and bool(base.failed)
+    if last is None or not last.failed or not (on_base or not request.steps):
         return
     if last.candidate not in tried:  # it failed in an earlier run, and will be tried again
         return
-    which = "the base and on " if base.failed else ""
+    which = "the base and on " if on_base else ""
     ended = next((f" ({line.strip()[:120]})" for line in reversed(last.tail.splitlines()) if line.strip()), "")
     raise EvaluationError(
         f"--eval fails on {which}step {last.candidate.at}, the last observed: {last.failed}{ended} (see {request.out / last.log}); "
         f"mend the command, and run the same sweep again"
     )
+
+
+def write_observed(store: Store, step: int | None, out: Path, resources: Resources, stages: Stages) -> None:
+    """Write an observed checkpoint (None: the base) as it was, with the side files of the base that it lacks."""
+    restore(store, step, out, resources, stages)
+    if step is not None:
+        side = lacking(store.base(), store.record(step), store.file)
+        write_files(out, ((name, store.pieces(array)) for name, array in side.items()))
 
 
 @dataclass
@@ -91,24 +98,8 @@ class _Work:
             checkpoint = self.write(candidate)
         except OverflowedError as error:
             return Evaluation(candidate, None, f"it was not written: {error}", 0.0)
-        environment = {
-            "RELEXIO_STEP": str(candidate.at),
-            "RELEXIO_METHOD": candidate.method,
-            "RELEXIO_STRENGTH": "" if candidate.recipe is None else repr(candidate.recipe.strength),
-        }
-        command = filled(self.request.command, checkpoint, candidate.at)
-        ended = run(command, environment, self.files.log(candidate.name), self.request.timeout)
         content = content_of(self.store, candidate)
-        try:
-            score = read_score(_line(ended, self.request.timeout), self.request.metric)
-            if self.request.problems is not None and not 0 <= score <= 1:
-                raise EvaluationError(
-                    f"{score:g} is no share of {self.request.problems} problems: print one from 0 to 1, or leave --problems out"
-                )
-        except EvaluationError as error:
-            line = ended.line if ended.code == 0 else None
-            return Evaluation(candidate, None, str(error), ended.seconds, line, ended.tail, content)
-        return Evaluation(candidate, score, None, ended.seconds, ended.line, content=content)
+        return evaluate(candidate, checkpoint, self.request, self.files.log(candidate.name), content)
 
     def settle(self, known: Sweep) -> None:
         """Let the best checkpoint be that of the table, and remove the others. It is predicted again if need be."""
@@ -133,11 +124,7 @@ class _Work:
             fitted = self._fitted(candidate.recipe, candidate.first)
             predict.predict(fitted, [Target(candidate.at, out)], self.resources, self.stages)
             return out
-        store, step = self.store, candidate.step
-        restore(store, step, out, self.resources, self.stages)
-        if step is not None:
-            side = lacking(store.base(), store.record(step), store.file)
-            write_files(out, ((name, store.pieces(array)) for name, array in side.items()))
+        write_observed(self.store, candidate.step, out, self.resources, self.stages)
         return out
 
     def _window(self, first: int | None) -> tuple[int, ...]:
@@ -156,14 +143,3 @@ class _Work:
         for text in notes:
             if text not in said:
                 self.note(text)
-
-
-def _line(ended: CommandResult, timeout: float | None) -> str:
-    """The line that holds the score. Raises EvaluationError for a command that did not end well."""
-    if ended.code is None:
-        raise EvaluationError(f"no score within {timeout:g} seconds")
-    if ended.code:
-        number = -ended.code if ended.code < 0 else ended.code - 128
-        names = {int(known): known.name for known in signal.Signals}
-        raise EvaluationError(f"exit code {ended.code}" + (f" ({names[number]})" if number in names else ""))
-    return ended.line

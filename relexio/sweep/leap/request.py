@@ -1,0 +1,119 @@
+"""What a leap does: which commands, from which model, how often; and where its files are."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from relexio import atomic
+from relexio.errors import ExistsError, RequestError
+from relexio.methods import METHODS
+from relexio.sweep import candidates
+from relexio.sweep.candidates import require_field
+
+
+@dataclass(frozen=True)
+class Request:
+    """A leap: ``rounds`` rounds that train ``steps`` steps each, from ``base``, a model's directory; results go to ``out``.
+
+    ``train`` and ``command`` (the evaluation) are shell commands; ``test`` is one that chooses nothing. The rest is as in a
+    sweep: ``timeout`` in seconds is that of an evaluation. Raises RequestError for a command that lacks a field, and for a
+    method that a search along a line cannot use.
+    """
+
+    base: Path
+    train: str
+    command: str
+    out: Path
+    steps: int = 10
+    rounds: int = 6
+    method: str = "scaled-last"
+    test: str | None = None
+    metric: str | None = None
+    lower_is_better: bool = False
+    timeout: float | None = None
+    problems: int | None = None
+
+    def __post_init__(self) -> None:
+        require_field("--train", self.train, "base", "the model to train on from")
+        require_field("--train", self.train, "out", "the directory to write checkpoints to")
+        for option, command in (("--eval", self.command), ("--test", self.test)):
+            if command is not None:
+                require_field(option, command, "checkpoint", "the directory to evaluate")
+        lines = [name for name, way in METHODS.items() if way.extrapolates and way.aims and not way.fixed]
+        if self.method not in lines:
+            raise RequestError(f"--method {self.method}: a leap needs one that goes farther: {', '.join(lines)}")
+
+    def sweep(self, window: tuple[int, ...], out: Path, command: str | None = None) -> candidates.Request:
+        """The sweep over what was trained in one round, whose base has a score; ``command`` in the place of the evaluation."""
+        return candidates.Request(
+            window, command or self.command, out, methods=(self.method,), metric=self.metric,
+            lower_is_better=self.lower_is_better, timeout=self.timeout, problems=self.problems, with_base=False,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Files:
+    """Paths in the directory of a leap."""
+
+    top: Path
+
+    @property
+    def table(self) -> Path:
+        """The state of the leap."""
+        return self.top / "leap.json"
+
+    @property
+    def logs(self) -> Path:
+        """Output of the commands that belong to no round."""
+        return self.top / "logs"
+
+    def round(self, number: int) -> Path:
+        """What belongs to one round: trajectory, sweep, logs, and for a while the trained steps."""
+        return self.top / f"round-{number}"
+
+    def steps(self, number: int) -> Path:
+        """What the training command writes; a path for each round, or a cache could mix them up."""
+        return self.round(number).absolute() / "steps"
+
+    def trained(self, number: int) -> Path:
+        """Says that the training command of a round has ended well, and what it took."""
+        return self.round(number) / "trained.json"
+
+    def store(self, number: int) -> Path:
+        """The trajectory of a round."""
+        return self.round(number) / "run.zarr"
+
+    def sweep(self, number: int) -> Path:
+        """The sweep over a round's trajectory."""
+        return self.round(number) / "sweep"
+
+    def model(self, number: int) -> Path:
+        """The model that a round ends with, and the next one trains on from."""
+        return self.round(number).absolute() / "model"
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Make the directory and hold its lock. Raises BusyError while another leap does, ExistsError, StorageError."""
+        with atomic.storage_errors(self.top):
+            self.check()
+            self.top.parent.mkdir(parents=True, exist_ok=True)
+            with atomic.locked(self.top, make=True):
+                self.logs.mkdir(exist_ok=True)
+                yield
+
+    def check(self) -> None:
+        """Raise ExistsError where the directory is not a leap's."""
+        if self.table.is_file() or not self.top.exists():
+            return
+        others = [path.name for path in self.top.iterdir()] if self.top.is_dir() else [self.top.name]
+        if any(name != "logs" and not name.endswith(atomic.PARTIAL) for name in others):
+            raise ExistsError(f"{self.top}: exists and is not a leap (it has no leap.json); give another -o")
+
+    def tidy(self, done: int) -> None:
+        """Remove what no round to come needs: trained steps that are stored, losers, and the models before the last."""
+        for number in range(1, done + 1):
+            atomic.remove_tree(self.steps(number))
+            atomic.remove_tree(self.sweep(number) / "best")
+            if number < done:
+                atomic.remove_tree(self.model(number))
