@@ -115,6 +115,12 @@ def table(loops: ModuleType, case: Case) -> Moves:
     return moves
 
 
+def whole(loops: ModuleType, states: np.ndarray) -> Stream:
+    """All moves between states, as one segment."""
+    one = found(loops, states, BF16)
+    return Stream(len(states) - 1, iter([one.when]), iter([one.by]))
+
+
 def same(a: Any, b: Any) -> None:
     """Equal type and bits; one NaN is as good as another."""
     assert (a.dtype, a.shape) == (b.dtype, b.shape)
@@ -162,10 +168,7 @@ def test_what_is_read_is_what_was_found(loops: ModuleType, case: Case) -> None:
     reader = loops.Reader(streams(loops, case, rng), case.kind)
     packed, by, cell, parts = [], [], -1, []
     for first, last in case.cuts(rng, case.size):
-        moves, until = reader.take(last), int(rng.integers(0, case.columns + 1))
-        bits = case.states[0, first:last].copy()
-        loops.advance(moves, until, case.kind, bits)
-        same(bits, case.states[until, first:last])
+        moves = reader.take(last)
         parts.append(found(loops, case.states[:, first:last], case.kind, first, cell))
         when, cell = loops.pack(moves, case.columns, first, cell)
         packed.append(when)
@@ -180,6 +183,19 @@ def test_what_is_read_is_what_was_found(loops: ModuleType, case: Case) -> None:
     same(np.concatenate(by), whole.by)
     same(np.concatenate([one.when for one in parts]), whole.when)
     same(np.concatenate([one.by for one in parts]), whole.by)
+
+
+@each_version
+@given(case=cases())
+@examples
+def test_any_state_is_that_after_the_moves_before_it(loops: ModuleType, case: Case) -> None:
+    """Segment by segment, in any chunks: bits become those of each state."""
+    rng = case.chance()
+    bits, until, before = case.states[0].copy(), int(rng.integers(0, case.columns + 1)), 0
+    for stream in streams(loops, case, rng):
+        loops.advance(stream, until - before, case.kind, bits)
+        before += stream.columns
+    same(bits, case.states[until])
 
 
 @each_version
@@ -412,6 +428,9 @@ def test_damage_is_named(loops: ModuleType, when: list[int], by: list[int], text
     with pytest.raises(ValueError, match=text):
         reader.take(10)
         reader.finish()
+    stream = Stream(2, iter([np.array(when, np.uint8)]), iter([np.array(by, np.uint16)]))
+    with pytest.raises(ValueError, match=text):
+        loops.advance(stream, 2, KINDS["bf16"], np.zeros(10, np.uint16))
 
 
 @each_version
@@ -440,8 +459,10 @@ Misuse = Callable[[ModuleType, Moves, np.ndarray], object]
 MISUSES: dict[str, Misuse] = {
     "few bits to predict": lambda k, moves, states: k.predict(moves, states[0, :-1].copy(), np.ones((9, 1)), BF16),
     "few weights": lambda k, moves, states: k.predict(moves, states[0].copy(), np.ones((8, 1)), BF16),
-    "few bits to advance": lambda k, moves, states: k.advance(moves, 9, BF16, states[0, :-1].copy()),
-    "bits that stay": lambda k, moves, states: k.advance(moves, 9, BF16, np.frombuffer(bytes(200), np.uint16)),
+    "few bits to advance": lambda k, moves, states: k.advance(whole(k, states), 9, BF16, states[0, :-1].copy()),
+    "bits that stay": lambda k, moves, states: k.advance(
+        whole(k, states), 9, BF16, np.frombuffer(bytes(2 * states.shape[1]), np.uint16)
+    ),
     "few names": lambda k, moves, states: k.fold(moves, np.zeros(8, np.int32), BF16),
     "falling names": lambda k, moves, states: k.fold(moves, np.arange(9, 0, -1, dtype=np.int32), BF16),
     "large names": lambda k, moves, states: k.fold(moves, np.full(9, 1 << 16, np.int32), BF16),

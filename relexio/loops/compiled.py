@@ -32,7 +32,7 @@ _NEVER = 0xFFFFFFFF  # bits that no raw byte has
 _FUNCTIONS = {
     "compare": ("piiippi", False), "emit": ("piiiipipppppi", False), "pack": ("ppiiipp", True),
     "mark": ("piiiip", True), "collect": ("pipiippppi", False),
-    "fold": ("pppippppi", True), "advance": ("pppiipi", False),
+    "fold": ("pppippppi", True), "advance": ("piipi", True),
     "increments": ("pppipi", False), "gram": ("ppppiippi", False), "dense": ("pppiip", False), "predict": ("pppppiipi", True),
     "product": ("ppiiip", False),
 }  # fmt: skip
@@ -206,12 +206,31 @@ def fold(moves: Moves, renamed: np.ndarray, kind: Kind) -> Moves:
     return Moves(start, row[:left], by[:left])
 
 
-def advance(moves: Moves, until: int, kind: Kind, bits: np.ndarray) -> None:
-    """Take bits [n], in place, to the state after all moves at rows before ``until``."""
-    check_table(moves, len(bits))
-    if not bits.flags.writeable:
-        raise ValueError("bits are read-only")
-    _loops.advance(*_table(moves), _at(moves.by, kind.bits), len(bits), until, _at(bits, kind.bits), _KIND[kind.name])
+def advance(stream: Stream, until: int, kind: Kind, bits: np.ndarray) -> None:
+    """Take the bits [size] of a block, in place, to the state after a segment's moves at columns before ``until``.
+
+    Raises ValueError where the stream is damaged.
+    """
+    if not bits.flags.writeable or stream.columns < 1:
+        raise ValueError("bits are read-only, or a segment has no columns")
+    source = np.zeros(1, _SOURCE)
+    source["columns"] = stream.columns
+    held: dict[str, np.ndarray] = {}  # what the source points to
+    wants = {0: ("when", stream.when, "u1"), 1: ("by", stream.by, kind.bits)}
+    where = source.ctypes.data, until, len(bits), _at(bits, kind.bits), _KIND[kind.name]
+    while (state := _loops.advance(*where)) >= 0:
+        name, chunks, dtype = wants[state]
+        chunk = next_chunk(chunks, dtype)
+        if chunk is None:
+            break
+        held[name] = chunk
+        source[name], source[f"{name}_left"] = chunk.ctypes.data, len(chunk)
+    if state:
+        raise ValueError(BEYOND if state < 0 else FEW)
+    if source["open"][0]:
+        raise ValueError(CUT_GAP)
+    if source["by_left"][0] or next_chunk(stream.by, kind.bits) is not None:
+        raise ValueError(MANY)
 
 
 # Arithmetic.

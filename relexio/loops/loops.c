@@ -446,21 +446,41 @@ int64_t fold(const int64_t *start, const uint16_t *row, const void *by, int64_t 
     return KINDS(fold_kind, start, row, by, n, renamed, new_start, new_row, new_by);
 }
 
-/* bits, in place, after all moves at rows before `until`. */
-INLINE void advance_kind(const int64_t *start, const uint16_t *row, const void *by, int64_t n, int64_t until,
-                         void *bits, int kind) {
-    for (int64_t e = 0; e < n; e++) {
-        if (start[e] == start[e + 1]) continue;
-        uint32_t place = order(at(bits, e, kind), kind);
-        for (int64_t i = start[e]; i < start[e + 1] && row[i] < until; i++)
-            place = moved_by(place, at(by, i, kind), kind);
-        put(bits, e, unorder(place, kind), kind);
+/* bits [size], in place, after a segment's moves at columns before `until`, as far as both its streams are at hand. 0: it needs
+ * more bytes; 1: more changes; -1: the moves go beyond the block. */
+INLINE int64_t advance_kind(Source *source, int64_t until, int64_t size, void *bits, int kind) {
+    const uint8_t *byte = (const uint8_t *)(intptr_t)source->when, *end = byte + source->when_left;
+    const void *by = (const void *)(intptr_t)source->by;
+    uint64_t columns = source->columns, cells = size * columns, inverse = UINT64_MAX / columns + 1, cell = source->next;
+    int64_t taken = 0, state = 0;
+    for (; byte < end; byte++) {
+        uint64_t to = cell + *byte;
+        if (*byte == 255) {
+            cell = to;
+            source->open = 1;
+            continue;
+        }
+        if (to >= cells || taken == source->by_left) {
+            state = to >= cells ? -1 : 1;
+            break;
+        }
+        uint64_t e = columns == 1 ? to : (uint64_t)((unsigned __int128)to * inverse >> 64);
+        if ((int64_t)(to - e * columns) < until)
+            put(bits, e, unorder(moved_by(order(at(bits, e, kind), kind), at(by, taken, kind), kind), kind), kind);
+        taken++;
+        cell = to + 1;
+        source->open = 0;
     }
+    source->when = (intptr_t)byte;
+    source->when_left = end - byte;
+    source->by += taken * (kind == F32 ? 4 : kind == RAW ? 1 : 2);
+    source->by_left -= taken;
+    source->next = cell;
+    return state;
 }
 
-void advance(const int64_t *start, const uint16_t *row, const void *by, int64_t n, int64_t until, void *bits,
-             int64_t kind) {
-    KINDS(advance_kind, start, row, by, n, until, bits);
+int64_t advance(Source *source, int64_t until, int64_t size, void *bits, int64_t kind) {
+    return KINDS(advance_kind, source, until, size, bits);
 }
 
 /* ---- arithmetic ---- */

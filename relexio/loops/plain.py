@@ -241,15 +241,21 @@ def fold(moves: Moves, renamed: np.ndarray, kind: Kind) -> Moves:
     return Moves(start, row.astype(np.uint16), _zigzag(change[change != 0], kind))
 
 
-def advance(moves: Moves, until: int, kind: Kind, bits: np.ndarray) -> None:
-    """Take bits [n], in place, to the state after all moves at rows before ``until``."""
-    check_table(moves, len(bits))
-    moving = np.flatnonzero(moves.start[1:] > moves.start[:-1])
-    if not len(moving):
-        return
-    change = np.where(moves.row < until, _unzigzag(moves.by), moves.by.dtype.type(0))
-    total = np.add.reduceat(change, moves.start[moving], dtype=change.dtype)
-    bits[moving] = _bits(_order(bits[moving], kind) + total, kind)
+def advance(stream: Stream, until: int, kind: Kind, bits: np.ndarray) -> None:
+    """Take the bits [size] of a block, in place, to the state after a segment's moves at columns before ``until``.
+
+    Raises ValueError where the stream is damaged.
+    """
+    source = _Source(stream, kind)
+    cells = source.cells(len(bits))
+    by = source.changes(len(cells))
+    source.finish()
+    element, column = np.divmod(cells, stream.columns)
+    change = np.where(column < until, _unzigzag(by), by.dtype.type(0))
+    moving, first = np.unique(element, return_index=True)
+    if len(moving):
+        total = np.add.reduceat(change, first, dtype=change.dtype)
+        bits[moving] = _bits(_order(bits[moving], kind) + total, kind)
 
 
 def expand(moves: Moves, rows: int, bits: np.ndarray, kind: Kind) -> np.ndarray:

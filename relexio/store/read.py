@@ -44,9 +44,10 @@ def tiles(
 
 def observed(store: Store, block: Block, step: int) -> np.ndarray:
     """The element bits [size] of a block at an observed step, exactly as its checkpoint had them."""
-    segment, _ = store.find(step)
-    segments = store.segments[: store.segments.index(segment) + 1]
-    bits, rows = store.base_bits(block), sum(part.columns for part in segments)
-    for _, span, moves in tiles(store, block, tile_width(rows), segments):
-        advance(moves, store.chain[step] + 1, block.kind, bits[span])
+    last, column = store.find(step)
+    bits = store.base_bits(block)
+    with damage(f"{store.shown}: moves of {block.names}"):
+        for segment in store.segments[: store.segments.index(last) + 1]:
+            until = column + 1 if segment is last else segment.columns
+            advance(store.stream(segment, block), until, block.kind, bits)
     return bits
