@@ -158,4 +158,4 @@ def test_grpo_writes_a_checkpoint_for_each_step(
     inspected = json.loads(relexio("inspect", tmp_path / "run.zarr", "--json").out)
     assert inspected["steps"] == [1, 2]
     assert all(share > 0 for share in inspected["changed"].values())
-    assert load("evaluate").accuracy(out / "global_step_2", task, count=8) in {k / 8 for k in range(9)}
+    assert load("evaluate").accuracy(out / "global_step_2", task, task.held_out(8)) in {k / 8 for k in range(9)}

@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 import transformers
-from evaluate import rewards
+from evaluate import accuracy
 from safetensors.torch import load_file, save_file
-from tasks import HELD_OUT, TASKS, Task
+from tasks import CHOICE, TASKS, Task
 from train import train_grpo
 
 import relexio
@@ -38,7 +38,7 @@ from relexio.sweep.search import Scored, next_step
 
 RATES = ("3e-6", "1e-5", "3e-5", "1e-4", "3e-4")
 KINDS = ("plain", "leap", "restart")
-STEPS, SEGMENT, CHOICE = 60, 10, 400
+STEPS, SEGMENT = 60, 10
 SHOWN = (5, 10, 15, 20, 30, 40, 50, 60)
 WINDOW = STEPS * 15 // 100
 TARGETS = (2 * WINDOW, 3 * WINDOW, STEPS)
@@ -51,8 +51,7 @@ class Run:
         self.task, self.base, self.rate, self.seed, self.scratch = task, base, rate, seed, scratch
         self.seconds = {"train": 0.0, "choose": 0.0}
         self.points: list[dict[str, Any]] = []
-        problems = task.held_out(HELD_OUT + CHOICE)
-        self.problems = {"report": problems[:HELD_OUT], "choose": problems[HELD_OUT:]}
+        self.problems = {"report": task.held_out(), "choose": task.choice()}
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -70,15 +69,12 @@ class Run:
 
     def accuracy(self, checkpoint: Path, which: str) -> float:
         """The share of problems of one set that a checkpoint solves."""
-        model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-        problems = self.problems[which]
-        return sum(rewards(model, tokenizer, problems, self.task.length)) / len(problems)
+        return accuracy(checkpoint, self.task, self.problems[which])
 
     def report(self, trained: int, checkpoint: Path, **more: object) -> None:
         """Measure a checkpoint on the problems that choose nothing."""
-        accuracy = self.accuracy(checkpoint, "report")
-        self.points.append({"trained": trained, "accuracy": accuracy, **self.seconds, **more})
+        found = self.accuracy(checkpoint, "report")
+        self.points.append({"trained": trained, "accuracy": found, **self.seconds, **more})
 
     def score(self, checkpoint: Path) -> Scored:
         """Measure it on the problems that choose."""

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 HELD_OUT = 1000
+#: Problems that choose between checkpoints; held out as well, and others than those that are reported.
+CHOICE = 400
 DIGITS = 6
 #: All characters of all tasks; one token each.
 CHARACTERS = "0123456789+>="
@@ -52,6 +54,10 @@ class Task:
             if len(found) == count:
                 break
         return list(found.values())
+
+    def choice(self) -> list[Problem]:
+        """Problems to choose on."""
+        return self.held_out(HELD_OUT + CHOICE)[HELD_OUT:]
 
     def demonstrations(self, seed: int) -> Iterator[tuple[str, str]]:
         """Prompts and answers for supervised training, without end."""

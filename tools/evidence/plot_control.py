@@ -1,0 +1,148 @@
+"""Tables and figure of what control.py has measured.
+
+usage: python tools/evidence/plot_control.py RESULTS/*.json [--json docs/control.json] [--plot docs/control.png]
+
+One FILE may be an earlier --json. Needs matplotlib.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+Runs = list[dict[str, Any]]
+SHOWN = (10, 20, 30, 60)
+COLOURS = {10: "#9ecae1", 20: "#5aa0d0", 30: "#2a6fbb", 60: "#12325c"}
+
+
+def load(files: list[Path]) -> Runs:
+    """All runs that have ended."""
+    found: Runs = []
+    for file in files:
+        if text := file.read_text().strip():
+            value = json.loads(text)
+            found += value if isinstance(value, list) else [value]
+    return sorted(found, key=lambda run: (run["task"], float(run["rate"]), run["kind"], run["seed"]))
+
+
+def chosen(runs: Runs, **wanted: object) -> Runs:
+    """Those with these facts."""
+    return [run for run in runs if all(run[name] == value for name, value in wanted.items())]
+
+
+def values(runs: Runs, trained: int, what: str = "accuracy", **more: object) -> list[float]:
+    """A figure of each run at a point: after so many steps, of no other kind unless it is named."""
+    wanted = {"kind": None, **more, "trained": trained}
+    return [p[what] for run in runs for p in run["points"] if all(p.get(k) == v for k, v in wanted.items())]
+
+
+def cell(found: list[float]) -> str:
+    """The mean in percent, and the least and the most of several."""
+    if not found:
+        return "-"
+    spread = f" ({100 * min(found):.0f}-{100 * max(found):.0f})" if len(found) > 1 else ""
+    return f"{100 * mean(found):.1f}{spread}"
+
+
+def names(runs: Runs) -> tuple[list[str], list[str]]:
+    """Tasks and rates, in order."""
+    return sorted({run["task"] for run in runs}), sorted({run["rate"] for run in runs}, key=float)
+
+
+def tables(runs: Runs) -> None:
+    """Print them as Markdown."""
+    tasks, rates = names(runs)
+    print(
+        f"| task | rate | seeds | {' | '.join(f'plain, {n} | leaps, {n}' for n in SHOWN)} | CPU time, leaps / plain |"
+    )
+    print("|---|---|---|" + "---|" * (2 * len(SHOWN) + 1))
+    for task in tasks:
+        for rate in rates:
+            plain, leaps = (chosen(runs, task=task, rate=rate, kind=kind) for kind in ("plain", "leap"))
+            cells = [cell(values(some, n)) for n in SHOWN for some in (plain, leaps)]
+            both = [
+                [sum(p["train"] + p["choose"] for p in run["points"][-1:]) for run in some] for some in (plain, leaps)
+            ]
+            times = f"{mean(both[1]) / mean(both[0]):.1f}" if all(both) else "-"
+            print(f"| {task} | {rate} | {len(plain)}, {len(leaps)} | {' | '.join(cells)} | {times} |")
+    ends = "20 steps | 60 steps | mean of the last 10 | restarts"
+    kinds = [("relex", 18), ("relex", 27), ("relex", 60), ("pinned", 18), ("pinned", 27), ("pinned", 60)]
+    print(f"\n| task | rate | 10 steps | {' | '.join(f'{kind} to {n}' for kind, n in kinds)} | {ends} |")
+    print("|---|---|---|" + "---|" * (len(kinds) + 4))
+    for task in tasks:
+        for rate in rates:
+            plain, restarts = (chosen(runs, task=task, rate=rate, kind=kind) for kind in ("plain", "restart"))
+            cells = [cell(values(plain, 10))]
+            cells += [cell(values(plain, 9, kind=kind, step=step)) for kind, step in kinds]
+            cells += [cell(values(plain, n)) for n in (20, 60)]
+            cells += [cell(values(plain, 60, kind="mean of the last 10")), cell(values(restarts, 60))]
+            print(f"| {task} | {rate} | {' | '.join(cells)} |")
+
+
+def plot(runs: Runs, out: str) -> None:
+    """Accuracy against the rate after some numbers of steps; and against CPU time, at a cautious and at the best rate."""
+    import matplotlib.pyplot as plt
+
+    tasks, rates = names(runs)
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, panels = plt.subplots(
+        2, len(tasks), figsize=(3.4 * len(tasks), 6), layout="constrained", squeeze=False, sharey="col"
+    )
+    for task, upper, lower in zip(tasks, panels[0], panels[1], strict=True):
+        for n in SHOWN:
+            for kind, style in (("plain", "-o"), ("leap", "--^")):
+                found = [(float(r), values(chosen(runs, task=task, rate=r, kind=kind), n)) for r in rates]
+                points = [(rate, 100 * mean(some)) for rate, some in found if some]
+                upper.plot(
+                    *zip(*points, strict=True),
+                    style,
+                    color=COLOURS[n],
+                    ms=4,
+                    label=f"{n} steps, {'with leaps' if kind == 'leap' else 'plain'}",
+                )
+        upper.set(xscale="log", title=task, xlabel="learning rate", ylabel="accuracy, %")
+        best = max(rates, key=lambda rate: mean(values(chosen(runs, task=task, rate=rate, kind="plain"), 30) or [0.0]))
+        for rate, colour in dict.fromkeys([(rates[0], "#8a8f98"), (best, "#d9822b")]):
+            for kind, style in (("plain", "-o"), ("leap", "--^")):
+                curve: dict[int, list[dict[str, Any]]] = defaultdict(list)
+                for run in chosen(runs, task=task, rate=rate, kind=kind):
+                    for point in run["points"]:
+                        if "kind" not in point:
+                            curve[point["trained"]].append(point)
+                ends = [
+                    (mean(p["train"] + p["choose"] for p in some), 100 * mean(p["accuracy"] for p in some))
+                    for some in curve.values()
+                ]
+                lower.plot(
+                    *zip(*ends, strict=True),
+                    style,
+                    color=colour,
+                    ms=4,
+                    label=f"{rate}, {'with leaps' if kind == 'leap' else 'plain'}",
+                )
+        lower.set(xlabel="CPU seconds, choosing included", ylabel="accuracy, %")
+        lower.legend(fontsize=7, frameon=False)
+    figure.legend(
+        *panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=8
+    )
+    figure.savefig(out, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot")
+    given = parser.parse_args()
+    runs = load(given.files)
+    tables(runs)
+    if given.json:
+        given.json.write_text(json.dumps(runs) + "\n")
+    if given.plot:
+        plot(runs, given.plot)
+
+
+if __name__ == "__main__":
+    main()
