@@ -134,11 +134,12 @@ class _Work:
                 atomic.sync(out.parent)
             else:
                 write_observed(store, store.steps[-1], out, self.resources, self.stages)
+        evaluated = sum(result.seconds for result in found.results)
+        took = max(time.monotonic() - begun, train_seconds + evaluated)  # some of it maybe before an interruption
         return Round(
             self.request.method, without_secrets(self.request.train),
             store.steps[-1], last.score, best.candidate.at if best else None, best.score if best else None, error, taken,
-            len(found.results), train_seconds, round(sum(result.seconds for result in found.results), 3),
-            round(time.monotonic() - begun, 3),
+            len(found.results), train_seconds, round(evaluated, 3), round(took, 3),
         )  # fmt: skip
 
     def train(self, number: int, model: Path) -> float:
