@@ -39,17 +39,17 @@ class Gpu:
 
 @pytest.fixture(params=["stand-in", pytest.param("real", marks=pytest.mark.gpu)])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Gpu:
-    if request.param == "stand-in":
+    cupy = pytest.importorskip("cupy", reason="needs CuPy and a GPU") if request.param == "real" else StandIn()
+    if isinstance(cupy, StandIn):  # that of a rehearsal (tools/bench/gpu.py) has been used already
         cupy = StandIn()
         monkeypatch.setitem(sys.modules, "cupy", cupy)
         return Gpu(cupy, 1)
-    real = pytest.importorskip("cupy", reason="needs CuPy and a GPU")
     try:
-        real.cuda.runtime.getDeviceCount()
-    except real.cuda.runtime.CUDARuntimeError as error:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
         pytest.skip(f"needs a GPU: {error}")
-    real.get_default_memory_pool().free_all_blocks()
-    return Gpu(real, 1 if isinstance(real, StandIn) else 16)  # in a rehearsal of tools/bench/gpu.py
+    cupy.get_default_memory_pool().free_all_blocks()
+    return Gpu(cupy, 16)
 
 
 def dense(root: Path, elements: int, steps: int, dtype: np.dtype = BF16) -> Store:
