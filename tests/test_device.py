@@ -3,6 +3,7 @@
 What a real device has to do is in test_gpu.py.
 """
 
+import importlib
 import json
 import operator
 import os
@@ -182,6 +183,20 @@ def test_the_gpu_benchmark_says_in_a_line_that_there_is_no_gpu(tmp_path: Path) -
     done = bench(tmp_path)
     assert done.returncode == 1 and not done.stdout and not (tmp_path / "out").exists()
     assert done.stderr == "tools/bench/gpu.py needs CuPy and a GPU that works: ImportError: no CuPy\n"
+
+
+def test_a_device_is_busy_once_while_two_things_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "bench"))
+    device_times = importlib.import_module("gpu_profile").device_times
+    copy = "Memcpy HtoD (Pinned -> Device)"
+    events = [  # microseconds: a kernel and one that begins in it, a copy and a kernel in it, and what the host did
+        *({"cat": "kernel", "name": name, "ts": at, "dur": took} for name, at, took in (("f", 5, 10), ("g", 21, 2), ("f", 0, 10))),
+        {"cat": "gpu_memcpy", "name": copy, "ts": 20, "dur": 5},
+        {"cat": "cuda_runtime", "name": "launch", "ts": 0, "dur": 100}, {"ph": "M", "name": "process"},
+    ]  # fmt: skip
+    (_, all_), *kernels = device_times(events)
+    assert all_ == pytest.approx({"busy, s": 20e-6, "kernels, s": 22e-6, f"{copy}, s": 5e-6, "kernel calls": 3})
+    assert [name for name, _ in kernels] == ["kernel f", "kernel g"] and kernels[0][1]["calls"] == 2
 
 
 @pytest.mark.slow

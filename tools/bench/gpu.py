@@ -122,7 +122,7 @@ def run(
     record.write()
     command = [sys.executable, str(BENCH / "gpu_stages.py"), name, *arguments]
     with subprocess.Popen(
-        command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+        command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=log, text=True, process_group=0
     ) as process:
         assert process.stdout is not None
         late = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true")
     chosen = parser.parse_args()
     begun, sizes = time.perf_counter(), SMALL if chosen.rehearse else FULL
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a stage is ended too, and the data removed
     with tempfile.TemporaryDirectory(prefix="relexio-gpu-", dir=chosen.scratch) as scratch:
         variables = prepare(Path(scratch), chosen.wheels, chosen.rehearse)
         chosen.out.mkdir(parents=True, exist_ok=True)

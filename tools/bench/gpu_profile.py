@@ -126,7 +126,7 @@ def trace(work: Callable[[], Figures]) -> Iterator[tuple[str, Figures]]:
         yield "the device's own times", {"not known": str(error)}
         return
     work()
-    with watch(activities=[ProfilerActivity.CUDA]) as watcher:
+    with watch(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as watcher:
         begun = time.perf_counter()
         figures = work()
         taken = time.perf_counter() - begun
@@ -154,7 +154,7 @@ def device_times(events: list[dict[str, Any]]) -> Iterator[tuple[str, Figures]]:
                 table[name][1] += event["dur"] / 1e6
     yield "the device's own times", {
         "busy, s": busy / 1e6, **{f"{kind}, s": taken for kind, (_, taken) in sums.items()},
-        "kernels": sum(count for count, _ in kernels.values()),
+        "kernel calls": sum(count for count, _ in kernels.values()),
     }  # fmt: skip
     for name, (count, taken) in sorted(kernels.items(), key=lambda item: -item[1][1])[:_SHOWN]:
         yield f"kernel {name[:70]}", {"s": taken, "calls": count}
