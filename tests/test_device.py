@@ -1,9 +1,12 @@
-"""The device path, with a strict stand-in for CuPy (device.py): plumbing, streams, memory limit, and when memory runs out.
+"""The device path, with a strict stand-in for CuPy (device.py): plumbing, streams, plans, and what is refused.
 
-The kernels on a real device are tested where there is one (marker ``gpu``).
+What a real device has to do is in test_gpu.py.
 """
 
+import importlib
+import json
 import operator
+import os
 import subprocess
 import sys
 import threading
@@ -16,21 +19,17 @@ import numpy as np
 import pytest
 
 from relexio.engine import plan
-from relexio.engine.blocks import combine_block, gram_block, operator_block
 from relexio.engine.device import own_stream
 from relexio.engine.resources import Resources
-from relexio.errors import BudgetError, DeviceError, RelexioWarning
-from relexio.progress import silent
-from relexio.store.store import Store
-from relexio.verbs.convert import Request, convert, prepare
+from relexio.errors import BudgetError, DeviceError
 from tests.support import device
 from tests.support.command import Relexio
 from tests.support.device import DeviceArray, StandIn
-from tests.support.make import BF16, Run, load_checkpoint, make_run, oracle, write_dense_run
-from tests.support.oracle import DTYPES, agree
-from tests.support.steps import CPU, fit_run, predict_run, small_blocks, store_run
+from tests.support.make import Run, load_checkpoint, make_run
+from tests.support.steps import fit_run, predict_run, small_blocks, store_run
 
 MB = 10**6
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -48,82 +47,10 @@ def run(tmp_path: Path) -> Run:
     return make_run(tmp_path, steps=(1, 3, 4, 9), shapes={"w": (80, 50), "norm": (7,)})
 
 
-def dense(root: Path, elements: int, steps: int, dtype: np.dtype = BF16) -> Store:
-    """The store of a run in which every element changes at every step."""
-    write_dense_run(root, elements, steps, dtype)
-    return convert(
-        prepare(Request(root / "run.zarr", root / "base", root / "steps", {}, None), CPU, silent), silent
-    ).store
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
-@pytest.mark.parametrize("solver", ["gram", "blocks"])
-def test_the_same_result_as_on_the_cpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cupy: StandIn, dtype: np.dtype, solver: str
-) -> None:
-    small_blocks(monkeypatch, 512)
-    run = make_run(tmp_path, dtype, steps=(1, 3, 4, 9), shapes={"w": (80, 50), "norm": (7,)})
-    resources = Resources(workers=3, device="cuda", device_memory=256 * MB)
-    store_run(run, tmp_path / "run.zarr", "1,4")  # two segments, the second of which leaves some elements alone
-    fitted = fit_run(store_run(run, tmp_path / "run.zarr"), solver=solver, resources=resources)
-    agree(predict_run(fitted, 40, tmp_path / "out", resources), oracle(run.base, run.steps, 40))
-    assert cupy.pool.peak, "the device was used"
-    assert cupy.pool.limits == [0, *[256 * MB, 0] * (len(cupy.pool.limits) // 2)], "limited, and given back as it was"
-    assert cupy.pool.used == 0, "nothing is left behind"
-
-
 def test_every_worker_has_a_stream_of_its_own(run: Run, tmp_path: Path, cupy: StandIn) -> None:
     fit_run(store_run(run, tmp_path / "run.zarr"), resources=Resources(workers=3, device="cuda"))
     assert cupy.streams and len(set(map(id, cupy.streams))) == len(cupy.streams)
     assert not hasattr(cupy.current, "stream"), "the program's own stream is left alone"
-
-
-@pytest.mark.parametrize("dtype", [BF16, np.dtype("float32")], ids=lambda d: d.name)
-@pytest.mark.parametrize(("steps", "targets"), [(2, 1), (2, 6), (12, 1), (12, 6)])
-def test_no_tile_takes_more_of_a_device_than_planned(
-    tmp_path: Path, cupy: StandIn, dtype: np.dtype, steps: int, targets: int
-) -> None:
-    """On dense data, the worst case."""
-    store, tile = dense(tmp_path, 400_000 // steps, steps, dtype), 1 << 19
-    cupy.cuda.Stream(non_blocking=True).use()
-    block = store.blocks[0]
-    weights = {"w": 1e-3 * np.ones((steps, targets))}
-    x, shape = np.ones((steps, 3)), plan.Shape(block=1, itemsize=4, pieces=1, chunks=0)
-    for need, work in (
-        (plan.fit_need(shape, steps, True), lambda: gram_block(store, store.steps, tile, "cuda", block)),
-        (
-            plan.fit_need(shape, steps, False),
-            lambda: operator_block(store, store.steps, {"w": x}, tile, "cuda", block),
-        ),
-        (
-            plan.combine_need(shape, steps, targets),
-            lambda: combine_block(store, store.steps, weights, targets, tile, "cuda", block),
-        ),
-    ):
-        cupy.pool.peak = 0
-        work()
-        assert 0 < cupy.pool.peak <= need.device_bytes(tile)
-
-
-def test_a_window_many_times_the_device_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cupy: StandIn) -> None:
-    small_blocks(monkeypatch, 1 << 14)
-    store = dense(tmp_path, 500_000, 12)  # 48 MB as float64; a warning would be an error
-    resources = Resources(workers=2, device="cuda", device_memory=2 * MB)
-    predict_run(fit_run(store, resources=resources), 900, tmp_path / "out", resources)
-    assert 0 < cupy.pool.peak <= 2 * MB and not cupy.pool.refused
-
-
-def test_memory_that_runs_out_is_said_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small_blocks(monkeypatch, 1024)
-    cupy = use(monkeypatch, StandIn(room=150_000))  # less than the device says
-    resources = Resources(workers=4, device="cuda", device_memory=256 * MB)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("default")
-        fitted = fit_run(store_run(run, tmp_path / "run.zarr"), resources=resources)
-        agree(predict_run(fitted, 40, tmp_path / "out", resources), oracle(run.base, run.steps, 40))
-    assert cupy.pool.refused > 4, "many tiles were too large"
-    assert [warning.category for warning in said] == [RelexioWarning]
-    assert "smaller tiles" in str(said[0].message)
 
 
 @pytest.mark.filterwarnings("default::relexio.errors.RelexioWarning")
@@ -149,16 +76,10 @@ def test_other_warnings_are_shown_as_python_does(
         relexio("predict", store, "--method", "relex", "--step", 40, "-o", tmp_path / "out", "--device", "cpu")
 
 
-@pytest.mark.filterwarnings("ignore::relexio.errors.RelexioWarning")
-def test_memory_too_small_for_anything_is_an_error(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cupy: StandIn
-) -> None:
+def test_memory_too_small_for_anything_is_an_error(run: Run, tmp_path: Path, cupy: StandIn) -> None:
     store = store_run(run, tmp_path / "run.zarr")
     with pytest.raises(BudgetError, match="--device-memory 100 kB is too small"):
         fit_run(store, resources=Resources(device="cuda", device_memory=100_000))
-    use(monkeypatch, StandIn(room=2000))
-    with pytest.raises(BudgetError, match="device-memory"):
-        fit_run(store, resources=Resources(device="cuda"))
 
 
 def test_plans_for_a_device() -> None:
@@ -249,24 +170,40 @@ def test_the_stand_in_has_nothing_that_cupy_lacks() -> None:
     assert issubclass(cupy.cuda.memory.OutOfMemoryError, MemoryError)
 
 
-def test_the_gpu_benchmark_says_in_a_line_that_there_is_no_gpu() -> None:
-    tools = Path(__file__).parents[1] / "tools" / "bench"
-    script = (
-        f"import sys, runpy; sys.modules['cupy'] = None; sys.path.insert(0, {str(tools)!r}); sys.argv = ['gpu.py']; "
-    )
-    script += f"runpy.run_path({str(tools / 'gpu.py')!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 1 and not done.stdout
-    assert done.stderr.startswith("tools/bench/gpu.py needs CuPy and a GPU") and done.stderr.count("\n") == 1
+def bench(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """tools/bench/gpu.py, where CuPy cannot be imported unless the script brings a stand-in."""
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "cupy.py").write_text("raise ImportError('no CuPy')\n")
+    command = [sys.executable, str(ROOT / "tools" / "bench" / "gpu.py"), str(tmp_path / "out"), *options]
+    variables = {**os.environ, "PYTHONPATH": str(tmp_path / "none")}
+    return subprocess.run(command, capture_output=True, text=True, env=variables)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
-@pytest.mark.parametrize("solver", ["gram", "blocks"])
-def test_on_a_real_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: np.dtype, solver: str) -> None:
-    pytest.importorskip("cupy", reason="needs CuPy and a GPU")
-    small_blocks(monkeypatch, 4096)
-    run = make_run(tmp_path, dtype, steps=(1, 3, 4, 9), shapes={"w": (300, 200), "norm": (7,)})
-    resources = Resources(workers=3, device="cuda", device_memory=256 * MB)
-    fitted = fit_run(store_run(run, tmp_path / "run.zarr"), solver=solver, resources=resources)
-    agree(predict_run(fitted, 40, tmp_path / "out", resources), oracle(run.base, run.steps, 40))
+def test_the_gpu_benchmark_says_in_a_line_that_there_is_no_gpu(tmp_path: Path) -> None:
+    done = bench(tmp_path)
+    assert done.returncode == 1 and not done.stdout and not (tmp_path / "out").exists()
+    assert done.stderr == "tools/bench/gpu.py needs CuPy and a GPU that works: ImportError: no CuPy\n"
+
+
+def test_a_device_is_busy_once_while_two_things_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "bench"))
+    device_times = importlib.import_module("gpu_profile").device_times
+    copy = "Memcpy HtoD (Pinned -> Device)"
+    events = [  # microseconds: a kernel and one that begins in it, a copy and a kernel in it, and what the host did
+        *({"cat": "kernel", "name": name, "ts": at, "dur": took} for name, at, took in (("f", 5, 10), ("g", 21, 2), ("f", 0, 10))),
+        {"cat": "gpu_memcpy", "name": copy, "ts": 20, "dur": 5},
+        {"cat": "cuda_runtime", "name": "launch", "ts": 0, "dur": 100}, {"ph": "M", "name": "process"},
+    ]  # fmt: skip
+    (_, all_), *kernels = device_times(events)
+    assert all_ == pytest.approx({"busy, s": 20e-6, "kernels, s": 22e-6, f"{copy}, s": 5e-6, "kernel calls": 3})
+    assert [name for name, _ in kernels] == ["kernel f", "kernel g"] and kernels[0][1]["calls"] == 2
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_can_be_rehearsed(tmp_path: Path) -> None:
+    done = bench(tmp_path, "--rehearse")
+    assert done.returncode == 0, (tmp_path / "out" / "gpu.log").read_text()
+    heading, _, *rows = (tmp_path / "out" / "gpu.md").read_text().splitlines()
+    assert "no figure is about" in heading and all(row.startswith("| (rehearsal) ") for row in rows[2:])
+    stages = json.loads((tmp_path / "out" / "gpu.json").read_text())["stages"].values()
+    assert all(stage["code"] == 0 and stage["rows"] for stage in stages)

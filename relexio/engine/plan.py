@@ -30,7 +30,7 @@ _DEVICE_TILES = (tuple(1 << n for n in range(26, 22, -1)), tuple(1 << n for n in
 #: A tile of F, and where each of its numbers is a move: place, owner, bits, value and the value before. For a device
 #: the moves and two copies of them in pinned memory, in powers of two, which is no more.
 _PER_TILE = 8.0
-#: What a device holds in that case, one tile of F still there while the next is made: up to 7.4 (tests/test_device.py,
+#: What a device holds in that case, one tile of F still there while the next is made: up to 7.4 (tests/test_gpu.py,
 #: on a stand-in), and something for what CuPy takes itself and for gaps between its blocks.
 _PER_DEVICE_TILE = 10.0
 #: Resident bytes of CuPy, the CUDA libraries and a context on the host: an estimate, not measured yet.

@@ -12,16 +12,19 @@ Read off CuPy's sources (13.6), and its names and signatures (14.2; test_device.
 import threading
 import types
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import numpy as np
+
+from relexio.engine.device import limited
 
 UFUNCS = (
     "add", "subtract", "multiply", "matmul", "absolute", "isnan", "invert", "bitwise_and", "bitwise_or", "bitwise_xor",
     "left_shift", "right_shift", "equal", "not_equal", "greater",
 )  # fmt: skip
 FUNCTIONS = ("where", "zeros_like", "cumsum", "searchsorted")
-METHODS = ("astype", "view", "copy", "reshape", "any", "sum", "get")
 OPERATORS = {
     "add": "add", "sub": "subtract", "mul": "multiply", "matmul": "matmul", "and": "bitwise_and", "or": "bitwise_or",
     "xor": "bitwise_xor", "lshift": "left_shift", "rshift": "right_shift", "eq": "equal", "ne": "not_equal",
@@ -48,10 +51,13 @@ class Memory:
 
 
 class Pool:
-    """Bytes in use and their peak, under a limit, and ``room`` that other programs have left."""
+    """Bytes in use and their peak, under a limit, and ``room`` that other programs have left.
+
+    ``kept`` is the peak since free blocks were last given back: what is in use or kept for later.
+    """
 
     def __init__(self, room: int) -> None:
-        self.room, self.used, self.peak, self.refused = room, 0, 0, 0
+        self.room, self.used, self.kept, self.peak, self.refused = room, 0, 0, 0, 0
         self.limits = [0]
         self._lock = threading.RLock()
 
@@ -61,7 +67,13 @@ class Pool:
                 self.refused += 1
                 raise OutOfMemoryError
             self.used += size
-            self.peak = max(self.peak, self.used)
+            self.kept, self.peak = max(self.kept, self.used), max(self.peak, self.used)
+
+    def used_bytes(self) -> int:
+        return self.used
+
+    def total_bytes(self) -> int:
+        return self.kept
 
     def get_limit(self) -> int:
         return self.limits[-1]
@@ -71,6 +83,7 @@ class Pool:
 
     def free_all_blocks(self) -> None:
         assert threading.current_thread() is threading.main_thread(), "can lock up with an allocation in CuPy 13"
+        self.kept = self.used
 
 
 class DeviceArray:
@@ -115,8 +128,15 @@ class DeviceArray:
     def __iter__(self) -> Iterator[Any]:
         raise TypeError("one kernel for each element")
 
-    def get(self) -> np.ndarray:
-        return self.held.copy()
+    def get(self, out: np.ndarray | None = None) -> np.ndarray:
+        if out is None:
+            return self.held.copy()
+        out[:] = self.held
+        return out
+
+    def set(self, values: np.ndarray) -> None:
+        assert isinstance(values, np.ndarray) and values.dtype == self.dtype and values.shape == self.shape
+        self.held[:] = values
 
     def copy(self) -> "DeviceArray":
         return self._new(self.held)
@@ -229,22 +249,52 @@ class Stream:
         self._cupy.current.stream = self
         self._cupy.streams.append(self)
 
+    def synchronize(self) -> None:
+        """Nothing is under way: NumPy has done it all."""
+
+    def __enter__(self) -> "Stream":
+        self._before = getattr(self._cupy.current, "stream", None)
+        self._cupy.current.stream = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cupy.current.stream = self._before
+
 
 class StandIn(types.ModuleType):
     """The module: a device with ``room`` bytes left for the pool, though it says it has ``free``."""
+
+    __version__ = "of the stand-in"
 
     def __init__(self, room: int = 1 << 40, free: int = 1 << 40) -> None:
         super().__init__("cupy")
         self.pool, self.current = Pool(room), threading.local()
         self.streams: list[Stream] = []
+        self._free = free
         runtime = types.SimpleNamespace(
-            getDeviceCount=lambda: 1, memGetInfo=lambda: (free, free), CUDARuntimeError=RuntimeError
-        )
+            getDeviceCount=lambda: 1, memGetInfo=lambda: (self._free, free), CUDARuntimeError=RuntimeError,
+            malloc=self._malloc, free=lambda size: self._take(-size),
+            getDeviceProperties=lambda _: {"name": b"no GPU but NumPy in its place"},
+            driverGetVersion=lambda: 0, runtimeGetVersion=lambda: 0,
+        )  # fmt: skip
         self.cuda = types.SimpleNamespace(
             memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
             runtime=runtime,
             Stream=lambda non_blocking=False: Stream(self, non_blocking),
+            get_current_stream=self.stream,
+            alloc_pinned_memory=bytearray,
         )
+
+    def _malloc(self, size: int) -> int:
+        """Memory outside the pool, its size in place of an address: less is left, and less is said to be free."""
+        if size > min(self._free, self.pool.room - self.pool.used):
+            raise RuntimeError("cudaErrorMemoryAllocation: out of memory")
+        self._take(size)
+        return size
+
+    def _take(self, size: int) -> None:
+        self.pool.room -= size
+        self._free -= size
 
     def stream(self) -> Stream:
         stream = getattr(self.current, "stream", None)
@@ -257,9 +307,41 @@ class StandIn(types.ModuleType):
     def get_default_pinned_memory_pool(self) -> Any:
         return types.SimpleNamespace(free_all_blocks=self.pool.free_all_blocks)
 
-    def zeros(self, shape: tuple[int, ...]) -> DeviceArray:
-        return DeviceArray(self, np.zeros(shape))
+    def zeros(self, shape: int | tuple[int, ...], dtype: Any = float) -> DeviceArray:
+        return DeviceArray(self, np.zeros(shape, dtype))
 
     def asarray(self, values: np.ndarray) -> DeviceArray:
         assert isinstance(values, np.ndarray)
         return DeviceArray(self, values)
+
+
+@contextmanager
+def taken(cupy: Any, left: int) -> Iterator[None]:
+    """Another allocation has all of a device's memory but about ``left`` bytes while inside. For CuPy and the stand-in."""
+    runtime, pointers = cupy.cuda.runtime, []
+    size = runtime.memGetInfo()[0] - left
+    try:
+        while size >= 1 << 20:  # what is free is not always in one piece
+            try:
+                pointers.append(runtime.malloc(size))
+            except runtime.CUDARuntimeError:
+                size //= 2
+            else:
+                size = min(size, runtime.memGetInfo()[0] - left)
+        yield
+    finally:
+        for pointer in pointers:
+            runtime.free(pointer)
+
+
+@contextmanager
+def taken_late(cupy: Any, left: int) -> Iterator[None]:
+    """The same, while passes run and only then: they are planned as if there were more."""
+
+    @contextmanager
+    def with_less(device: str, limit: int) -> Iterator[None]:
+        with taken(cupy, left) if device == "cuda" else nullcontext(), limited(device, limit):
+            yield
+
+    with mock.patch("relexio.engine.executor.limited", with_less):
+        yield

@@ -1,198 +1,178 @@
-"""Time fit and predict on a GPU beside the CPU, and how near they come to PCIe and to the GPU's own memory.
+"""All that has to be seen on a GPU, in one command: the tests marked gpu, agreement with the CPU, memory, times, a profile.
 
-usage: python tools/bench/gpu.py [--layers 12] [--hidden 1024] [--vocabulary 17920] [--steps 40] [--repetitions 3]
-                           [--scratch DIR] [--json FILE]
+usage: python tools/bench/gpu.py OUT [--wheels DIR] [--scratch DIR] [--rehearse]
 
-Runs the tests marked gpu, makes data with tools/bench/simulate.py in a temporary directory (13 GB of checkpoints), converts
-it, times each device in turn, and prints one table. Needs CuPy and a GPU; docs/performance.md explains the figures.
+Needs CuPy, a GPU, and 16 GB in the temporary directory or in --scratch; it takes at most eight minutes. Each stage of
+gpu_stages.py is a process with a time of its own. OUT/gpu.json and the table in OUT/gpu.md are written anew after every figure,
+so that they have what there was, however it ends; OUT/gpu.log has what was printed. --wheels: what wheels.py has downloaded for
+a machine without a network; it is installed for this run only. --rehearse: every stage on little data, on the tests' stand-in
+for CuPy, and without limits of time; its figures are about no GPU.
 """
 
 import argparse
 import json
-import shutil
-import statistics
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import chain
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from bench import differing
-
-from relexio.engine.process import cores, resident_bytes
-from relexio.engine.resources import Resources
-from relexio.fit.fit import fit
-from relexio.methods import Recipe
-from relexio.progress import silent
-from relexio.store.opening import open_store
-from relexio.verbs.convert import Request, convert, prepare
-from relexio.verbs.output import Target
-from relexio.verbs.predict import predict
+from typing import IO, Any
 
 BENCH = Path(__file__).resolve().parent
-#: What is compared: name, device, device memory.
-DEVICES = (("cpu", "cpu", None), ("cuda", "cuda", None), ("cuda, 256 MB", "cuda", 256_000_000))
-COPIED = 1 << 28  # bytes of one copy whose speed is measured
-ALLOWED = 2e-6  # share of elements that may differ: sums in another order, on a tie
+ROOT = BENCH.parents[1]
+TOTAL = 455  # seconds for all stages
+#: In order, what is most needed first, and seconds for each.
+STAGES = {
+    "environment": 40, "tests": 140, "data": 100, "sizes": 100, "profile": 70, "commands": 80, "memory": 40,
+    "taken": 50, "workers": 90, "resident": 30,
+}  # fmt: skip
+#: Models by name as layers, hidden size and vocabulary; steps; repetitions; bytes that another program leaves.
+FULL: dict[str, Any] = {
+    "models": {"2 M": (4, 192, 2048), "40 M": (12, 512, 13760), "160 M": (12, 1024, 27648)},
+    "steps": 40, "repetitions": 3, "left": (2_000_000_000, 300_000_000, 0),
+}  # fmt: skip
+SMALL: dict[str, Any] = {
+    "models": {"3 k": (1, 16, 64), "58 k": (1, 64, 256), "243 k": (2, 96, 512)},
+    "steps": 6, "repetitions": 1, "left": (1_000_000, 10_000, 0),
+}  # fmt: skip
+REHEARSAL = "A rehearsal on the tests' stand-in for CuPy: there was no GPU, and no figure is about one."
+#: What stands in for CuPy in every process of a rehearsal.
+STAND_IN = "import sys\nfrom tests.support.device import StandIn\nsys.modules[__name__] = StandIn()\n"
+WORKS = "import cupy\nwith cupy.cuda.Stream(non_blocking=True): cupy.zeros(1).sum().get()"
+COMPILED = "import sys, relexio.loops\nsys.exit(0 if relexio.loops.COMPILED else 'no compiled loops')"
+COMPILE = "from setuptools import setup\nsetup()"
 
 
-def problem() -> str | None:
-    """Why nothing can be measured here, if so."""
-    try:
-        import cupy
+@dataclass
+class Record:
+    """What was found, in files that are whole after every figure."""
 
-        cupy.zeros(1).sum().get()
-    except Exception as error:  # noqa: BLE001  whatever it is, it is said
-        return f"tools/bench/gpu.py needs CuPy and a GPU that works: {type(error).__name__}: {' '.join(str(error).split())}"
-    return None
+    out: Path
+    rehearsal: bool
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def write(self) -> None:
+        """Write JSON and table."""
+        facts = {"rehearsal": self.rehearsal, "stages": self.stages}
+        for name, text in (("gpu.json", json.dumps(facts, indent=1) + "\n"), ("gpu.md", self.table())):
+            self.out.joinpath(name + ".part").write_text(text)
+            self.out.joinpath(name + ".part").replace(self.out / name)
 
-def fastest(copy: Callable[[], Any], bytes_moved: int) -> float:
-    """GB/s of the fastest of ten copies."""
-    import cupy
-
-    stream, taken = cupy.cuda.get_current_stream(), []
-    for _ in range(10):
-        stream.synchronize()
-        begun = time.perf_counter()
-        copy()
-        stream.synchronize()
-        taken.append(time.perf_counter() - begun)
-    return bytes_moved / min(taken) / 1e9
-
-
-def speeds() -> dict[str, float]:
-    """GB/s of copies from the host, from pageable and from pinned memory, and within the device (read and written)."""
-    import cupy
-
-    there, other = (cupy.zeros(COPIED, np.uint8) for _ in range(2))
-    pageable = np.ones(COPIED, np.uint8)
-    pinned = np.frombuffer(cupy.cuda.alloc_pinned_memory(COPIED), np.uint8, COPIED)
-    pinned[:] = 1
-    stream = cupy.cuda.get_current_stream()
-    return {
-        "pageable": fastest(lambda: there.data.copy_from_host(pageable.ctypes.data, COPIED), COPIED),
-        "pinned": fastest(lambda: there.data.copy_from_host_async(pinned.ctypes.data, COPIED, stream), COPIED),
-        "device": fastest(lambda: other.data.copy_from_device_async(there.data, COPIED, stream), 2 * COPIED),
-    }
+    def table(self) -> str:
+        """All figures as a table in Markdown."""
+        lines = [f"**{REHEARSAL}**", ""] if self.rehearsal else []
+        lines += ["| stage | what | figures |", "|---|---|---|"]
+        for name, stage in self.stages.items():
+            label = f"(rehearsal) {name}" if self.rehearsal else name
+            lines.append(f"| {label} | | {cell(stage['ended'])} |")
+            for row in stage["rows"]:
+                figures = "; ".join(f"{key} {number(value)}" for key, value in row.items() if key != "what")
+                lines.append(f"| {label} | {cell(row['what'])} | {cell(figures)} |")
+        return "\n".join(lines) + "\n"
 
 
-@contextmanager
-def watched() -> Iterator[list[int]]:
-    """The largest size of CuPy's pool so far, looked at every few milliseconds."""
-    import cupy
-
-    pool, peak, done = cupy.get_default_memory_pool(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            peak[0] = max(peak[0], pool.total_bytes())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
+def number(value: object) -> str:
+    """A figure with four digits, or as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def once(run: Path, out: Path, device: str, device_memory: int | None) -> dict[str, float]:
-    """Fit (the Gram pass) and predict, with nothing kept from before: seconds of each, and peak bytes of the pool."""
-    shutil.rmtree(run / "cache", ignore_errors=True)
-    shutil.rmtree(out, ignore_errors=True)
-    store, resources = open_store(run), Resources(device=device, device_memory=device_memory)
-    with watched() as peak:
-        begun = time.perf_counter()
-        fitted = fit(store, store.steps, Recipe(), "gram", resources, silent)
-        between = time.perf_counter()
-        predict(fitted, [Target(2 * store.steps[-1], out)], resources, silent)
-        ended = time.perf_counter()
-    return {"fit": between - begun, "predict": ended - between, "pool": float(peak[0])}
+def cell(text: str) -> str:
+    """Text that a table can hold."""
+    return " ".join(text.replace("|", "\\|").split())
 
 
-def measure(chosen: dict[str, Any], scratch: Path) -> dict[str, Any]:
-    """Make the data, convert it, and time every device: what --json writes."""
-    import cupy
-
-    sizes = chain(*((f"--{name}", str(chosen[name])) for name in ("layers", "hidden", "vocabulary", "steps")))
-    subprocess.run([sys.executable, BENCH / "simulate.py", scratch / "data", *sizes], check=True, stdout=sys.stderr)
-    request = Request(scratch / "run.zarr", scratch / "data" / "base", scratch / "data" / "steps", {}, None)
-    store = convert(prepare(request, Resources(device="cpu"), silent), silent).store
-    elements = sum(tensor.size for tensor in store.tensors)
-    shutil.rmtree(scratch / "data")
-    before = resident_bytes()
-    result: dict[str, Any] = {
-        "gpu": cupy.cuda.runtime.getDeviceProperties(0)["name"].decode(),
-        "cupy": cupy.__version__,
-        "cores": cores(),
-        "elements": elements,
-        "steps": len(store.steps),
-        "window, bytes": sum(tensor.size * tensor.kind.itemsize for tensor in store.tensors) * len(store.steps),
-        "copies, GB/s": speeds(),
-        "runs": {},
-    }
-    cupy.get_default_memory_pool().free_all_blocks()
-    for number in range(chosen["repetitions"] + 1):
-        for name, device, device_memory in DEVICES:
-            took = once(scratch / "run.zarr", scratch / name, device, device_memory)
-            print(f"  {name}: fit {took['fit']:.2f} s, predict {took['predict']:.2f} s", file=sys.stderr, flush=True)
-            if number:  # the first loads the kernels, and the store into the page cache
-                result["runs"].setdefault(name, []).append(took)
-    result["resident, bytes more"] = resident_bytes() - before  # plan.CUDA is an estimate of it, tiles apart
-    truth = scratch / "cpu" / "model.safetensors"
-    result["unlike"] = {n: round(differing(scratch / n / truth.name, truth) * elements) for n, *_ in DEVICES}
-    return result
+def python(code: str, variables: dict[str, str], *arguments: str) -> str:
+    """Run some lines of Python in the root of the tree; the last that it said if it failed, else nothing."""
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    return (done.stderr.strip().splitlines() or ["no word"])[-1] if done.returncode else ""
 
 
-def show(result: dict[str, Any]) -> None:
-    """Print the machine in a line, and the table as Markdown."""
-    copies, window = result["copies, GB/s"], result["window, bytes"]
-    print(
-        f"{result['gpu']}, CuPy {result['cupy']}, {result['cores']} cores; {result['elements']:,} elements, "
-        f"T = {result['steps']}; copies: " + ", ".join(f"{name} {speed:.1f} GB/s" for name, speed in copies.items())
-    )
-    print(
-        "\n| device | work | s | window, GB/s | of the CPU's | of PCIe | of device memory | pool, MB | unlike the CPU's |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    for name, runs in result["runs"].items():
-        for work in ("fit", "predict"):
-            seconds, cpu = (statistics.median(run[work] for run in some) for some in (runs, result["runs"]["cpu"]))
-            speed, pool = window / seconds / 1e9, max(run["pool"] for run in runs) / 1e6
-            shares = f"{speed / copies['pinned']:.1%} | {speed / copies['device']:.2%}" if name != "cpu" else "- | -"
-            unlike = f"{result['unlike'][name]:,}" if work == "predict" else ""
-            print(
-                f"| {name} | {work} | {seconds:.2f} | {speed:.2f} | {cpu / seconds:.2f} | {shares} | {pool:.0f} | {unlike} |"
-            )
+def prepare(scratch: Path, wheels: str | None, rehearse: bool) -> dict[str, str]:
+    """Install wheels, put the stand-in in CuPy's place, compile the loops; the environment for all processes."""
+    paths = [str(ROOT), str(scratch / "site"), os.environ.get("PYTHONPATH", "")]
+    if wheels:
+        files = sorted(Path(wheels).glob("*.whl"))
+        options = ["-q", "--no-index", "--no-deps", "--no-compile", "--disable-pip-version-check", "--target", paths[1]]
+        subprocess.run([sys.executable, "-m", "pip", "install", *options, *files], check=True, stdout=sys.stderr)
+    if rehearse:
+        (scratch / "stand-in").mkdir()
+        (scratch / "stand-in" / "cupy.py").write_text(STAND_IN)
+        paths.insert(0, str(scratch / "stand-in"))
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    if problem := python(WORKS, variables):
+        sys.exit(f"tools/bench/gpu.py needs CuPy and a GPU that works: {problem}")
+    if python(COMPILED, variables):
+        built = python(COMPILE, variables, "build_ext", "--inplace")
+        if problem := python(COMPILED, variables):
+            sys.exit(f"tools/bench/gpu.py needs the compiled loops: {built or problem}")
+    return variables
+
+
+def run(
+    name: str, seconds: float, arguments: list[str], variables: dict[str, str], log: IO[str], record: Record
+) -> None:
+    """Run one stage, and keep its figures as they come. What it still does when its time is over is ended."""
+    stage: dict[str, Any] = {"ended": "was under way", "rows": []}
+    record.stages[name], begun = stage, time.perf_counter()
+    record.write()
+    command = [sys.executable, str(BENCH / "gpu_stages.py"), name, *arguments]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=log, text=True, process_group=0
+    ) as process:
+        assert process.stdout is not None
+        late = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
+        late.start()
+        try:
+            for line in process.stdout:
+                if line.startswith('{"what"'):
+                    stage["rows"].append(json.loads(line))
+                    record.write()
+            code = process.wait()
+        finally:
+            ended_itself = late.is_alive()
+            late.cancel()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    took = time.perf_counter() - begun
+    how = "out of time" if not ended_itself else "right" if code == 0 else "wrong: see its last rows and the log"
+    stage |= {"ended": f"{how}, {took:.1f} s", "seconds": took, "code": code}
+    record.write()
+    print(f"{name}: {stage['ended']}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
-    """Test, measure, show, write; exit code 1 where there is no GPU, or a test or prediction is wrong."""
+    """Run all stages and print the table; exit code 1 if one did not end, a test failed, or a prediction is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, size in (("layers", 12), ("hidden", 1024), ("vocabulary", 17920), ("steps", 40), ("repetitions", 3)):
-        parser.add_argument(f"--{name}", type=int, default=size)
-    for name in ("--scratch", "--json"):
-        parser.add_argument(name)
-    chosen = vars(parser.parse_args())
-    if said := problem():
-        sys.exit(said)
-    tests = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu"], cwd=BENCH.parents[1], stdout=sys.stderr)
-    if tests.returncode:
-        sys.exit("the tests marked gpu failed")
-    with tempfile.TemporaryDirectory(prefix="relexio-gpu-", dir=chosen["scratch"]) as scratch:
-        result = measure(chosen, Path(scratch))
-    show(result)
-    if chosen["json"]:
-        Path(chosen["json"]).write_text(json.dumps(result, indent=1) + "\n")
-    if max(result["unlike"].values()) > ALLOWED * result["elements"]:
-        sys.exit("the predictions do not agree with the CPU's")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--wheels")
+    parser.add_argument("--scratch")
+    parser.add_argument("--rehearse", action="store_true")
+    chosen = parser.parse_args()
+    begun, sizes = time.perf_counter(), SMALL if chosen.rehearse else FULL
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a stage is ended too, and the data removed
+    with tempfile.TemporaryDirectory(prefix="relexio-gpu-", dir=chosen.scratch) as scratch:
+        variables = prepare(Path(scratch), chosen.wheels, chosen.rehearse)
+        chosen.out.mkdir(parents=True, exist_ok=True)
+        record = Record(chosen.out, chosen.rehearse)
+        with open(chosen.out / "gpu.log", "w") as log:
+            for name, seconds in STAGES.items():
+                left = min(seconds, TOTAL - (time.perf_counter() - begun))
+                run(
+                    name,
+                    86_400 if chosen.rehearse else max(left, 1.0),
+                    [scratch, json.dumps(sizes)],
+                    variables,
+                    log,
+                    record,
+                )
+    print(record.table(), end="")
+    if any(stage["code"] for stage in record.stages.values()):
+        sys.exit("not all stages ended right")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,15 @@ and what is saved is rounded. At the default speed about a quarter of the bf16 e
 
 import argparse
 import json
+import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from io import FileIO
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -86,31 +93,38 @@ def simulate(
 
 def _write_shard(paths: dict[int, Path], model: dict[str, tuple[int, ...]], dtype: str, speed: float) -> None:
     item, at = (4 if dtype == "f32" else 2), 0
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name, shape in model.items():
         end = at + item * int(np.prod(shape))
         header[name] = {"dtype": dtype.upper(), "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    open_files = {step: open(path, "wb") for step, path in paths.items()}  # noqa: SIM115  closed below
-    for file in open_files.values():
-        file.write(struct.pack("<Q", len(text)) + text)
-    for number, (name, shape) in enumerate(model.items()):
-        rng = np.random.default_rng(number)
-        still = name.endswith("norm.weight")
-        for first in range(0, int(np.prod(shape)), 1 << 20):
-            size = min(1 << 20, int(np.prod(shape)) - first)
-            weight = np.ones(size, "f4") if still else 0.02 * rng.standard_normal(size, "f4")
-            pull = speed * rng.standard_normal(size, "f4") * (not still)
-            last = 0
-            for step, file in open_files.items():
-                noise = rng.standard_normal(size, "f4")
-                weight += pull * np.float32(step - last) + np.float32(0.3 * (step - last) ** 0.5) * np.abs(pull) * noise
-                last = step
-                file.write(to_bits(weight, dtype).tobytes())
-    for file in open_files.values():
-        file.close()
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:
+        files = {step: stack.enter_context(open(path, "wb", buffering=0)) for step, path in paths.items()}
+        for file in files.values():
+            file.write(struct.pack("<Q", len(text)) + text)
+        places = (8 + len(text) + header[name]["data_offsets"][0] for name in model)
+        list(pool.map(partial(_write_tensor, files, dtype, speed), count(), model.items(), places))
+
+
+def _write_tensor(
+    files: dict[int, FileIO], dtype: str, speed: float, number: int, tensor: tuple[str, tuple[int, ...]], at: int
+) -> None:
+    name, shape = tensor
+    rng, still = np.random.default_rng(number), name.endswith("norm.weight")
+    for first in range(0, int(np.prod(shape)), 1 << 20):
+        size = min(1 << 20, int(np.prod(shape)) - first)
+        weight = np.ones(size, "f4") if still else 0.02 * rng.standard_normal(size, "f4")
+        pull = speed * rng.standard_normal(size, "f4") * (not still)
+        last = 0
+        for step, file in files.items():
+            noise = rng.standard_normal(size, "f4")
+            weight += pull * np.float32(step - last) + np.float32(0.3 * (step - last) ** 0.5) * np.abs(pull) * noise
+            last = step
+            bits = to_bits(weight, dtype)
+            os.pwrite(file.fileno(), bits.tobytes(), at)
+        at += bits.nbytes
 
 
 def main() -> None:
