@@ -16,7 +16,7 @@ _ROWS = 1 << 17  # elements of whole rows that are worked on at once; one row, i
 _LANES = (
     8  # sums of squares that torch adds up side by side (AVX2, and AVX-512: the norm has no kernel of its own there)
 )
-_EACH = 48  # bytes in which an element is made: bits, values and their copies, and what they are rounded in
+_EACH = 24  # bytes in which an element is made: bits, values and their copies, and what they are rounded in
 
 
 @dataclass(frozen=True)

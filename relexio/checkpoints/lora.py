@@ -125,7 +125,7 @@ class Merged(Wrapped):
 
         def fill(first: int, bits: np.ndarray) -> None:
             with ExitStack() as stack:
-                a, b = (stack.enter_context(self._adapter.held(factor, 0, 1)) for factor, _ in (product.a, product.b))
+                a, b = (stack.enter_context(self._factor(factor)) for factor, _ in (product.a, product.b))
                 if dora is not None:
                     dora.fill(bits, kind, first, read, (a, b, partial(self._adapter.read, dora.magnitude[0])))
                 else:
@@ -133,6 +133,9 @@ class Merged(Wrapped):
                     product.add_to(bits, kind, first, a, b)
 
         _by_element(first_byte, out, np.dtype(kind.bits), fill)
+
+    def _factor(self, name: str) -> AbstractContextManager[Read]:
+        return self._adapter.held(name, 0, tensor_bytes(*self._adapter.tensors[name]))
 
     @property
     def nbytes(self) -> int:
