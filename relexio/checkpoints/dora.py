@@ -13,9 +13,8 @@ from relexio.checkpoints.protocol import Read
 from relexio.dtypes import Kind, from_float32, kind_of, to_native
 
 _ROWS = 1 << 17  # elements of whole rows that are worked on at once; one row, if it has more
-_LANES = (
-    8  # sums of squares that torch adds up side by side (AVX2, and AVX-512: the norm has no kernel of its own there)
-)
+#: Sums of squares that torch adds up side by side, whether the processor has AVX2 or AVX-512.
+_LANES = 8
 _EACH = 24  # bytes in which an element is made: bits, values and their copies, and what they are rounded in
 
 
