@@ -19,6 +19,7 @@ from relexio.sweep.candidates import Request as SweepRequest
 from relexio.sweep.plan import prepare as prepare_sweep
 from relexio.sweep.run import sweep
 from relexio.verbs.convert import Request, convert, prepare
+from relexio.verbs.convert.before import refuse_base_among
 from relexio.verbs.inspect import sizes
 from relexio.verbs.restore import restore
 from relexio.verbs.verify import find_originals, verify
@@ -159,6 +160,26 @@ def test_tied_heads(tmp_path: Path, written_twice: bool) -> None:
         bad = {**with_head[2], "lm_head.weight": with_head[1]["lm_head.weight"]}
         with pytest.raises(CheckpointError, match=r"step 9 \(arrays\): its lm_head\.weight differs"):
             store_arrays(tmp_path / "run.zarr", None, {9: Arrays(9, bad)})
+
+
+def test_a_step_is_told_from_the_base_by_the_beginnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large tensor that training leaves as it is is not read to its end for that; a late difference is still seen."""
+    monkeypatch.setattr("relexio.verbs.convert.before._COMPARED", 64)
+    base = {"large": np.zeros(5000, "f4"), "small": np.zeros(100, "f4")}
+    reads: list[tuple[str, int]] = []
+
+    class Counted(Arrays):
+        def read(self, name: str, first_byte: int, out: memoryview) -> None:
+            reads.append((name, first_byte))
+            super().read(name, first_byte, out)
+
+    step = {**base, "small": np.eye(1, 100, 3, dtype="f4")[0]}
+    refuse_base_among([Counted(1, step)], Arrays(None, base))
+    assert reads == [("large", 0), ("small", 0)]
+    for name, size in (("large", 5000), ("small", 100)):
+        refuse_base_among([Arrays(1, {**base, name: np.eye(1, size, size - 1, dtype="f4")[0]})], Arrays(None, base))
+    with pytest.raises(CheckpointError, match=r"step 1 \(arrays\): is the base itself \(bit for bit\)"):
+        refuse_base_among([Arrays(1, base)], Arrays(None, base))
 
 
 def test_the_same_questions_are_asked(tmp_path: Path, run: Run, stored: Store) -> None:

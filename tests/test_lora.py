@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from relexio import loops
-from relexio.checkpoints import product
+from relexio.checkpoints import dora, product
 from relexio.checkpoints.product import Product
 from relexio.engine.resources import Resources
 from relexio.progress import silent
@@ -59,6 +59,7 @@ def test_any_split_of_a_read_gives_the_same_bits(case: str, small: bool, monkeyp
     if small:
         monkeypatch.setattr(product, "_STRIP", 24)
         monkeypatch.setattr(product, "_PART", 20)
+        monkeypatch.setattr(dora, "_ROWS", 50)
     checkpoint, rng = over(CORPUS / case, CORPUS / BASES[case]), np.random.default_rng(7)
     for name, array in merged(case).items():
         for _ in range(5):

@@ -48,7 +48,7 @@ REFUSED: dict[str, tuple[Spoil, list[str]]] = {
     **{
         name: (config(**{name: value}), [name, "merge_and_unload"])
         for name, value in {
-            "use_dora": True, "use_qalora": True, "use_bdlora": {"nblocks": 2}, "layer_replication": [[0, 1]],
+            "use_qalora": True, "use_bdlora": {"nblocks": 2}, "layer_replication": [[0, 1]],
             "target_parameters": ["experts.w"], "lora_bias": True, "trainable_token_indices": [1], "arrow_config": {"a": 1},
             "alora_invocation_tokens": [1], "ensure_weight_tying": True, "of_a_later_peft": 1,
         }.items()

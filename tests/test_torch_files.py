@@ -22,7 +22,7 @@ from relexio.checkpoints.pieces import Piece, tiled
 from relexio.checkpoints.protocol import Checkpoint
 from relexio.errors import CheckpointError, IncompleteError
 from relexio.store.opening import open_store
-from tests.support.command import Relexio, refused
+from tests.support.command import Relexio
 from tests.support.make import NAMES, Tensors, load_checkpoint, save_checkpoint
 from tests.support.torch_model import many_types, model
 
@@ -236,23 +236,6 @@ def test_a_run_of_shards_is_stored_as_the_same_safetensors_would_be(
     )
     assert (tmp_path / "back/config.json").read_text() == "{}\n"
     assert relexio("verify", tmp_path / "run.zarr", tmp_path / "run").code == 0
-
-
-def test_an_adapter_around_the_model_is_refused(made: Path, relexio: Relexio, tmp_path: Path) -> None:
-    """Names of a model under PEFT are put into a file; they have the lengths of others."""
-    path = made / "fsdp1-1/actor/model_world_size_1_rank_0.pt"
-    data = path.read_bytes()
-    old, new = b"model.layers.0.conv.weight", b"base_model.model.a.lora_A."
-    assert data.count(old) >= 1 and len(old) == len(new)
-    path.write_bytes(data.replace(old, new))
-    with pytest.raises(
-        CheckpointError,
-        match=r"a LoRA adapter around the model; take the adapter out of it: python -m verl.model_merger",
-    ):
-        open_checkpoint(path.parent)
-    base = save_checkpoint(tmp_path / "base", model())
-    shutil.copytree(path.parents[1], tmp_path / "run/global_step_1")
-    refused(relexio("convert", tmp_path / "run", "--base", base, "-o", tmp_path / "x.zarr"), "global_step_1", "LoRA")
 
 
 def test_nothing_of_torch_is_imported(made: Path) -> None:

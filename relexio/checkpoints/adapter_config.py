@@ -15,7 +15,7 @@ from relexio.errors import CheckpointError, IncompleteError
 CONFIG = "adapter_config.json"
 _MOST = 1 << 20  # bytes
 _WHOLE = r"(.*\.)?({})$"
-_SCALINGS = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"}
+_SCALINGS = {"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"}
 #: What chooses layers, or counts in training only, or where the keys above say all that it led to.
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules", "inference_mode",
@@ -29,7 +29,8 @@ _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """How strongly the adapter of each module counts; ``transposed``: the weights of its layers are stored [in, out]."""
+    """How strongly the adapter of each module counts. ``transposed``: the weights of its layers are stored [in, out];
+    ``dora``: each output has a magnitude."""
 
     r: int
     alpha: float
@@ -37,6 +38,7 @@ class LoraConfig:
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
     transposed: bool
+    dora: bool
 
     def rank(self, module: str) -> int:
         """The rank of a module's adapter."""
@@ -56,7 +58,7 @@ def _pattern(patterns: Mapping[str, Any], module: str) -> str:
 def read_config(directory: Path, step: int) -> LoraConfig:
     """Read the configuration of the adapter of a step, in a directory.
 
-    Raises IncompleteError if there is none yet, CheckpointError naming what makes of it another model than W + B A.
+    Raises IncompleteError if there is none yet, CheckpointError naming what makes of it another model than LoRA or DoRA do.
     """
     file = directory / CONFIG
     if not is_file(file):
@@ -73,8 +75,8 @@ def read_config(directory: Path, step: int) -> LoraConfig:
             f"of the unchanged base (peft: save_pretrained with path_initial_model_for_weight_conversion), or {merge}"
         )
     for name in sorted(value.keys() - _SCALINGS - _HARMLESS):
-        if value[name]:  # strict, since a key that is not known may mean any arithmetic: DoRA began as one
-            raise CheckpointError(f"{file}: {name[:40]} is set, and is not known to merge as plain LoRA does; {merge}")
+        if value[name]:  # strict, since a key that is not known may mean any arithmetic
+            raise CheckpointError(f"{file}: {name[:40]} is set, and is not known to merge as LoRA or DoRA do; {merge}")
     if value.get("lora_alpha") == 0:
         raise CheckpointError(f"{file}: lora_alpha is 0, as verl's merger writes it; set it to that of training")
     try:
@@ -96,7 +98,7 @@ def _checked(value: dict[str, Any]) -> LoraConfig:
         type(alpha) in (int, float) and isfinite(alpha) for alpha in (value.get("lora_alpha"), *alphas.values())
     ):
         raise ValueError("an alpha is not a number")
-    flags = [value.get(name) or False for name in ("use_rslora", "fan_in_fan_out")]
-    if not all(isinstance(flag, bool) for flag in flags):
-        raise ValueError("use_rslora and fan_in_fan_out are not true or false")
-    return LoraConfig(value["r"], value["lora_alpha"], flags[0], ranks, alphas, flags[1])
+    rslora, transposed, dora = (value.get(name) or False for name in ("use_rslora", "fan_in_fan_out", "use_dora"))
+    if not all(isinstance(flag, bool) for flag in (rslora, transposed, dora)):
+        raise ValueError("use_rslora, fan_in_fan_out and use_dora are not true or false")
+    return LoraConfig(value["r"], value["lora_alpha"], rslora, ranks, alphas, transposed, dora)

@@ -44,6 +44,25 @@ def peft_merger(adapter: Path, step: int | None) -> str:
     return f"merge it into its base: python -c {quote(code)}, and give {given}"
 
 
+def verl_lora_merger(actor: Path, step: int | None) -> str:
+    """verl's merger takes the adapter out of the shards in an actor's directory; PEFT merges it into BASE, the user's to fill in.
+
+    Of the settings verl's merger writes rank and alpha, and of the base what was saved: nothing, if the adapter alone was.
+    """
+    taken, merged = actor / "taken", actor / "taken" / "merged"
+    code = (
+        "from peft import PeftModel as P; from transformers import AutoModelForCausalLM as M; "
+        f"P.from_pretrained(M.from_pretrained('BASE', dtype='auto'), {str(taken / 'lora_adapter')!r}).merge_and_unload()"
+        f".save_pretrained({str(merged)!r})"
+    )
+    given = f"--base {_path(merged)}" if step is None else f"--checkpoint {quote(f'{step}={merged}')}"
+    config = _path(taken / "lora_adapter" / "adapter_config.json")
+    return (
+        f"merge it: {verl_merger('fsdp', actor, taken)}; if training had other settings than rank and alpha, write them into "
+        f"{config}; python -c {quote(code)}; and give {given}"
+    )
+
+
 def adapter_to_safetensors(adapter: Path) -> str:
     """An adapter's ``.bin`` as safetensors."""
     code = (

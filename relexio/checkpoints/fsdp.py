@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from shlex import quote
 
 from relexio.checkpoints.converters import MergeableError, verl_merger
 from relexio.checkpoints.dtensor import SHARD_NAMES, Local, local_of
 from relexio.checkpoints.files import File, inside, is_file, side_files
+from relexio.checkpoints.lora_state import is_around, open_state
 from relexio.checkpoints.pieces import Piece, Pieced, Where, piece_of, present, tiled
+from relexio.checkpoints.protocol import Checkpoint
 from relexio.checkpoints.torch_file import Contents, read_torch, state_dict
 from relexio.dtypes import BITS, Table
 from relexio.errors import CheckpointError, IncompleteError
@@ -30,7 +31,7 @@ def weight_files(path: Path) -> list[Path]:
     return [file for _, file in sorted(found) if is_file(file)]
 
 
-def open_directory(path: Path, step: int | None = None, top: Path | None = None) -> Pieced:
+def open_directory(path: Path, step: int | None = None, top: Path | None = None) -> Checkpoint:
     """Read what the files of the ranks say, and list the side files. Raises as ``layout.open_checkpoint``."""
     ranks = _ranks(path)
     read = [_read(path, *next(iter(ranks.items())))]
@@ -52,7 +53,8 @@ def open_directory(path: Path, step: int | None = None, top: Path | None = None)
     side = side_files(below, ()) if below.is_dir() and not below.is_symlink() else side_files(path, names)
     prefix = f"{_BESIDE}/" if below.is_dir() and not below.is_symlink() else ""
     where = Where(path, step, top, side, (*names, *(prefix + name for name in side)))
-    return Pieced(where, tuple(file for file, _ in read), tensors, pieces)
+    model = Pieced(where, tuple(file for file, _ in read), tensors, pieces)
+    return open_state(model, path) if is_around(tensors) else model
 
 
 def _ranks(path: Path) -> dict[int, Path]:
@@ -75,13 +77,6 @@ def _read(path: Path, rank: int, file: Path) -> tuple[File, Mapping[str, Local]]
         raise CheckpointError(f"{file}: {error}; merge the shards, and then this again: {merger}") from error
     except CheckpointError as error:
         raise type(error)(f"{file}: {error}") from error
-    lora = next((name for name in table if ".lora_" in name or name.startswith("base_model.model.")), None)
-    if lora is not None:
-        raise CheckpointError(
-            f"{file}: tensor {lora}: a LoRA adapter around the model; take the adapter out of it: "
-            f"{verl_merger('fsdp', path, path / 'taken')}, move {quote(str(path / 'taken' / 'lora_adapter'))} to "
-            f"{quote(str(path / 'lora_adapter'))}, and then this again"
-        )
     writers = {local.rank for local in table.values() if local.rank is not None}
     if writers - {rank}:
         raise CheckpointError(f"{file}: was written by rank {min(writers - {rank})}; give it the name that it had")

@@ -2,35 +2,29 @@
 
 That is what ``PeftModel.from_pretrained(base, directory).merge_and_unload()`` gives (peft 0.21, run in the tests): factors
 are float32, however they were saved; B A is float32, is scaled, and added to W in float32, and that is rounded to W's
-type. For an embedding the difference is rounded to W's type before it is added. What an adapter holds whole
-(modules_to_save, biases) takes the place of the base's tensor, in the base's type.
+type. For an embedding the difference is rounded to W's type before it is added. DoRA goes on from the sum (``dora``). What an
+adapter holds whole (modules_to_save, biases) takes the place of the base's tensor, in the base's type.
 """
 
-import re
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from relexio.bounded import loads
 from relexio.checkpoints.adapter_config import CONFIG, LoraConfig, read_config
 from relexio.checkpoints.converters import peft_merger
+from relexio.checkpoints.dora import Dora
 from relexio.checkpoints.files import ADAPTER, File, inside, is_file, left_out, side_files
 from relexio.checkpoints.header import Shard, read_shard
-from relexio.checkpoints.match import EMBEDDINGS, HEAD
-from relexio.checkpoints.product import SCRATCH, Product
+from relexio.checkpoints.lora_plan import Factors, Plan
+from relexio.checkpoints.product import SCRATCH
 from relexio.checkpoints.protocol import Checkpoint, Read, Wrapped
 from relexio.checkpoints.record import CheckpointRecord, NotStored
 from relexio.checkpoints.safetensors import HuggingFace
 from relexio.dtypes import Kind, from_float32, kind_of, tensor_bytes, to_native
 from relexio.errors import CheckpointError, MissingError
-
-_OUTER = "base_model.model."
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.weight)?")
-_LAYER = ".base_layer."
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -52,7 +46,7 @@ def open_directory(path: Path, step: int | None = None, top: Path | None = None)
     return Adapter(path, step, shard, config, side, top)
 
 
-class Adapter(HuggingFace):
+class Adapter(HuggingFace, Factors):
     """An adapter at a step. Its tensors are its own; ``over`` its base it is a model."""
 
     def __init__(
@@ -60,6 +54,7 @@ class Adapter(HuggingFace):
     ) -> None:
         super().__init__(path, step, (shard,), None, side, top)
         stat = (path / CONFIG).stat()
+        self.merger = peft_merger(path, step)
         self.config, self._made_of = config, (shard, File(path / CONFIG, stat.st_size, stat.st_mtime_ns))
 
     def over(self, base: Checkpoint) -> Checkpoint:
@@ -85,11 +80,12 @@ class Adapter(HuggingFace):
 class Merged(Wrapped):
     """The model that an adapter makes of its base. Nothing of it is held: each read makes what it is asked for."""
 
-    def __init__(self, adapter: Adapter, base: Checkpoint) -> None:
+    def __init__(self, adapter: Factors, base: Checkpoint) -> None:
         super().__init__(adapter, base.tensors)
         self._adapter, self._base = adapter, base
-        plan = _Plan(adapter, base)
+        plan = Plan(adapter, base)
         self._own, self._products = plan.own, plan.products
+        self._dora = {name: Dora(plan.products[name], magnitude) for name, magnitude in plan.magnitudes.items()}
 
     @contextmanager
     def held(self, name: str, first_byte: int, nbytes: int) -> Iterator[Read]:
@@ -97,9 +93,17 @@ class Merged(Wrapped):
         if name in self._own:
             weight: AbstractContextManager[Read] = self._held_own(name)
         else:
-            weight = self._base.held(name, first_byte, nbytes)
+            weight = self._base.held(name, *self._whole_rows(name, first_byte, nbytes))
         with weight as read:
             yield partial(self._merge, name, read) if name in self._products else read
+
+    def _whole_rows(self, name: str, first_byte: int, nbytes: int) -> tuple[int, int]:
+        """The first byte and the number of those that a read of these bytes takes from the base."""
+        if name not in self._dora or not nbytes:
+            return first_byte, nbytes
+        row = self.tensors[name][1][1] * kind_of(self.tensors[name][0]).itemsize
+        begin, end = first_byte // row, -(-(first_byte + nbytes) // row)
+        return begin * row, (end - begin) * row
 
     @contextmanager
     def _held_own(self, name: str) -> Iterator[Read]:
@@ -117,14 +121,21 @@ class Merged(Wrapped):
         _by_element(first_byte, out, np.dtype(wanted.bits), fill)
 
     def _merge(self, name: str, read: Read, first_byte: int, out: memoryview) -> None:
-        product, kind = self._products[name], kind_of(self.tensors[name][0])
+        product, dora, kind = self._products[name], self._dora.get(name), kind_of(self.tensors[name][0])
 
         def fill(first: int, bits: np.ndarray) -> None:
-            read(first * kind.itemsize, bits.data.cast("B"))
-            with self._adapter.held(product.a[0], 0, 1) as a, self._adapter.held(product.b[0], 0, 1) as b:
-                product.add_to(bits, kind, first, a, b)
+            with ExitStack() as stack:
+                a, b = (stack.enter_context(self._factor(factor)) for factor, _ in (product.a, product.b))
+                if dora is not None:
+                    dora.fill(bits, kind, first, read, (a, b, partial(self._adapter.read, dora.magnitude[0])))
+                else:
+                    read(first * kind.itemsize, bits.data.cast("B"))
+                    product.add_to(bits, kind, first, a, b)
 
         _by_element(first_byte, out, np.dtype(kind.bits), fill)
+
+    def _factor(self, name: str) -> AbstractContextManager[Read]:
+        return self._adapter.held(name, 0, tensor_bytes(*self._adapter.tensors[name]))
 
     @property
     def nbytes(self) -> int:
@@ -133,13 +144,14 @@ class Merged(Wrapped):
 
     @property
     def moved(self) -> Collection[str]:
-        """The tensors that the adapter changes."""
-        return self._own.keys() | self._products.keys()
+        """The tensors that the adapter changes; all, if what it is merged into was saved with it."""
+        return self._own.keys() | self._products.keys() if self._base.step is None else self.tensors.keys()
 
     @property
     def scratch(self) -> int:
         """Bytes in which a product is made, and what the base needs."""
-        return SCRATCH + self._base.scratch
+        rows = max((dora.scratch for dora in self._dora.values()), default=0)
+        return SCRATCH + rows + self._base.scratch
 
 
 def _by_element(first_byte: int, out: memoryview, dtype: np.dtype, fill: Callable[[int, np.ndarray], None]) -> None:
@@ -152,122 +164,3 @@ def _by_element(first_byte: int, out: memoryview, dtype: np.dtype, fill: Callabl
         bits = np.empty(-(-(first_byte + len(out)) // size) - first, dtype)
         fill(first, bits)
         out[:] = bits.data.cast("B")[skipped : skipped + len(out)]
-
-
-@dataclass
-class _Factors:
-    """The names of A and B of a module, as far as they were found."""
-
-    embedding: bool
-    names: dict[str, str]
-
-
-class _Plan:
-    """Which tensors of a base an adapter changes, and how: ``own`` has those that it holds whole, by the base's names."""
-
-    def __init__(self, adapter: Adapter, base: Checkpoint) -> None:
-        self._adapter, self._base, self._tied = adapter, base, _is_tied(base)
-        self.own: dict[str, str] = {}
-        self.products: dict[str, Product] = {}
-        factors: dict[str, _Factors] = {}
-        for name in adapter.tensors:
-            if not name.startswith(_OUTER):
-                raise self._refused(f"tensor {name}: its name does not begin with {_OUTER}; save it with peft")
-            if found := _FACTOR.fullmatch(name.removeprefix(_OUTER)):
-                of = factors.setdefault(found["module"], _Factors(bool(found["embedding"]), {}))
-                of.names[found["factor"]] = name
-            else:
-                self._take_whole(name, name.removeprefix(_OUTER).replace(_LAYER, "."))
-        for module, of in factors.items():
-            self.products[f"{module}.weight"] = self._product(module, of)
-        if not factors and not self.own:
-            raise self._refused("holds no tensor; save it with peft")
-        self._require_one_way()
-
-    @property
-    def _merge(self) -> str:
-        return peft_merger(self._adapter.path, self._adapter.step)
-
-    def _refused(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self._adapter.label}: {what}")
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor of the base that is to be changed. Raises CheckpointError where it cannot be."""
-        if self._tied and name in (HEAD, *EMBEDDINGS):
-            raise self._refused(
-                f"changes {name}, which is tied in {self._base.label}: head and embedding would not be the same "
-                f"after merging; untie the base (save it with a head of its own), and {self._merge}"
-            )
-        if name not in self._base.tensors:
-            raise self._refused(
-                f"changes {name}, which {self._base.label} lacks; is this the base that training began from, saved by transformers?"
-            )
-        dtype, shape = self._base.tensors[name]
-        if not kind_of(dtype).is_float:
-            raise self._refused(
-                f"changes {name}, which has type {dtype} in {self._base.label}; an adapter of a quantized base is not merged "
-                f"here: give the model that was quantized, with --base"
-            )
-        return shape
-
-    def _take_whole(self, own: str, name: str) -> None:
-        dtype, shape = self._adapter.tensors[own]
-        wanted = self._shape(name)
-        self._require_float(own, dtype)
-        if shape != wanted:
-            raise self._unlike(name, list(shape), wanted)
-        self.own[name] = own
-
-    def _require_float(self, name: str, dtype: str) -> None:
-        if not kind_of(dtype).is_float:
-            raise self._refused(f"tensor {name}: type {dtype}; save the adapter in fp32 or bf16")
-
-    def _unlike(self, name: str, found: object, wanted: tuple[int, ...]) -> CheckpointError:
-        return self._refused(
-            f"tensor {name}: the adapter is for shape {found}, in {self._base.label} {list(wanted)}; "
-            f"is this the base that training began from?"
-        )
-
-    def _product(self, module: str, of: _Factors) -> Product:
-        if of.names.keys() != {"A", "B"}:
-            raise self._refused(f"module {module}: has only one of lora_A and lora_B; save it again with peft")
-        shape, config = self._shape(f"{module}.weight"), self._adapter.config
-        (a_type, a), (b_type, b) = (self._adapter.tensors[of.names[factor]] for factor in "AB")
-        for name, dtype in ((of.names["A"], a_type), (of.names["B"], b_type)):
-            self._require_float(name, dtype)
-        if len(a) != 2 or len(b) != 2 or not a[0] == b[1] == config.rank(module):
-            raise self._refused(
-                f"module {module}: lora_A {list(a)} and lora_B {list(b)} are no factors of rank {config.rank(module)}, as "
-                f"{CONFIG} says; save it again with peft (with DeepSpeed ZeRO-3 or FSDP: gather the factors first)"
-            )
-        plain, turned = (b[0], a[1]), (a[1], b[0])
-        if shape not in (plain, turned) or (of.embedding and shape != turned):
-            raise self._unlike(f"{module}.weight", list(turned if of.embedding else plain), shape)
-        turn = of.embedding or (config.transposed if plain == turned else shape == turned)
-        factors = ((of.names["A"], a_type), (of.names["B"], b_type))
-        return Product(*factors, a[0], shape, turn, of.embedding, config.scaling(module))
-
-    def _require_one_way(self) -> None:
-        """Raise CheckpointError where only the configuration says how a square layer is stored, and other layers differ."""
-        layers = {name: product for name, product in self.products.items() if not product.embedding}
-        seen = {product.turned for product in layers.values() if product.shape[0] != product.shape[1]}
-        square = [name for name, product in layers.items() if product.shape[0] == product.shape[1]]
-        if square and seen - {self._adapter.config.transposed}:
-            raise self._refused(
-                f"tensor {square[0]}: whether it is stored transposed does not follow from {CONFIG}, whose fan_in_fan_out does not "
-                f"hold for all layers; {self._merge}"
-            )
-
-
-def _is_tied(base: Checkpoint) -> bool:
-    """Whether a base's head is its embedding: it lacks one, or its configuration says so."""
-    if HEAD not in base.tensors:
-        return True
-    config = base.side.get("config.json")
-    data = config.read_bytes() if isinstance(config, Path) else config or b"{}"
-    try:
-        value = loads(data)
-    except (ValueError, RecursionError):
-        return False
-    of_text = value.get("text_config") if isinstance(value, dict) else None
-    return any(isinstance(part, dict) and part.get("tie_word_embeddings") is True for part in (value, of_text))

@@ -31,6 +31,13 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "embeddings": ("llama-bf16", "float32", {"target_modules": ["embed_tokens", "lm_head", "v_proj"], "r": 4}),
     "bias": ("gpt2", "float32", {"target_modules": ["c_attn", "c_fc"], "bias": "all", "fan_in_fan_out": True, "r": 4}),
     "conv1d": ("gpt2", "float32", {"target_modules": ["c_attn", "c_proj", "c_fc"], "r": 4}),
+    "dora": ("llama-bf16", "float32", {"target_modules": LAYERS, "r": 4, "use_dora": True}),
+    "dora-bf16": ("llama-bf16", "bfloat16", {"target_modules": ["q_proj", "lm_head"], "r": 4, "use_dora": True}),
+    "dora-fp32": (
+        "llama-f32", "float32",
+        {"target_modules": LAYERS, "r": 3, "use_dora": True, "use_rslora": True, "rank_pattern": {"q_proj": 5}},
+    ),
+    "dora-f16": ("llama-f16", "float32", {"target_modules": "all-linear", "r": 3, "use_dora": True}),
 }  # fmt: skip
 
 
@@ -53,7 +60,9 @@ def make_adapter(base: Path, out: Path, factors: str, seed: int, given: dict[str
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     model = peft.get_peft_model(model, peft.LoraConfig(**given))
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if "magnitude" in name:
+            parameter.data = (parameter * (1 + 0.1 * torch.randn(parameter.shape))).to(getattr(torch, factors))
+        elif "lora_" in name:
             parameter.data = (0.2 * torch.randn(parameter.shape)).to(getattr(torch, factors))
         elif parameter.requires_grad:
             parameter.data += (0.1 * torch.randn(parameter.shape)).to(parameter.dtype)
@@ -71,7 +80,8 @@ def merge(base: Path, adapter: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    shutil.rmtree(HERE, ignore_errors=True)
+    for directory in (path for path in HERE.iterdir() if path.is_dir()):
+        shutil.rmtree(directory)
     for seed, (name, (kind, factors, given)) in enumerate(CASES.items()):
         base, out = HERE / kind, HERE / name
         if not base.exists():

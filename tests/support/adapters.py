@@ -19,6 +19,7 @@ CORPUS = Path(__file__).parents[1] / "adapters"
 BASES = {
     "plain": "llama-bf16", "bf16": "llama-bf16", "fp32": "llama-f32", "f16": "llama-f16", "patterns": "llama-bf16",
     "whole": "llama-bf16", "embeddings": "llama-bf16", "bias": "gpt2", "conv1d": "gpt2",
+    "dora": "llama-bf16", "dora-bf16": "llama-bf16", "dora-fp32": "llama-f32", "dora-f16": "llama-f16",
 }  # fmt: skip
 #: Steps of a run over one base.
 RUN = {1: "plain", 2: "bf16", 5: "patterns", 9: "whole"}

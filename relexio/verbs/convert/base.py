@@ -76,10 +76,10 @@ class StoredBase(Checkpoint):
 
     @property
     def scratch(self) -> int:
-        """A block, and once more while it is decoded; for a step, with chunks of moves."""
+        """A block, the one before it where a row begins in that, and once more while it is decoded; for a step, with moves."""
         itemsize = max((block.kind.itemsize for block in self._store.blocks), default=1)
         chunks = 0 if self._of is None else (len(self._store.segments) + 3) * MOVES_CHUNK * (1 + itemsize)
-        return chunks + 2 * max((block.size * block.kind.itemsize for block in self._store.blocks), default=0)
+        return chunks + 3 * max((block.size * block.kind.itemsize for block in self._store.blocks), default=0)
 
 
 class _Side(Mapping[str, bytes]):
