@@ -3,8 +3,9 @@
 usage: python tools/bench/paper.py SCRATCH [--model 1.5B] [--steps 75] [--json FILE]
 
 Each step is made (tools/bench/grow.py), read by `cat`, added by `relexio convert`, and removed when the next one is added; then
-step 500 is predicted, a second target, and the trajectory is judged, verified, and one step restored and compared. Every command has --memory 1GB. When
-run again it goes on where it stopped. SCRATCH keeps base, master weights, trajectory and the last step: 15 GB for 1.5B, and 3 GB more while it runs.
+step 500 is predicted, a second target, and the trajectory is judged, verified, and one step restored and compared. Every command
+has --memory 1GB. When run again it goes on where it stopped. SCRATCH keeps base, master weights, trajectory and the last step:
+15 GB for 1.5B, and 3 GB more while it runs.
 """
 
 import argparse
@@ -92,19 +93,15 @@ def size(path: Path) -> int:
 def show(data: Data) -> None:
     """Print the tables."""
     model = shapes(data.model)
-    parameters, steps = sum(map(math.prod, model.values())), data.steps
+    parameters, steps, count = sum(map(math.prod, model.values())), data.steps, len(data.took["append"])
     store = data.scratch / "run.zarr"
     print(
         f"{data.model}: {parameters:,} parameters, {steps} steps, {parameters * 2 * steps / 1e9:.0f} GB of checkpoints\n"
     )
     print("| an append | median | least | most | / reading base and step, median |\n|---|---|---|---|---|")
     seconds = [[run["seconds"] for run in data.took[name]] for name in ("append", "read")]
-    tenth = max(steps // 5, 1)
-    for name, first, last in (
-        ("all", 0, steps),
-        ("the first fifth", 0, tenth),
-        ("the last fifth", steps - tenth, steps),
-    ):
+    some = max(count // 5, 1)
+    for name, first, last in (("all", 0, count), ("the first fifth", 0, some), ("the last fifth", count - some, count)):
         part, read = (times[first:last] for times in seconds)
         ratio = statistics.median(a / b for a, b in zip(part, read, strict=True))
         print(f"| {name} | {statistics.median(part):.1f} s | {min(part):.1f} s | {max(part):.1f} s | {ratio:.2f} |")
