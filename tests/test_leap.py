@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from relexio import atomic
-from relexio.errors import EvaluationError, RequestError, TrainingError
+from relexio.errors import EvaluationError, MissingError, RequestError, TrainingError
 from relexio.methods import Recipe
 from relexio.progress import silent
 from relexio.store.opening import open_store
@@ -29,6 +29,7 @@ from tests.support.trainer import OPTIMUM, score
 SMALL = {"model.embed_tokens.weight": (9, 7), "model.norm.weight": (12,)}
 TRAINER = f"{shlex.quote(sys.executable)} {Path(__file__).parent}/support/trainer.py"
 TRAIN, SCORE = f"{TRAINER} train {{base}} {{out}} {{steps}} 0.02", f"{TRAINER} score {{checkpoint}}"
+LOSS = f'{SCORE} | sed \'s/-//; s/.*/{{"loss": &, "n": 3}}/\''
 #: The score of a step, whatever its weights: best at 30.
 NEAR_30 = "echo $((0 - ({step} - 30) * ({step} - 30))) {checkpoint} | cut -d ' ' -f 1"
 
@@ -68,7 +69,11 @@ def test_it_goes_on_from_the_best_of_the_line(run: Run, tmp_path: Path, relexio:
     table = json.loads((out / "leap.json").read_text())
     assert table["base_score"] == score(run.base_path) and [one["last"] for one in table["rounds"]] == [4, 4]
     model = Files(out).model(2)
-    assert table["tests"] == [score(run.base_path), score(model)] and score(model) == table["rounds"][-1]["score"]
+    assert (
+        table["test"] == SCORE
+        and table["tests"] == [score(run.base_path), score(model)]
+        and score(model) == table["rounds"][-1]["score"]
+    )
     second = table["rounds"][1]
     assert second["taken"] and second["best_score"] > second["trained_score"] > table["rounds"][0]["score"]
     store = open_store(out / "round-2" / "run.zarr")
@@ -90,7 +95,8 @@ def test_it_goes_on_from_the_best_of_the_line(run: Run, tmp_path: Path, relexio:
     left = sorted(path.name for path in (out / "round-1").iterdir())
     assert left == ["run.zarr", "sweep", "train.log", "trained.json"] and not (out / "round-2" / "steps").exists()
     more = leapt(relexio, run, out, "--segments", 2, "--test", SCORE)
-    assert more.out == done.out and more.err == "note: 2 of 2 rounds are done already\n"
+    assert more.err == "note: 2 rounds of 2 done already\n"
+    assert more.out.replace("--segments 4", "") == done.out.replace("--segments 4", "")
 
 
 def test_it_goes_on_from_training_where_nothing_is_better(run: Run, tmp_path: Path, relexio: Relexio) -> None:
@@ -178,6 +184,92 @@ def test_broken_commands_are_told_in_the_first_round(run: Run, tmp_path: Path, r
     assert not (tmp_path / "c").exists()
 
 
+def test_next_command_repeats_all_that_was_asked(run: Run, tmp_path: Path, relexio: Relexio) -> None:
+    """As it is printed, with a round more."""
+    asked = (
+        "--lower-is-better",
+        "--metric",
+        "loss",
+        "--timeout",
+        60,
+        "--method",
+        "secant",
+        "--test",
+        LOSS,
+        "--eval",
+        LOSS,
+    )
+    done = leapt(relexio, run, tmp_path / "leap", "--segments", 1, *asked)
+    assert done.code == 0, done.err
+    more = relexio(*shlex.split(done.out.splitlines()[-1])[1:])
+    assert more.code == 0 and "round 2 of 2" in more.err, more.err
+    table = json.loads((tmp_path / "leap" / "leap.json").read_text())
+    assert [one["method"] for one in table["rounds"]] == ["secant"] * 2 and table["lower_is_better"]
+    assert table["rounds"][1]["score"] < table["rounds"][0]["score"] < table["base_score"]
+    five = ("--test", """echo '{"loss": 5}'; : {checkpoint}""")
+    other = leapt(relexio, run, tmp_path / "leap", "--segments", 2, *asked, *five)
+    assert other.code == 0 and "base 5, last model 5" in other.out, "another test is run"
+
+
+def test_the_base_is_another_before_a_round_ended(run: Run, tmp_path: Path) -> None:
+    """What was trained from the first base is not stored on the second."""
+    request = Request(run.base_path, copying(run), NEAR_30, tmp_path / "leap", steps=10, rounds=1)
+    broken = replace(request, command=f"[ {{step}} = 0 ] && {NEAR_30}")
+    with pytest.raises(EvaluationError, match="--eval fails on step 10"):
+        leap(broken, CPU, silent, Silent(), pytest.fail)
+    other = run.steps_path / "global_step_40"
+    leap(replace(request, base=other), CPU, silent, Silent(), pytest.fail)
+    store = open_store(Files(request.out).store(1))
+    assert Path(store.base().source) == other
+
+
+@pytest.mark.parametrize("left", ["cut", "nan", "base"])
+def test_training_that_left_nothing_usable_is_done_again(run: Run, tmp_path: Path, left: str) -> None:
+    """A last checkpoint that is cut off, one that is not a number, the base itself: told, and trained anew."""
+    broken = shutil.copytree(run.steps_path / "global_step_20", tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    if left == "cut":
+        weights.write_bytes(weights.read_bytes()[:-8])
+    elif left == "nan":
+        weights.write_bytes(weights.read_bytes()[:-8] + np.full(2, np.nan, "<f4").tobytes())
+    else:
+        shutil.copy(run.base_path / "model.safetensors", weights)
+    train = f"{copying(run)} && cp -r {shlex.quote(str(broken))} {{out}}/checkpoint-11"
+    request = Request(run.base_path, train, NEAR_30, tmp_path / "leap", steps=10, rounds=1)
+    if left == "base":
+        notes: list[str] = []
+        assert leap(request, CPU, silent, Silent(), notes.append).rounds[0].last == 10
+        assert notes == ["step 11 is the model that it began from, bit for bit, and left out"]
+        return
+    with pytest.raises(TrainingError, match="left nothing to go on from in round 1"):
+        leap(request, CPU, silent, Silent(), pytest.fail)
+    mended = replace(request, train=copying(run))
+    assert leap(mended, CPU, silent, Silent(), pytest.fail).rounds[0].taken
+
+
+def test_a_model_that_has_gone_is_made_again_by_the_command_that_is_named(
+    run: Run, tmp_path: Path, relexio: Relexio
+) -> None:
+    out = tmp_path / "leap"
+    request = Request(run.base_path, copying(run), NEAR_30, out, steps=10, rounds=1)
+    leap(request, CPU, silent, Silent(), pytest.fail)
+    wanted = snapshot(Files(out).model(1))
+    shutil.rmtree(Files(out).model(1))
+    with pytest.raises(MissingError, match="make it again: relexio predict") as error:
+        leap(replace(request, rounds=2), CPU, silent, Silent(), pytest.fail)
+    assert relexio(*shlex.split(str(error.value).partition("again: ")[2])[1:]).code == 0
+    assert snapshot(Files(out).model(1)) == wanted
+
+
+def test_one_failed_evaluation_is_tried_once_more(run: Run, tmp_path: Path) -> None:
+    """The first candidate fails the first time."""
+    flag = shlex.quote(str(tmp_path / "once"))
+    once = f"[ {{step}} != 15 ] || [ -e {flag} ] || {{ touch {flag}; exit 1; }}"
+    request = Request(run.base_path, copying(run), f"{once}; {NEAR_30}", tmp_path / "leap", steps=10, rounds=1)
+    (only,) = leap(request, CPU, silent, Silent(), pytest.fail).rounds
+    assert only.failed == 0 and only.step is not None and 25 <= only.step <= 35
+
+
 @pytest.mark.parametrize("field", ["--train", "--eval"])
 def test_a_command_without_its_fields_is_refused(run: Run, tmp_path: Path, field: str) -> None:
     commands = {"--train": copying(run), "--eval": NEAR_30, field: "true"}
@@ -214,9 +306,9 @@ def test_training_is_begun_anew_where_it_was_cut_off(run: Run, tmp_path: Path) -
 
 
 def test_the_table_reads_what_it_wrote_and_nothing_else() -> None:
-    taken = Round("secant", "train", 10, 0.5, 30, 0.7, None, True, 5, 1.5, 2.0, 4.0)
+    taken = Round("secant", "train", 10, 10, 0.5, 30, 0.7, None, True, 5, 0, 1.5, 2.0, 4.0)
     not_taken = replace(taken, trained_score=0.6, step=None, best_score=None, taken=False)
-    table = Leap(Setting("/base", "eval", None, False), 0.4, (taken, not_taken), (0.3, 0.6))
+    table = Leap(Setting("/base", "eval", None, False), 0.4, (taken, not_taken), "test", (0.3, 0.6))
     assert parse(json.dumps(table.to_json()).encode(), "leap.json") == table
     assert table.far == 2.0 and table.score == 0.6 and table.trained == 20
     changes: tuple[dict[str, object], ...] = (

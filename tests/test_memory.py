@@ -129,3 +129,22 @@ def test_a_run_that_is_followed(tmp_path: Path) -> None:
     peaks = [int(found[1]) * 1024 for line in lines if (found := re.match(r"PEAK (\d+)", line))]
     assert peaks[0] <= 192_000_000, f"{peaks[0] / 1e6:.0f} MB"
     assert not [*(tmp_path / "run").glob("*/*.safetensors")]
+
+
+def test_free_pages_of_a_heap_with_holes_are_given_back() -> None:
+    """Small results between tiles that are gone, as those of blocks are, do not keep the memory of the tiles."""
+    program = """
+import numpy as np
+from relexio.engine.process import keep_within, resident_bytes, use_one_heap
+use_one_heap()
+before = resident_bytes()
+tiles = [np.ones(1 << 20 if number % 2 else 2000, np.uint8) for number in range(200)]
+small = tiles[::2]
+del tiles
+full = resident_bytes()
+keep_within(full)
+assert resident_bytes() > before + 50_000_000, (before, full)
+keep_within(before)
+assert resident_bytes() < before + 10_000_000, (before, full, resident_bytes())
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -67,7 +67,7 @@ def leap(resources: Resources, base: str, out: str, **asked: Any) -> Result:
     request = Request(local(base), out=local(out), **asked)
     known = load(request)
     if known is not None:
-        note(f"{len(known.rounds)} of {request.rounds} rounds are done already")
+        note(f"{len(known.rounds)} round{'s' * (len(known.rounds) != 1)} of {request.rounds} done already")
     found = verb(request, resources, stages, _Told(request), note)
     page = write_page(list(found.rows()), found.setting.lower_is_better, request.out / "leap.html", resources)
     facts = {**found.to_json(), "out": str(request.out), "model": str(Files(request.out).model(len(found.rounds)))}
@@ -96,7 +96,7 @@ class _Told:
             return
         last = found.rounds[-1]
         how = f"a leap of {last.leap:.3g} times, to {number(last.score)}" if last.taken else "no leap was better"
-        took = f"{seconds(last.seconds)}, of which training {seconds(last.train_seconds)}"
+        took = f"{seconds(last.seconds)}: training {seconds(last.train_seconds)}, evaluating {seconds(last.evaluate_seconds)}"
         self._say(f"round {len(found.rounds)}: trained to {number(last.trained_score)}, {how}; {took}")
 
     def _say(self, text: str) -> None:
@@ -106,9 +106,11 @@ class _Told:
 
 def _show(request: Request, found: Leap, page: str) -> None:
     gain = found.base_score - found.score if found.setting.lower_is_better else found.score - found.base_score
+    better = f"{abs(gain):.4g} {'better' if gain >= 0 else 'worse'} than the base"
+    taken = sum(one.taken for one in found.rounds)
     rows = [
-        ("score", f"{number(found.score)} after {found.trained} trained steps ({gain:+.4g} over the base)"),
-        ("leaps", f"{sum(one.taken for one in found.rounds)} of {len(found.rounds)} rounds"),
+        ("score", f"{number(found.score)} after {found.trained} trained steps, {better}"),
+        ("leaps", f"taken in {taken} of {len(found.rounds)} round{'s' * (len(found.rounds) > 1)}{_failed(found)}"),
     ]
     if found.far > 1:
         rows.append(("", _amounts_to(found)))
@@ -131,10 +133,19 @@ def _amounts_to(found: Leap) -> str:
     )
 
 
+def _failed(found: Leap) -> str:
+    failed = sum(one.failed for one in found.rounds)
+    return f"; {failed} evaluation{'s' * (failed > 1)} failed" if failed else ""
+
+
 def _next(request: Request, found: Leap) -> tuple[str, ...]:
-    """The command for more of it."""
-    given = {
-        "--base": str(request.base), "--train": request.train, "--eval": request.command, "--segment": request.steps,
-        "--segments": request.rounds + 6, "-o": str(request.out),
-    }  # fmt: skip
-    return (" ".join(["relexio leap", *(f"{option} {quote(str(value))}" for option, value in given.items())]),)
+    """The command for more of it, with all that was asked for."""
+    context, words = click.get_current_context(), ["relexio leap"]
+    for option in context.command.params:
+        value = context.params.get(option.name or "")
+        if option.name == "rounds":
+            value = len(found.rounds) + request.rounds
+        elif not options.is_given(option.name or ""):
+            continue
+        words.append(option.opts[-1] if value is True else f"{option.opts[-1]} {quote(str(value))}")
+    return (" ".join(words),)

@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from relexio.engine.device import limited, own_stream
 from relexio.engine.plan import Plan
+from relexio.engine.process import keep_within
 
 #: Takes the bytes of each finished task, in the thread that asked for the pass.
 Progress = Callable[[int], None]
@@ -72,7 +73,11 @@ class Executor:
         With ``keep`` a result is handed over as soon as it is ready, and not held.
         """
         results: list[Any] = []
-        with self.limits(), _Reporter(nodes.sizes, progress), _pool(self.plan.workers, self.device) as pool:
+        with (
+            self.limits(),
+            _Reporter(nodes.sizes, progress, self.plan.projected),
+            _pool(self.plan.workers, self.device) as pool,
+        ):
             for batch in batches(nodes, tasks):
                 if keep is not None:
                     batch = [
@@ -119,9 +124,10 @@ def _pool(workers: int, device: str) -> Iterator[ThreadPoolExecutor]:
 
 
 class _Reporter(Callback):
-    def __init__(self, sizes: dict[str, int], progress: Progress) -> None:
+    def __init__(self, sizes: dict[str, int], progress: Progress, projected: int) -> None:
         def report(key: str, *_: Any) -> None:
             if key in sizes:
                 progress(sizes[key])
+                keep_within(projected)
 
         super().__init__(posttask=report)

@@ -34,6 +34,18 @@ def use_one_heap() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
 
 
+def keep_within(limit: int) -> None:
+    """If this process is larger than ``limit`` bytes, give the system back those pages of its heap that are free.
+
+    Where blocks leave small results between tiles of many sizes, tiles that are a little larger than the holes go on top of
+    the heap, again and again: merging 1,473 blocks took 1.5 GB, of which 20 MB were in use.
+    """
+    if resident_bytes() > limit:
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):  # the GNU C library
+            libc.malloc_trim(0)
+
+
 def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -9,7 +9,7 @@ def curve(leap: Leap) -> list[str]:
     rows = [(0, leap.base_score, leap.base_score, "")]
     trained = 0
     for one in leap.rounds:
-        trained += one.last
+        trained += one.steps
         rows.append((trained, one.trained_score, one.score, f"{one.leap:.3g}x" if one.taken else ""))
     scores = [score for _, first, second, _ in rows for score in (first, second)]
     steps = max(7, len(str(trained)))

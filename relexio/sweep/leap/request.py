@@ -4,12 +4,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 
 from relexio import atomic
 from relexio.errors import ExistsError, RequestError
 from relexio.methods import METHODS
 from relexio.sweep import candidates
 from relexio.sweep.candidates import require_field
+
+_STEPS = "steps-"
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,11 @@ class Files:
         return self.top / f"round-{number}"
 
     def steps(self, number: int) -> Path:
-        """What the training command writes; a path for each round, or a cache could mix them up."""
-        return self.round(number).absolute() / "steps"
+        """A new directory for the training command: another for each try, which one that lives on cannot write to."""
+        return self.round(number).absolute() / f"{_STEPS}{token_hex(3)}"
 
     def trained(self, number: int) -> Path:
-        """Says that the training command of a round has ended well, and what it took."""
+        """Says that the training command of a round has ended well, where it wrote, and what it took."""
         return self.round(number) / "trained.json"
 
     def store(self, number: int) -> Path:
@@ -113,7 +116,21 @@ class Files:
     def tidy(self, done: int) -> None:
         """Remove what no round to come needs: trained steps that are stored, losers, and the models before the last."""
         for number in range(1, done + 1):
-            atomic.remove_tree(self.steps(number))
+            self.drop_steps(number)
             atomic.remove_tree(self.sweep(number) / "best")
             if number < done:
                 atomic.remove_tree(self.model(number))
+
+    def drop_steps(self, number: int) -> None:
+        """Remove what training commands have written in a round."""
+        for path in self.round(number).glob(f"{_STEPS}*"):
+            atomic.remove_tree(path)
+
+    def begin(self, number: int) -> None:
+        """Remove all that a round has left, and nothing else."""
+        self.drop_steps(number)
+        self.trained(number).unlink(missing_ok=True)
+        for path in (self.store(number), self.sweep(number), self.model(number)):
+            atomic.remove_tree(path)
+            atomic.remove_tree(atomic.staging(path))
+        self.round(number).mkdir(exist_ok=True)

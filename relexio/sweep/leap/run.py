@@ -4,24 +4,28 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Protocol
 
 from relexio import atomic
-from relexio.bounded import loads
+from relexio.checkpoints.layout import choose, open_checkpoint, open_step
+from relexio.checkpoints.protocol import Checkpoint
 from relexio.engine.resources import Resources
-from relexio.errors import CheckpointError, EvaluationError, MissingError, RequestError, TrainingError
+from relexio.errors import BaseItselfError, CheckpointError, EvaluationError, MissingError, RequestError, TrainingError
 from relexio.progress import Stages
 from relexio.store.store import Store
-from relexio.sweep.candidates import Candidate, filled
-from relexio.sweep.command import run as run_command
-from relexio.sweep.evaluate import evaluate, how_it_ended
+from relexio.sweep.candidates import Candidate
+from relexio.sweep.evaluate import evaluate
 from relexio.sweep.leap.request import Files, Request
 from relexio.sweep.leap.table import Leap, Round, Setting, parse
+from relexio.sweep.leap.train import Trained, last_line, train
 from relexio.sweep.plan import SweepPlan, prepare
 from relexio.sweep.run import Watch, sweep, write_observed
 from relexio.sweep.table import Sweep
 from relexio.verbs import convert
+from relexio.verbs.convert.request import existing_store
 from relexio.words import without_secrets
 
 
@@ -65,21 +69,38 @@ def leap(request: Request, resources: Resources, stages: Stages, events: Events,
         work = _Work(request, files, resources, stages, events, note)
         table = load(request)
         if table is None:
+            open_checkpoint(request.base)
             table = Leap(_setting(request), work.score(request.base, "base"))
             events.ended(table)
         _save(files, table)
         files.tidy(len(table.rounds))
+        _require_model(files, table)
         while len(table.rounds) < request.rounds:
-            table = replace(table, rounds=(*table.rounds, work.round(table)), tests=None)
+            table = replace(table, rounds=(*table.rounds, work.round(table)), test=None, tests=None)
             _save(files, table)
             files.tidy(len(table.rounds))
             events.ended(table)
-        if request.test is not None and table.tests is None and table.rounds:
+        asked = None if request.test is None else without_secrets(request.test)
+        if request.test is not None and table.test != asked:
             last = files.model(len(table.rounds))
             tests = (work.score(request.base, "test-base", request.test), work.score(last, "test", request.test))
-            table = replace(table, tests=tests)
+            table = replace(table, test=asked, tests=tests)
             _save(files, table)
     return table
+
+
+def _require_model(files: Files, table: Leap) -> None:
+    """Raise MissingError where the model that the last round ended with has gone, with the command that makes it again."""
+    number = len(table.rounds)
+    if not number or (model := files.model(number)).exists():
+        return
+    last, store = table.rounds[-1], quote(str(files.store(number)))
+    what = (
+        f"predict {store} --method {last.method} --step {last.step}"
+        if last.taken
+        else f"restore {store} --step {last.last}"
+    )
+    raise MissingError(f"{model}: has gone; make it again: relexio {what} -o {quote(str(model))}")
 
 
 def _setting(request: Request) -> Setting:
@@ -111,85 +132,78 @@ class _Work:
         asked = self.request.sweep((self.request.steps,), self.files.top, command)
         found = evaluate(Candidate(), checkpoint, asked, log)
         if found.score is None:
-            option, tail = "--eval" if command is None else "--test", _last_line(found.tail)
+            option, tail = "--eval" if command is None else "--test", last_line(found.tail)
             raise EvaluationError(f"{option} fails on {checkpoint}: {found.failed}{tail} (see {log}); mend the command")
         return found.score
 
     def round(self, table: Leap) -> Round:
         """The next round."""
         number, begun = len(table.rounds) + 1, time.monotonic()
-        model = self.request.base if number == 1 else self.files.model(number - 1)
-        train_seconds = self.train(number, model)
-        store = self.stored(number, model)
+        model, out = self.files.model(number - 1) if table.rounds else self.request.base, self.files.model(number)
+        trained = train(
+            self.request, self.files, number, model, partial(self.events.training, number, model), self.note
+        )
+        store = self.stored(number, model, trained)
+        atomic.remove_tree(out)  # of a round that was interrupted
         found = self.search(number, store)
+        if any(result.score is None for result in found.results):  # once more, before a round is decided by it
+            found = self.search(number, store)
         last, best = found.last_observed, found.best
-        if last is None or last.score is None:  # it failed before, and was not tried again
-            raise EvaluationError(f"--eval gave step {store.steps[-1]} of round {number} no score; run the same again")
-        gain = None if best is None else found.gain(best)
-        error = None if best is None else found.error(best)
-        taken = gain is not None and gain > (error or 0.0)
-        if not (out := self.files.model(number)).exists():
-            if taken:
-                (self.files.sweep(number) / "best").rename(out)
-                atomic.sync(out.parent)
-            else:
-                write_observed(store, store.steps[-1], out, self.resources, self.stages)
+        if last is None or last.score is None or best is None or best.score is None:
+            raise EvaluationError(
+                f"--eval failed on all that it was to choose from in round {number} (see {self.files.sweep(number) / 'logs'}); "
+                f"mend the command, and run the same again: nothing is trained anew"
+            )
+        gain, errors = found.gain(best), [found.error(result) or 0.0 for result in (best, last)]
+        taken = gain is not None and gain > max(errors)
+        if taken:
+            (self.files.sweep(number) / "best").rename(out)
+            atomic.sync(out.parent)
+        else:
+            write_observed(store, store.steps[-1], out, self.resources, self.stages)
         evaluated = sum(result.seconds for result in found.results)
-        took = max(time.monotonic() - begun, train_seconds + evaluated)  # some of it maybe before an interruption
+        took = max(time.monotonic() - begun, trained.seconds + evaluated)  # some of it maybe before an interruption
+        scored = len(found.find(lambda _: True))
         return Round(
-            self.request.method, without_secrets(self.request.train),
-            store.steps[-1], last.score, best.candidate.at if best else None, best.score if best else None, error, taken,
-            len(found.results), train_seconds, round(evaluated, 3), round(took, 3),
+            best.candidate.method, trained.train, trained.steps, store.steps[-1], last.score, best.candidate.at, best.score,
+            found.error(best), taken, scored, len(found.results) - scored, trained.seconds, round(evaluated, 3), round(took, 3),
         )  # fmt: skip
 
-    def train(self, number: int, model: Path) -> float:
-        """Run the training command, unless it has ended well before; the seconds that it took. Raises TrainingError."""
-        done, steps = self.files.trained(number), self.files.steps(number)
-        if done.is_file():
-            return float(loads(done.read_bytes())["seconds"])
-        atomic.remove_tree(self.files.round(number))
-        steps.mkdir(parents=True)
-        log = self.files.round(number) / "train.log"
-        self.events.training(number, model, log)
-        command = filled(self.request.train, base=model, steps=self.request.steps, out=steps, round=number)
-        ended = run_command(command, {"RELEXIO_ROUND": str(number)}, log, None)
-        if ended.code:
-            raise TrainingError(
-                f"--train fails in round {number}: {how_it_ended(ended.code)}{_last_line(ended.tail)} (see {log}); mend the "
-                f"command, and run the same again"
-            )
-        data = json.dumps({"seconds": round(ended.seconds, 3)}).encode()
-        atomic.sync_tree(steps)
-        atomic.write_new(done, data)
-        return round(ended.seconds, 3)
-
-    def stored(self, number: int, model: Path) -> Store:
-        """The trajectory of what was trained. Raises TrainingError where nothing was."""
-        request = convert.Request(self.files.store(number), model, self.files.steps(number), {})
+    def stored(self, number: int, model: Path, trained: Trained) -> Store:
+        """The trajectory of what was trained. Raises TrainingError where nothing was that can be gone on from."""
+        steps, out = self.files.round(number) / trained.out, self.files.store(number)
         try:
-            conversion = convert.prepare(request, self.resources, self.stages)
+            found = {step: open_step(step, at, steps, {}) for step, at in choose(steps, {}, None)[0].items()}
+            store = existing_store(out) or self.convert(found, model, out)
+            asked = self.request.sweep(store.steps, self.files.sweep(number))
+            prepare(store, asked, self.resources, self.stages)  # a method may not take these steps
         except (CheckpointError, MissingError, RequestError) as error:
             self.files.trained(number).unlink()  # it is trained again
             log = self.files.round(number) / "train.log"
             raise TrainingError(
-                f"--train left nothing to go on from in round {number}: {error} (its output: {log}). It must write step "
-                f"directories, such as checkpoint-{self.request.steps}, into {{out}}"
+                f"--train left nothing to go on from in round {number}: {error} (its output: {log}). It must write whole step "
+                f"directories that count from 1, such as checkpoint-{self.request.steps}, into {{out}}"
             ) from error
-        if conversion.store and not conversion.steps:
-            return conversion.store  # before an interruption
-        done = convert.convert(conversion, self.stages)
-        for text in (*conversion.notes, *done.notes):
-            self.note(text)
-        return done.store
+        return store
+
+    def convert(self, steps: dict[int, Checkpoint], model: Path, out: Path) -> Store:
+        """A new trajectory of steps; those that are the base itself, bit for bit, are left out unless all are."""
+        while True:
+            try:
+                conversion = convert.prepare(convert.Request(out, model, named=steps), self.resources, self.stages)
+                done = convert.convert(conversion, self.stages)
+            except BaseItselfError as error:
+                if len(steps) < 2 or error.step is None:
+                    raise
+                self.note(f"step {error.step} is the model that it began from, bit for bit, and left out")
+                steps = {step: checkpoint for step, checkpoint in steps.items() if step != error.step}
+                continue
+            for text in (*conversion.notes, *done.notes):
+                self.note(text)
+            return done.store
 
     def search(self, number: int, store: Store) -> Sweep:
         """The sweep of a round."""
         asked = self.request.sweep(store.steps, self.files.sweep(number))
         plan = prepare(store, asked, self.resources, self.stages)
         return sweep(plan, self.stages, self.events.searching(number, plan), self.note)
-
-
-def _last_line(tail: str) -> str:
-    """The last line that a failed command has printed, to be added to an error."""
-    lines = [line.strip() for line in tail.splitlines() if line.strip()]
-    return f" ({lines[-1][:120]})" if lines else ""

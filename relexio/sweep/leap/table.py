@@ -16,7 +16,7 @@ from relexio.version import __version__
 #: Of leap.json.
 FORMAT = 1
 _COLUMNS = (
-    "round", "method", "trained", "score", "trained_score", "error", "step", "last", "taken", "leap", "evaluations",
+    "round", "method", "trained", "score", "trained_score", "error", "step", "last", "taken", "leap", "evaluations", "failed",
     "train_seconds", "evaluate_seconds", "seconds", "total_seconds",
 )  # fmt: skip
 
@@ -45,13 +45,14 @@ class Setting:
 class Round:
     """One round: by which method and command, the score of the last trained step, and of the best prediction, if one has one.
 
-    ``last``: the last step that was trained, ``step`` that of the best prediction; ``taken`` if training goes on from it.
-    ``error``: the standard error of its score, if known. ``evaluations`` counts all that were made. Seconds are those of the
-    commands, and of the round in all.
+    ``steps`` were trained, and the last of them has the number ``last``; ``step`` is that of the best prediction, ``taken`` if
+    training goes on from it. ``error``: the standard error of its score, if known. ``evaluations`` are all that have a score,
+    ``failed`` those that have none. Seconds are those of the commands, and of the round in all.
     """
 
     method: str
     train: str
+    steps: int
     last: int
     trained_score: float
     step: int | None
@@ -59,6 +60,7 @@ class Round:
     error: float | None
     taken: bool
     evaluations: int
+    failed: int
     train_seconds: float
     evaluate_seconds: float
     seconds: float
@@ -76,22 +78,24 @@ class Round:
 
 @dataclass(frozen=True)
 class Leap:
-    """All rounds so far. ``base_score`` is that of the base; ``tests`` are those of base and last model, where asked for."""
+    """All rounds so far. ``base_score`` is that of the base; ``tests`` are those of base and last
+    model by the command ``test``."""
 
     setting: Setting
     base_score: float
     rounds: tuple[Round, ...] = ()
+    test: str | None = None
     tests: tuple[float, float] | None = None
 
     @property
     def trained(self) -> int:
         """Steps that were trained."""
-        return sum(one.last for one in self.rounds)
+        return sum(one.steps for one in self.rounds)
 
     @property
     def far(self) -> float:
         """How many times as far as training all rounds went together; 1 before the first."""
-        return sum(one.leap * one.last for one in self.rounds) / self.trained if self.rounds else 1.0
+        return sum(one.leap * one.steps for one in self.rounds) / self.trained if self.rounds else 1.0
 
     @property
     def score(self) -> float:
@@ -102,7 +106,7 @@ class Leap:
         """The lines of the table, the base first."""
         nothing = dict.fromkeys(_COLUMNS)
         yield {**nothing, "round": 0, "trained": 0, "score": self.base_score, "total_seconds": 0.0}
-        trained = accumulate(one.last for one in self.rounds)
+        trained = accumulate(one.steps for one in self.rounds)
         seconds = accumulate(one.seconds for one in self.rounds)
         for number, (one, steps, total) in enumerate(zip(self.rounds, trained, seconds, strict=True), 1):
             more = {"round": number, "trained": steps, "score": one.score, "leap": one.leap}
@@ -126,6 +130,7 @@ class Leap:
             "base_score": self.base_score,
             "trained": self.trained,
             "far": self.far,
+            "test": self.test,
             "tests": self.tests,
             "rounds": [{**asdict(one), "score": one.score, "leap": one.leap} for one in self.rounds],
         }
@@ -142,11 +147,19 @@ def parse(data: bytes, where: str) -> Leap:
             Round(**{field.name: _a(field.type, row[field.name]) for field in fields(Round)}) for row in found["rounds"]
         )
         tests = None if found["tests"] is None else tuple(_a(float, score) for score in found["tests"])
-        if any(one.last < 1 for one in rounds) or (tests is not None and len(tests) != 2):
-            raise ValueError("no steps")
-        return Leap(setting, _a(float, found["base_score"]), rounds, tests)
+        if (tests is not None and len(tests) != 2) or not all(map(_is_whole, rounds)):
+            raise ValueError("what does not fit together")
+        return Leap(setting, _a(float, found["base_score"]), rounds, _a(str | None, found["test"]), tests)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise RequestError(f"{where}: not a table that a leap wrote; give another -o, or remove it") from error
+        raise RequestError(
+            f"{where}: not a table that a leap wrote; give another -o, or remove all of that directory"
+        ) from error
+
+
+def _is_whole(one: Round) -> bool:
+    """Whether the facts of a round fit together."""
+    ahead = one.step is not None and one.best_score is not None and one.last < one.step < 10**15
+    return one.steps > 0 and one.last > 0 and (ahead or not one.taken)
 
 
 def _a(kind: Any, value: Any) -> Any:
