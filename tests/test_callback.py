@@ -319,7 +319,7 @@ class Full(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
             self.patch.setattr(LocalStorage, "put", full)
 
 
-@pytest.mark.parametrize("step", [1, 3, 6])  # the last one fails when the recorder is closed
+@pytest.mark.parametrize("step", [1, 3, 6])  # the last one fails when the recorder is closed, or when it stores step 5
 def test_training_goes_on_when_recording_fails(
     tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, step: int
 ) -> None:
@@ -329,8 +329,8 @@ def test_training_goes_on_when_recording_fails(
         run.train()
     assert run.state.global_step == 6
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
-    words = ["DOES NOT HAVE THE WHOLE RUN"] if step == 6 else ["RECORDING HAS STOPPED", "DOES NOT HAVE THE WHOLE RUN"]
-    assert len(told) == len(words)
+    assert len(told) == 2 or (step == 6 and len(told) == 1)
+    words = ["RECORDING HAS STOPPED", "DOES NOT HAVE THE WHOLE RUN"][-len(told) :]
     assert all(word in text and "No space left" in text for word, text in zip(words, told, strict=True))
 
 
