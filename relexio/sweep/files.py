@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from relexio import atomic
 from relexio.checkpoints.write import PROVENANCE
@@ -23,15 +23,46 @@ def default_directory(trajectory: str) -> Path:
 
 
 @dataclass(frozen=True)
-class Files:
-    """Paths in a sweep's directory, and what is done with them."""
+class Directory:
+    """A directory with a table, the state of what is done there. One writer at a time."""
 
+    KIND: ClassVar[str]
+    TABLE: ClassVar[str]
     top: Path
 
     @property
     def table(self) -> Path:
-        """The state of the sweep: everything else can be computed again from it."""
-        return self.top / "results.json"
+        """The state: everything else can be made again from it."""
+        return self.top / self.TABLE
+
+    @property
+    def logs(self) -> Path:
+        """Output of commands."""
+        return self.top / "logs"
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Make the directory and hold its lock. Raises BusyError while another process does, StorageError, ExistsError."""
+        with atomic.storage_errors(self.top):
+            self.check()
+            self.top.parent.mkdir(parents=True, exist_ok=True)
+            with atomic.locked(self.top, make=True):
+                self.logs.mkdir(exist_ok=True)
+                yield
+
+    def check(self) -> None:
+        """Raise ExistsError where there is something else."""
+        if self.table.is_file() or not self.top.exists():
+            return
+        others = [] if not self.top.is_dir() else [path.name for path in self.top.iterdir()]
+        if not self.top.is_dir() or any(name != "logs" and not name.endswith(atomic.PARTIAL) for name in others):
+            raise ExistsError(f"{self.top}: exists and is not a {self.KIND} (it has no {self.TABLE}); give another -o")
+
+
+class Files(Directory):
+    """Paths in a sweep's directory, and what is done with them."""
+
+    KIND, TABLE = "sweep", "results.json"
 
     @property
     def best(self) -> Path:
@@ -44,25 +75,7 @@ class Files:
 
     def log(self, name: str) -> Path:
         """The output of an evaluation."""
-        return self.top / "logs" / f"{name}.log"
-
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Make the directory and hold its lock. Raises BusyError while another sweep does, StorageError, ExistsError."""
-        with atomic.storage_errors(self.top):
-            self.check()
-            self.top.parent.mkdir(parents=True, exist_ok=True)
-            with atomic.locked(self.top, make=True):
-                (self.top / "logs").mkdir(exist_ok=True)
-                yield
-
-    def check(self) -> None:
-        """Raise ExistsError where the directory is not a sweep's."""
-        if self.table.is_file() or not self.top.exists():
-            return
-        others = [] if not self.top.is_dir() else [path.name for path in self.top.iterdir()]
-        if not self.top.is_dir() or any(name != "logs" and not name.endswith(atomic.PARTIAL) for name in others):
-            raise ExistsError(f"{self.top}: exists and is not a sweep (it has no results.json); give another -o")
+        return self.logs / f"{name}.log"
 
     def load(self) -> Sweep | None:
         """The saved table, if there is one. Raises RequestError for a file that is not a table."""

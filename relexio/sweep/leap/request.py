@@ -1,16 +1,15 @@
 """What a leap does: which commands, from which model, how often; and where its files are."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
 
 from relexio import atomic
-from relexio.errors import ExistsError, RequestError
+from relexio.errors import RequestError
 from relexio.methods import METHODS
 from relexio.sweep import candidates
 from relexio.sweep.candidates import require_field
+from relexio.sweep.files import Directory
 
 _STEPS = "steps-"
 
@@ -55,21 +54,10 @@ class Request:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Files:
-    """Paths in the directory of a leap."""
+class Files(Directory):
+    """Paths in the directory of a leap, and what is done with them."""
 
-    top: Path
-
-    @property
-    def table(self) -> Path:
-        """The state of the leap."""
-        return self.top / "leap.json"
-
-    @property
-    def logs(self) -> Path:
-        """Output of the commands that belong to no round."""
-        return self.top / "logs"
+    KIND, TABLE = "leap", "leap.json"
 
     def round(self, number: int) -> Path:
         """What belongs to one round: trajectory, sweep, logs, and for a while the trained steps."""
@@ -94,24 +82,6 @@ class Files:
     def model(self, number: int) -> Path:
         """The model that a round ends with, and the next one trains on from."""
         return self.round(number).absolute() / "model"
-
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Make the directory and hold its lock. Raises BusyError while another leap does, ExistsError, StorageError."""
-        with atomic.storage_errors(self.top):
-            self.check()
-            self.top.parent.mkdir(parents=True, exist_ok=True)
-            with atomic.locked(self.top, make=True):
-                self.logs.mkdir(exist_ok=True)
-                yield
-
-    def check(self) -> None:
-        """Raise ExistsError where the directory is not a leap's."""
-        if self.table.is_file() or not self.top.exists():
-            return
-        others = [path.name for path in self.top.iterdir()] if self.top.is_dir() else [self.top.name]
-        if any(name != "logs" and not name.endswith(atomic.PARTIAL) for name in others):
-            raise ExistsError(f"{self.top}: exists and is not a leap (it has no leap.json); give another -o")
 
     def tidy(self, done: int) -> None:
         """Remove what no round to come needs: trained steps that are stored, losers, and the models before the last."""

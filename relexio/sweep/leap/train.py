@@ -31,7 +31,8 @@ def read(file: Path) -> Trained | None:
     """What a training command has left; None where it did not end well, or its directory has gone."""
     try:
         found = loads(file.read_bytes())
-        trained = Trained(**{field.name: field.type(found[field.name]) for field in fields(Trained)})  # type: ignore[operator]
+        train, steps, model, out, seconds = (found[field.name] for field in fields(Trained))
+        trained = Trained(str(train), int(steps), str(model), str(out), float(seconds))
     except (FileNotFoundError, LookupError, TypeError, ValueError):
         return None
     return trained if isfinite(trained.seconds) and (file.parent / Path(trained.out).name).is_dir() else None
