@@ -5,9 +5,12 @@ usage: python tools/evidence/control.py RUNS -o RESULTS [--tasks TASK ...] [--ra
 RUNS/TASK/base is the model to start from (train.py). Each run becomes RESULTS/TASK-RATE-SEED-KIND.json, and is made once: several
 processes may share RESULTS. The kinds:
 
-plain    training goes on; accuracy after some steps, of the mean of the last ten, and of predictions from the first 15 %
-leap     after each segment the best of some points on the line from its first to its last checkpoint is gone on from
-restart  the same segments without leaps: what it costs that the optimizer starts anew
+plain      training goes on; accuracy after some steps, of the mean of the last ten, and of predictions from the first 15 %
+leap       after each segment of ten the best of some points on the line from its first to its last checkpoint is gone on from
+restart    the same segments without leaps: what it costs that the optimizer starts anew
+leap-5, leap-20     segments of other lengths
+pinned, secant      the line is that of the method, fitted to all steps of the segment
+moments    as leap, but the optimizer's moments are carried over from segment to segment
 
 What is chosen is chosen on 400 problems, and what is reported comes from 1,000 others; neither are trained on. Time is CPU seconds
 of one thread. Needs what train.py needs.
@@ -23,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +41,26 @@ import relexio
 from relexio.sweep.search import Scored, next_step
 
 RATES = ("3e-6", "1e-5", "3e-5", "1e-4", "3e-4")
-KINDS = ("plain", "leap", "restart")
-STEPS, SEGMENT = 60, 10
+STEPS = 60
 SHOWN = (5, 10, 15, 20, 30, 40, 50, 60)
 WINDOW = STEPS * 15 // 100
 TARGETS = (2 * WINDOW, 3 * WINDOW, STEPS)
+
+
+@dataclass(frozen=True)
+class Leaps:
+    """How to leap: after how many steps, by which method's line (None: no leaps), with the optimizer's moments or anew."""
+
+    segment: int = 10
+    method: str | None = "scaled-last"
+    moments: bool = False
+
+
+#: None: plain training.
+KINDS = {
+    "plain": None, "leap": Leaps(), "restart": Leaps(method=None), "leap-5": Leaps(5), "leap-20": Leaps(20),
+    "pinned": Leaps(method="pinned"), "secant": Leaps(method="secant"), "moments": Leaps(moments=True),
+}  # fmt: skip
 
 
 class Run:
@@ -60,11 +79,11 @@ class Run:
         yield
         self.seconds[what] += time.process_time() - begun
 
-    def train(self, start: Path, steps: int, number: int = 0) -> Path:
+    def train(self, start: Path, steps: int, number: int = 0, moments: Path | None = None) -> Path:
         """Train on from a checkpoint with problems of its own; every step is saved in a new directory."""
         out = self.scratch / f"trained-{number}"
         with self.timed("train"):
-            train_grpo(self.task, start, out, 1000 * self.seed + number, steps, float(self.rate))
+            train_grpo(self.task, start, out, 1000 * self.seed + number, steps, float(self.rate), moments=moments)
         return out
 
     def accuracy(self, checkpoint: Path, which: str) -> float:
@@ -116,37 +135,56 @@ def plain(run: Run) -> None:
             run.report(WINDOW, out, kind=method, step=target)
 
 
-def leap(run: Run, leaps: bool = True) -> None:
+def leap(run: Run, how: Leaps) -> None:
     """Segments; after each one goes on from the best point of the line that chooses itself beyond its standard error."""
-    start = run.base
+    start, segment = run.base, how.segment
     run.report(0, start)
-    for number in range(1, STEPS // SEGMENT + 1):
-        steps = run.train(start, SEGMENT, number)
-        last = steps / f"global_step_{SEGMENT}"
-        best, best_step, tried = last, SEGMENT, 0
-        if leaps:
-            scores: dict[int, Scored] = {}
-            known = top = run.score(last)
-            while (step := next_step(SEGMENT, SEGMENT // 2, scores, known)) is not None:
-                with run.timed("choose"):
-                    candidate = run.combine({last: step / SEGMENT, start: 1 - step / SEGMENT}, f"step-{step}")
-                scores[step] = run.score(candidate)
-                if scores[step].score > max(top.score, known.score + scores[step].error):
-                    best, best_step, top = candidate, step, scores[step]
-            tried = len(scores)
+    for number in range(1, STEPS // segment + 1):
+        steps = run.train(start, segment, number, run.scratch / "moments.pt" if how.moments else None)
+        last = steps / f"global_step_{segment}"
+        best, best_step, tried = last, segment, 0
+        if how.method is not None:
+            best, best_step, tried = search(run, how.method, start, last)
         kept = run.scratch / f"model-{number}"
         shutil.copytree(best, kept)
         start = kept
-        for path in (steps, *run.scratch.glob("step-*")):
+        for path in (steps, *run.scratch.glob("step-*"), *run.scratch.glob("*.zarr")):
             shutil.rmtree(path)
-        run.report(SEGMENT * number, start, step=best_step, tried=tried)
+        run.report(segment * number, start, step=best_step, tried=tried)
+
+
+def search(run: Run, method: str, start: Path, last: Path) -> tuple[Path, int, int]:
+    """The checkpoint to go on from, its step, and how many predictions were tried."""
+    segment = len(list(last.parent.glob("global_step_*")))
+    scores: dict[int, Scored] = {}
+    best, best_step = last, segment
+    known = top = run.score(last)
+    fit = None
+    if method != "scaled-last":
+        with run.timed("choose"):
+            fit = relexio.convert(last.parent, run.scratch / "run.zarr", start).fit(method=method)
+    while (step := next_step(segment, segment // 2, scores, known)) is not None:
+        candidate = run.scratch / f"step-{step}"
+        with run.timed("choose"):
+            if fit is None:
+                run.combine({last: step / segment, start: 1 - step / segment}, candidate.name)
+            else:
+                fit.predict(step).save(candidate)
+        scores[step] = run.score(candidate)
+        if scores[step].score > max(top.score, known.score + scores[step].error):
+            best, best_step, top = candidate, step, scores[step]
+    return best, best_step, len(scores)
 
 
 def measure(kind: str, run: Run) -> dict[str, Any]:
     """Make a run; what its file holds."""
-    plain(run) if kind == "plain" else leap(run, kind == "leap")
+    how = KINDS[kind]
+    if how is None:
+        plain(run)
+    else:
+        leap(run, how)
     facts = {"task": run.task.name, "rate": run.rate, "seed": run.seed, "kind": kind}
-    return {**facts, "steps": STEPS, "segment": SEGMENT, "points": run.points}
+    return {**facts, "steps": STEPS, "segment": (how or Leaps()).segment, "points": run.points}
 
 
 def main() -> None:
@@ -156,7 +194,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["add", "sort", "descend"])
     parser.add_argument("--rates", nargs="+", default=RATES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS)[:3])
     given = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()

@@ -95,9 +95,12 @@ class SaveEveryStep(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
 
 def train_grpo(
     task: Task, base: Path, out: Path, seed: int, steps: int, rate: float, dtype: Any = torch.bfloat16,
-    prompts: int = 32, samples: int = 8,
+    prompts: int = 32, samples: int = 8, moments: Path | None = None,
 ) -> None:  # fmt: skip
-    """GRPO from ``base``: each step ``prompts`` new problems, ``samples`` answers to each, and one optimizer step."""
+    """GRPO from ``base``: each step ``prompts`` new problems, ``samples`` answers to each, and one optimizer step.
+
+    With ``moments``, a file, the optimizer goes on from the state that is in it, if there is one, and leaves its own there.
+    """
     problems = itertools.islice(task.training(1_000_000 + seed), steps * prompts)
     data = datasets.Dataset.from_list([{"prompt": p.prompt, "answer": p.answer} for p in problems])
     config = trl.GRPOConfig(
@@ -108,10 +111,17 @@ def train_grpo(
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     saver = SaveEveryStep(out, dtype)
+    optimizer = None  # TRL's own, which is this one
+    if moments is not None:
+        optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.0, fused=True)
+        if moments.exists():
+            optimizer.load_state_dict(torch.load(moments))
     trainer = trl.GRPOTrainer(
-        model, reward, config, train_dataset=data, processing_class=tokenizer(), callbacks=[saver]
+        model, reward, config, train_dataset=data, processing_class=tokenizer(), callbacks=[saver], optimizers=(optimizer, None)
     )  # fmt: skip
     trainer.train()
+    if moments is not None:
+        torch.save(trainer.optimizer.state_dict(), moments)
     kept = [entry for entry in trainer.state.log_history if "reward" in entry]
     log = [
         {"step": e["step"], "reward": e["reward"], "grad_norm": e["grad_norm"], "seconds": round(s, 3)}
