@@ -50,8 +50,7 @@ def test_steps_are_stored_in_the_types_of_the_base(tmp_path: Path, run: dict[int
     assert [found.record(step).cast for step in (None, 1, 7)] == ["", "F32", "F32"]
     done = relexio("convert", tmp_path / "run", "-o", out)
     assert "written again" not in done.err
-    done = relexio("verify", out, tmp_path / "run")
-    assert done.code == 0 and "whole" in done.out
+    assert relexio("verify", out, tmp_path / "run").code == 0
     for store in (out, truth):
         assert (
             relexio(
@@ -63,11 +62,25 @@ def test_steps_are_stored_in_the_types_of_the_base(tmp_path: Path, run: dict[int
     assert weights[0] == weights[1]
 
 
+def test_verify_does_not_say_that_rounded_files_are_the_same(
+    tmp_path: Path, run: dict[int, Tensors], relexio: Relexio
+) -> None:
+    """People delete what it says is the same."""
+    out, base = tmp_path / "run.zarr", tmp_path / "base"
+    told = "the weight files of steps 1, 2, 4, 7: restore writes them as safetensors, rounded from F32 to the trajectory's types"
+    done = relexio("convert", tmp_path / "run", "--base", base, "-o", out, "--verify")
+    for said in (done.out, relexio("verify", out, tmp_path / "run", "--base", base).out):
+        assert "whole: every hash is right, and so is what is stored of the files compared\n" in said
+        assert f"not stored  {told}\n" in said
+    found = json.loads(relexio("verify", out, tmp_path / "run", "--json").out)
+    assert found["restored_otherwise"] == [{"steps": [*STEPS], "base": False, "how": told.split("writes them ")[1]}]
+
+
 def test_such_a_step_comes_back_as_it_was_stored(tmp_path: Path, run: dict[int, Tensors], relexio: Relexio) -> None:
     out = tmp_path / "run.zarr"
     relexio("convert", tmp_path / "run", "--base", tmp_path / "base", "-o", out)
     done = relexio("restore", out, "--step", 4, "-o", tmp_path / "back")
-    assert "rounded to the trajectory's types as it was stored: its own files had F32" in done.out
+    assert "step 4, as safetensors, rounded from F32 to the trajectory's types\n" in done.out
     assert sorted(snapshot(tmp_path / "back")) == ["config.json", "model.safetensors", "tokenizer.json"]
     found, truth = load_checkpoint(tmp_path / "back"), as_base(run[4])
     assert all(
@@ -97,10 +110,16 @@ def test_their_own_types_can_be_kept(tmp_path: Path, run: dict[int, Tensors], re
     before = snapshot(tmp_path / "run" / "checkpoint-4")
     assert relexio("restore", out, "--step", 4, "-o", tmp_path / "back").code == 0
     assert snapshot(tmp_path / "back") == before
-    assert relexio("restore", out, "--step", "base", "-o", tmp_path / "base-back").code == 0
+    done = relexio("restore", out, "--step", "base", "-o", tmp_path / "base-back")
+    assert done.code == 0 and "the base, as safetensors, in wider types than its own (BF16)\n" in done.out
     base = load_checkpoint(tmp_path / "base")
     assert all((load_checkpoint(tmp_path / "base-back")[name] == base[name].astype(F32)).all() for name in base)
-    assert relexio("verify", out, tmp_path / "run", "--base", tmp_path / "base").code == 0
+    done = relexio("verify", out, tmp_path / "run", "--base", tmp_path / "base")
+    assert (
+        done.code == 0
+        and "the weight files of the base: restore writes them as safetensors, in wider types" in done.out
+    )
+    assert "the files compared are the same" in relexio("verify", out, tmp_path / "run").out
 
 
 def test_what_was_rounded_is_not_deleted(tmp_path: Path, run: dict[int, Tensors], relexio: Relexio) -> None:

@@ -307,7 +307,7 @@ def left_over(client: "distributed.Client") -> list[str]:
     def open_passes() -> list[str]:
         return list(worker._passes)
 
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while True:
         keys = client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.tasks))
         found = [*keys, *(token for passes in client.run(open_passes).values() for token in passes)]

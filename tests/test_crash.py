@@ -16,7 +16,7 @@ from relexio import atomic
 from relexio.errors import StorageError
 from relexio.store.opening import open_store
 from relexio.store.storage import LocalStorage
-from tests.support.command import Relexio, in_process, snapshot
+from tests.support.command import HELD, Relexio, in_process, snapshot
 from tests.support.make import BF16, Run, make_run
 from tests.support.steps import fit_run, predict_run, small_blocks, store_run
 
@@ -83,21 +83,17 @@ def test_predict_killed_at_random(run: Run, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_says_how_to_go_on(run: Run, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "relexio",
-        "convert",
-        run.steps_path,
-        "--base",
-        run.base_path,
-        "-o",
-        tmp_path / "run.zarr",
-    ]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    go, convert = tmp_path / "go", ["convert", run.steps_path, "--base", run.base_path, "-o", tmp_path / "run.zarr"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", HELD, str(go), *map(str, convert)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while not (tmp_path / "run.zarr.relexio-partial").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
+    go.touch()  # it cannot have ended before
     _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "Traceback" not in err and "again" in err

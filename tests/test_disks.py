@@ -20,7 +20,17 @@ import zarr.storage._local as zarr_local
 from relexio import atomic
 from relexio.store.opening import open_store
 from relexio.store.storage import LocalStorage, locate
-from tests.support.command import Outcome, Relexio, in_process, in_turn, refused, snapshot, whole, without_progress
+from tests.support.command import (
+    HELD,
+    Outcome,
+    Relexio,
+    in_process,
+    in_turn,
+    refused,
+    snapshot,
+    whole,
+    without_progress,
+)
 from tests.support.make import BF16, Run, make_run
 from tests.support.steps import small_blocks
 
@@ -316,19 +326,6 @@ def test_data_is_on_the_disk_before_what_names_it(
     made = {"convert": [store], "append": [store / "zarr.json"]}.get(command, [out])
     assert disk.commits == made
     assert bool(disk.problems()) == bool(removed), disk.problems()
-
-
-#: Writes its blocks only when a file is there.
-HELD = """import sys, time, relexio.verbs.convert.write as write
-from pathlib import Path
-real, go = write.encode_block, Path(sys.argv.pop(1))
-def held(*arguments):
-    while not go.exists():
-        time.sleep(0.01)
-    return real(*arguments)
-write.encode_block = held
-from relexio.cli.main import main
-main()"""
 
 
 def test_one_writes_and_others_read(run: Run, tmp_path: Path, relexio: Relexio) -> None:

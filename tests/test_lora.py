@@ -19,6 +19,7 @@ from relexio.progress import silent
 from relexio.store.opening import open_store
 from relexio.verbs.convert import Request, convert, prepare
 from relexio.verbs.verify import find_originals, verify
+from relexio.words import describe_steps
 from tests.support.adapters import (
     BASES,
     CONFIG,
@@ -98,7 +99,9 @@ def test_a_run_of_adapters_goes_through_every_verb(tmp_path: Path, relexio: Rele
         # transformers would load an adapter that lies beside the model over it
         assert {p.name for p in (tmp_path / f"back-{step}").iterdir()} == {"model.safetensors", "tokenizer.json"}
         assert {WEIGHTS, CONFIG} <= {Path(name).name for name in stored.record(step).not_stored.files}
-    assert relexio("verify", out, root, "--base", tmp_path / "base").code == 0
+    done = relexio("verify", out, root, "--base", tmp_path / "base")
+    assert done.code == 0 and "so is what is stored of the files compared" in done.out
+    assert f"the weight files of {describe_steps(stored.steps)}: restore writes them as safetensors\n" in done.out
     assert relexio("predict", out, "--method", "relex", "--step", 12, "-o", tmp_path / "predicted").code == 0
     assert not list((tmp_path / "predicted").glob("adapter*"))
     assert list(load_checkpoint(tmp_path / "predicted")) == list(merged("plain"))

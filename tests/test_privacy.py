@@ -124,6 +124,19 @@ def test_an_evaluation_at_an_address_with_a_password(at_url: Path, relexio: Rele
     assert "already" in sweep("another", "--dry-run"), "the password has changed, the evaluation has not"
 
 
+def test_a_leap_at_an_address_with_a_password(run: Run, relexio: Relexio, tmp_path: Path) -> None:
+    """In what it is told to run: neither its tables, pages and logs nor what it prints has it."""
+    address = f"true https://me:{SECRET}@host/x?sig={SECRET}"
+    train = f"{address} {{base}}; cp -r '{run.steps_path}/global_step_10' {{out}}/checkpoint-10"
+    judge = f"{address} {{checkpoint}}; echo 1"
+    leap = ["leap", "--base", run.base_path, "--eval", judge, "--test", judge, "--segments", 1]
+    for options in (["-o", tmp_path / "a"], ["-o", tmp_path / "a"], ["-o", tmp_path / "b", "--json"]):
+        assert "https://***@host/x?***" in clean(relexio(*leap, *options, "--train", train))
+    clean(relexio(*leap, "-o", tmp_path / "c", "--train", f"{address} {{base}} {{out}}; false"), 1)
+    assert (tmp_path / "a" / "leap.html").exists()
+    nothing_below(tmp_path)
+
+
 def test_a_report_on_an_address_with_a_password(at_url: Path, relexio: Relexio) -> None:
     pytest.importorskip("altair")
     clean(relexio("report", URL))

@@ -60,7 +60,7 @@ def open_page(chromium: Any, path: Path, theme: str, width: int) -> float:
 
 
 def wait_drawn(chromium: Any) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while not chromium.execute_script("return document.documentElement.dataset.drawn"):
         assert time.monotonic() < end, chromium.get_log("browser")
         time.sleep(0.05)
@@ -117,7 +117,7 @@ def test_figures_follow_theme_and_width_and_the_reader_s_choices(chromium: Any, 
         return str(chromium.execute_script("return document.querySelector('#skill svg').style.backgroundColor"))
 
     def wait_for(what: str) -> None:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         while not chromium.execute_script(f"return {what}"):
             assert time.monotonic() < end, what
             time.sleep(0.05)

@@ -45,7 +45,7 @@ for command in json.loads(sys.argv[1]):
 def nobody(cwd: Path, *commands: list[object]) -> list[Outcome]:
     """How commands of another user end."""
     asked = json.dumps([[str(word) for word in command] for command in commands])
-    done = subprocess.run([sys.executable, "-c", NOBODY, asked], capture_output=True, text=True, cwd=cwd, timeout=120)
+    done = subprocess.run([sys.executable, "-c", NOBODY, asked], capture_output=True, text=True, cwd=cwd, timeout=600)
     assert done.returncode == 0, done.stderr
     return [Outcome(*json.loads(line)) for line in done.stdout.splitlines()]
 

@@ -126,7 +126,7 @@ def attempt(tmp_path: Path, data: bytes, name: str) -> str:
     """What is said of a file; within a second or two, and with little memory."""
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / name).write_bytes(data)
-    began = time.monotonic()
+    began = time.process_time()  # whatever else the machine does
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError) as error:
@@ -134,7 +134,7 @@ def attempt(tmp_path: Path, data: bytes, name: str) -> str:
         assert tracemalloc.get_traced_memory()[1] < 100 * len(data) + (1 << 20)
     finally:
         tracemalloc.stop()
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
     assert [path.name for path in tmp_path.rglob("*")] == ["c", name]
     assert str(error.value).startswith(str(tmp_path / "c")) and "\n" not in str(error.value)
     return str(error.value)

@@ -46,6 +46,7 @@ def test_what_is_whole_is_said_to_be(run: Run, tmp_path: Path, relexio: Relexio)
         "bytes_checked": 5 * 2 * (40 * 30 + 50 * 20 + 9 + 1),
         "problems": [],
         "not_stored": [],
+        "restored_otherwise": [],
     }
     assert "whole: every hash is right" in relexio("verify", "run.zarr").out
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from relexio.checkpoints.files import DEEPEST, INDEX, LONGEST, SINGLE
 from relexio.checkpoints.header import header_of
-from relexio.dtypes import BITS, Table, tensor_bytes
+from relexio.dtypes import BITS, Table, kind_of, tensor_bytes
 
 Json = dict[str, Any]
 _ARRAY = re.compile(r"files/[0-9a-f]{32}")
@@ -72,6 +72,20 @@ class CheckpointRecord:
     def from_safetensors(self) -> bool:
         """Whether it comes back as the files that it was."""
         return bool(self.shards) and not self.cast
+
+    def comes_back(self, table: Table) -> str | None:
+        """How it is written again where that is not as the files that it was, in words; None where it is.
+
+        ``table`` is that of the store. Types of which all values have a place in the only other float type are not rounded.
+        """
+        if self.from_safetensors:
+            return None
+        if not self.cast:
+            return "as safetensors"
+        floats = {dtype for dtype, _ in table.values() if kind_of(dtype).is_float}
+        if all(dtype in ("BF16", "F16") and floats - {dtype} == {"F32"} for dtype in self.cast.split(", ")):
+            return f"as safetensors, in wider types than its own ({self.cast})"
+        return f"as safetensors, rounded from {self.cast} to the trajectory's types"
 
     @property
     def files(self) -> list[str]:

@@ -31,11 +31,7 @@ def restore(store: Store, resources: Resources, step: int | str, out: str) -> Re
     record = store.record(number)
     left = not_stored_summary_of(record)
     name = "the base" if number is None else f"step {number}"
-    how = "the model's files as they were"
-    if record.cast:
-        how = f"as safetensors, rounded to the trajectory's types as it was stored: its own files had {record.cast}"
-    elif not record.from_safetensors:
-        how = "as safetensors: it was not stored from safetensors files"
+    how = record.comes_back(store.table) or "the model's files as they were"
     rows = [("wrote", f"{out}: {name}, {how}"), *not_stored(left)]
     facts = {"step": number, "out": out, "not_stored": [one.to_json() for one in left]}
     return Result(lambda: facts, lambda: table(rows), next=(f"python my_eval.py {quote(out)}",))

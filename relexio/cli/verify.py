@@ -1,6 +1,7 @@
 """``relexio verify``, and what ``convert --verify`` prints."""
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -51,13 +52,14 @@ def report(store: Store, verified: Verification) -> Result:
         "bytes_checked": verified.bytes_checked,
         "problems": problems,
         "not_stored": [one.to_json() for one in verified.left],
+        "restored_otherwise": [asdict(one) for one in verified.otherwise],
     }
     rows = [
         ("trajectory", store.shown),
         ("checked", f"the base and {describe_steps(verified.steps)}: {show(verified.bytes_checked)} of tensors"),
         ("compared", _compared(verified)),
         ("result", _verdict(verified)),
-        *not_stored(verified.left),
+        *not_stored((*verified.otherwise, *verified.left)),
     ]
     more = [f"and {len(problems) - _SHOWN} more (--json has all)"] if len(problems) > _SHOWN else []
     return Result(lambda: facts, lambda: table(rows), (*problems[:_SHOWN], *more), (command("backtest", store),))
@@ -75,5 +77,7 @@ def _compared(verified: Verification) -> str:
 def _verdict(verified: Verification) -> str:
     if verified.problems:
         return f"{len(verified.problems)} problem{'s' if len(verified.problems) > 1 else ''}"
-    compared = verified.compared or verified.base_compared
-    return f"whole: every hash is right{', and the files compared are the same' if compared else ''}"
+    same = "the files compared are the same" if verified.compared or verified.base_compared else ""
+    if verified.otherwise:
+        same = "so is what is stored of the files compared"
+    return f"whole: every hash is right{', and ' if same else ''}{same}"

@@ -1,7 +1,7 @@
 """``verify``: whether a trajectory is what was written, and whether the checkpoints that it came from hold the same."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,21 @@ class Originals:
 
 
 @dataclass(frozen=True)
+class RestoredOtherwise:
+    """Checkpoints that were compared, and perhaps the base, whose weight files the trajectory could not give back: ``how`` it
+    writes them."""
+
+    steps: tuple[int, ...]
+    base: bool
+    how: str
+
+    def __str__(self) -> str:
+        named = [describe_steps(self.steps)] if self.steps else []
+        named += ["the base"] if self.base else []
+        return f"the weight files of {' and '.join(named)}: restore writes them {self.how}"
+
+
+@dataclass(frozen=True)
 class Verification:
     """What was checked, and the problems: one line each, none if all is well.
 
@@ -67,6 +82,7 @@ class Verification:
     problems: tuple[str, ...]
     notes: tuple[str, ...]
     left: tuple[NotStoredSummary, ...] = ()
+    otherwise: tuple[RestoredOtherwise, ...] = ()
 
 
 @dataclass
@@ -145,8 +161,24 @@ def verify(store: Store, originals: Originals, resources: Resources, stages: Sta
     problems += damaged
     notes = (*originals.notes, *_closed(closed), *_of_others(others), *_leftovers(store))
     compared, base = tuple(originals.steps), originals.base is not None
-    left = tuple(originals.left())
-    return Verification(store.steps, compared, base, total, tuple(dict.fromkeys(problems)), notes, left)
+    left, otherwise = tuple(originals.left()), tuple(_otherwise(store, originals))
+    return Verification(store.steps, compared, base, total, tuple(dict.fromkeys(problems)), notes, left, otherwise)
+
+
+def _otherwise(store: Store, originals: Originals) -> Iterator[RestoredOtherwise]:
+    """What comes back in another form than these files have, or than those had that were stored."""
+    compared: list[tuple[int | None, Checkpoint]] = [*originals.steps.items()]
+    compared += [] if originals.base is None else [(None, originals.base)]
+    found: dict[str, list[int | None]] = {}
+    with suppress(StoreError):  # a record that is damaged is a problem already
+        known: dict[int | None, CheckpointRecord] = {None: store.base()}
+        known.update(pair for segment in store.segments for pair in store.checkpoints(segment).items())
+        for step, original in compared:
+            ways = (record.comes_back(store.table) for record in (known[step], original.record(lambda _: "")))
+            if how := next(filter(None, ways), None):
+                found.setdefault(how, []).append(step)
+    for how, steps in found.items():
+        yield RestoredOtherwise(tuple(step for step in steps if step is not None), None in steps, how)
 
 
 def _check_block(store: Store, originals: Originals, nbytes: int, block: Block) -> _BlockFindings:

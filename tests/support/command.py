@@ -38,6 +38,19 @@ def in_process(*arguments: object, timeout: float = 600) -> Outcome:
     return Outcome(done.returncode, done.stdout, without_progress(done.stderr))
 
 
+#: The command line as a program that writes no block before a file is there: its first argument.
+HELD = """import sys, time, relexio.verbs.convert.write as write
+from pathlib import Path
+real, go = write.encode_block, Path(sys.argv.pop(1))
+def held(*arguments):
+    while not go.exists():
+        time.sleep(0.01)
+    return real(*arguments)
+write.encode_block = held
+from relexio.cli.main import main
+main()"""
+
+
 def in_turn(*deeds: Callable[..., object]) -> Callable[..., None]:
     """Does all of these, one after the other, each with the same arguments."""
 

@@ -25,12 +25,15 @@ class NotStoredSummary:
     what: NotStored
 
     def __str__(self) -> str:
-        names = _alike(self.what.files)
+        names = sorted(
+            _alike(self.what.files), key=is_state
+        )  # what may be the model's first: the others may be too many
         more = max(len(names) - _SHOWN, 0) + self.what.more
         text = ", ".join(names[:_SHOWN]) + (f" and {more} more" if more else "")
         each = f"{show(self.what.bytes / self.count)}{' a step' if self.count > 1 else ''}"
         state = self.of != "beside the steps" and any(map(is_state, names))  # there global_step* are other steps
-        return f"{self._where}{text} ({each}){': training cannot be resumed without them' if state else ''}"
+        which = "them" if all(map(is_state, names)) and not self.what.more else "some of them"
+        return f"{self._where}{text} ({each}){f': training cannot be resumed without {which}' if state else ''}"
 
     @property
     def _where(self) -> str:
