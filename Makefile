@@ -1,5 +1,5 @@
 # Every check of this project by name. `.ci/run` calls these same recipes in environments that it makes.
-.PHONY: help setup test slow check lint format types rooms docs docs-check fuzz bench wheel
+.PHONY: help setup test slow clients check lint format types rooms docs docs-check fuzz bench wheel
 
 help: ## list the recipes
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -13,6 +13,9 @@ test: ## the README's test command; one test: pytest -n0 tests/test_loops.py -k 
 
 slow: ## slow tests, and those against torch and transformers: pip install -e ".[test,hf,rlvr]"
 	pytest -m "(slow or hf) and not clients"
+
+clients: ## programs that use predictions and trajectories, really run: pip install -e ".[test,hf,clients]"
+	pytest -m clients
 
 check: lint types rooms docs-check ## all that needs no test run
 

@@ -127,6 +127,28 @@ def test_a_straight_run_is_believed() -> None:
     assert any("Confidence (in weights): high" in line for line in words(test, verdict))
 
 
+@pytest.mark.parametrize(
+    ("skills", "reach", "said"),
+    [
+        ((0.3, np.nan, 0.1), (1.1, 4.0), "up to step 65, 25 steps ahead; nothing farther was tested."),
+        ((0.3, 0.1, -0.2), (1.1, 2.0), "up to step 65, 25 steps ahead, but not farther."),
+        (
+            (np.nan, -0.1, 0.2),
+            (1.27, 4.0),
+            "up to step 65, 25 steps ahead; nothing farther was tested. "
+            "Nearer than 1.27 times the last known step it does not.",
+        ),
+    ],
+)
+def test_how_far_in_words(skills: tuple[float, ...], reach: tuple[float, float], said: str) -> None:
+    test = backtested(model(LINE, 1.0, 0.3))
+    verdict = advise(test)
+    assert verdict is not None
+    verdict = replace(verdict, skills=np.array(skills), reach=reach, tested=4.0, farthest=65)
+    begin = f"In weights it beats keeping the last checkpoint (mean skill {verdict.pick.score:+.2f}) "
+    assert words(test, verdict)[1] == begin + said
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_random_walk_is_not(seed: int) -> None:
     """Energy .8 and r_squared .96, and nothing to be predicted."""
@@ -373,6 +395,30 @@ def test_findings_and_reconstruct_commands(run: Run, tmp_path: Path, relexio: Re
         lost += ((m[9] - sigma[0] * u[9, 0] * v[0]) ** 2).sum()
         total += (m[9] ** 2).sum()
     np.testing.assert_allclose(facts["thrown_away"], lost / total, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("drift", "held"), [(True, "It holds here: {} is more"), (False, "It does not hold here: {} is no more")]
+)
+def test_findings_says_whether_they_hold(tmp_path: Path, relexio: Relexio, drift: bool, held: str) -> None:
+    """Beside a random walk over the same steps, and only what is seen to be above its figures."""
+    run, rng = make_run(tmp_path / "line", BF16, tuple(range(2, 34, 2)), noise=0.05), np.random.default_rng(0)
+    if not drift:  # noise about one place
+        noise = {s: {n: rng.standard_normal(b.shape).astype(BF16) for n, b in run.base.items()} for s in run.steps}
+        run = Run(tmp_path / "noise", run.base, noise)
+    store = store_run(run, tmp_path / "run.zarr")
+    facts = json.loads(relexio("findings", tmp_path / "run.zarr", "--json").out)
+    walk = random_walk(np.array(store.steps))
+    assert tuple(facts["random_walk"].values()) == walk
+    assert facts["r_squared"] == np.median([tensor["r_squared"] for tensor in facts["tensors"]])
+    shown = relexio("findings", tmp_path / "run.zarr").out
+    for share, beside in (
+        (f"{facts['spectrum'][0]:.1%}", f"{walk[0]:.1%}"),
+        (f"{facts['r_squared']:.3f}", f"{walk[1]:.3f}"),
+    ):
+        assert f"\n{held.format(share)} than a random walk over the same steps has ({beside}).\n" in shown
+    two = relexio("findings", tmp_path / "run.zarr", "--window", "2:4").out
+    assert two.count("a line through two steps is always straight") == 2
 
 
 def test_methods_command(relexio: Relexio) -> None:

@@ -136,6 +136,9 @@ def test_inspect(run: Run, tmp_path: Path, relexio: Relexio) -> None:
     store_run(run, tmp_path / "run.zarr")
     shown = relexio("inspect", tmp_path / "run.zarr")
     assert shown.code == 0 and "model.norm.weight" in shown.out
+    ranks = relexio("inspect", tmp_path / "run.zarr", "--rank", "2").out
+    for found, recipe in ((shown.out, "relex, strength 1"), (ranks, "relex, rank 2, strength 1")):
+        assert f" of {recipe}, inside the window at 1 cut-off (relexio backtest compares all methods)\n" in found
     facts = json.loads(relexio("inspect", tmp_path / "run.zarr", "--json").out)
     kept = total = 0.0
     for entry in facts["tensors"]:

@@ -1,6 +1,6 @@
 """Programs that people use predictions with, really run: lm-evaluation-harness in a sweep, mergekit, transformers.
 
-They take minutes, and packages that nothing else needs: pip install -e ".[test,hf,clients]", then pytest -m clients.
+They need packages that nothing else needs: pip install -e ".[test,hf,clients]", then make clients.
 """
 
 import json

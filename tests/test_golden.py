@@ -130,9 +130,13 @@ def test_moves(golden: tuple[Run, Path]) -> None:
     """
     _, store = golden
     root: Any = zarr.open_group(store / "segments/0000", mode="r")
-    entries = {"when": ("|u1", [3, 0, 2, 20, 255, 45]), "by": ("<u2", [0x40, 0x40, 0x40, 0xFEBE, 2])}
-    for name, (dtype, values) in entries.items():
+    entries = {
+        "when": ("|u1", [3, 0, 2, 20, 255, 45], "gap_byte"),
+        "by": ("<u2", [0x40, 0x40, 0x40, 0xFEBE, 2], "move"),
+    }
+    for name, (dtype, values, axis) in entries.items():
         array = root[f"bf16/{name}"]
+        assert array.metadata.dimension_names == (axis,)
         assert (array.dtype, array.shape, array.chunks) == (dtype, (262144,), (262144,))
         begins(store / f"segments/0000/bf16/{name}/c/0", dtype, values, 262144)
     assert root["bf16/index"][:].tolist() == [[6, 5]]

@@ -129,3 +129,25 @@ def test_what_cannot_be_converted(run: Run, tmp_path: Path) -> None:
     with pytest.raises(BudgetError):
         package.convert(run.steps_path, out, run.base_path, memory="1MB")
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"method": "pinned", "strength": "0.5"}, "--strength '0.5' is not a number"),
+        ({"method": "pinned", "strength": None}, "--strength None is not a number"),
+        ({"method": "pinned", "strength": True}, "--strength True is not a number"),
+        (
+            {"method": "mix", "weights": {0: -0.5, 50: 1.5}},
+            "--weights {0: -0.5, 50: 1.5} is not text, such as '0=-0.5,300=1.5'",
+        ),
+        ({"method": "mix", "weights": 1.5}, "--weights 1.5 is not text"),
+    ],
+)
+def test_a_part_of_a_recipe_of_another_type_is_refused(
+    run: Run, tmp_path: Path, asked: dict[str, Any], said: str
+) -> None:
+    trajectory = package.convert(run.steps_path, tmp_path / "run.zarr", run.base_path)
+    with pytest.raises(RequestError) as refused:
+        trajectory.fit(**asked)
+    assert str(refused.value).startswith(said)

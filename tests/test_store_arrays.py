@@ -1,5 +1,6 @@
 """The arrays of a store: how they are laid out, and who reads them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,60 @@ def test_arrays_are_laid_out_as_the_table_says(run: Run, tmp_path: Path) -> None
                 made = zarr.open_array(tmp_path / "run.zarr" / path / kind / name, mode="r")
                 assert (made.shape, made.chunks, made.dtype) == (layout.shape, layout.chunks, layout.dtype)
                 assert store.array(f"{path}/{kind}/{name}") == layout
+
+
+@pytest.fixture
+def shared(run: Run, tmp_path: Path) -> Path:
+    """A store with two segments, files of several lengths, and a kept result of each solver."""
+    out = tmp_path / "run.zarr"
+    for steps in ("1", "2"):
+        store_run(run, out, steps)
+    for solver in ("gram", "blocks"):
+        fit_run(open_store(out), solver=solver)
+    return out
+
+
+def test_a_dimension_has_one_length_in_a_group(shared: Path) -> None:
+    """What xarray asks for. Zarr, whose warnings are errors here, knows all that is in a store."""
+    lengths: dict[tuple[str, str], set[int]] = {}
+    members = dict(zarr.open_group(shared, mode="r").members(max_depth=None))
+    for path in members:
+        node = json.loads((shared / path / "zarr.json").read_text())
+        for name, length in zip(node.get("dimension_names", []), node.get("shape", []), strict=True):
+            lengths.setdefault((path.rpartition("/")[0], name), set()).add(length)
+    assert {"files", "base/bf16", "segments/0001", "segments/0001/bf16", "cache/gram-0002"} <= {g for g, _ in lengths}
+    assert len([path for path in members if path.startswith("cache/blocks")]) == 3
+    assert not [group_and_name for group_and_name, found in lengths.items() if len(found) > 1]
+
+
+@pytest.mark.clients
+def test_xarray_opens_a_store_and_its_groups(shared: Path) -> None:
+    xarray = pytest.importorskip("xarray", reason="needs xarray: pip install -e '.[clients]'")
+    store = open_store(shared)
+    tree = xarray.open_datatree(shared, engine="zarr", consolidated=False)
+    assert {"/base/bf16", "/segments/0000/bf16", "/segments/0001/bf16", "/files"} <= set(tree.groups)
+    segment = xarray.open_zarr(shared, group="segments/0001/bf16", chunks=None, consolidated=False)
+    assert segment.sizes["column"] == 1
+    for block in store.blocks:
+        start = block.index * store.block
+        bits = tree["base/bf16/bits"].values[start : start + block.size]
+        assert bits.dtype == np.uint16 and (bits == store.base_bits(block)).all()
+        assert (segment["digest"].values[block.index] == store.digests("segments/0001", block)).all()
+
+
+def test_a_store_that_zarr_consolidated_is_the_same(shared: Path, run: Run) -> None:
+    """xarray's warning advises it. What Zarr adds to the marker is not bound, is not used, and goes with the next commit."""
+    marker = shared / "zarr.json"
+    before, store = marker.read_bytes(), open_store(shared)
+    with pytest.warns(zarr.errors.ZarrUserWarning, match="not part in the Zarr format 3"):
+        zarr.consolidate_metadata(shared)
+    consolidated = marker.read_bytes()
+    assert consolidated != before and open_store(shared) == store
+    marker.write_bytes(consolidated.replace(store.base_content.encode(), store.contents[1].encode()))
+    with pytest.raises(StoreError, match="a checksum is wrong"):
+        open_store(shared)
+    marker.write_bytes(consolidated)
+    assert store_run(run, shared).steps == (1, 2, 3) and b"consolidated_metadata" not in marker.read_bytes()
 
 
 def test_a_store_that_has_moved_knows_its_arrays(run: Run, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from relexio.verbs.findings import findings as verb
 from relexio.words import describe_steps
 
 _LARGEST, _COLUMNS, _ROWS = 8, 6, 16  # tensors and steps of the coefficients; steps of the denoising view
+_STRAIGHT = "- (a line through two steps is always straight)"
 
 
 @on_trajectory(options.rank)
@@ -53,10 +54,17 @@ def _show(run: Findings, lines: Linearity | None) -> None:
     )
     click.echo("\nFinding 1: energy that the first directions keep, over all tensors")
     click.echo("  ".join(f"rank {rank}: {share:.1%}" for rank, share in enumerate(run.spectrum.cumsum()[:5], 1)))
+    click.echo(_held(float(run.spectrum[0]), run.walk[0], ".1%"))
     _show_lines(run)
     _show_elements(lines)
     _show_ablation(run)
     _show_thrown_away(run)
+
+
+def _held(share: float, walk: float, form: str) -> str:
+    """Whether a finding holds: a walk without direction has high figures too, so only what is above them counts."""
+    holds, more = ("holds", "more") if round(share, 3) > round(walk, 3) else ("does not hold", "no more")  # as shown
+    return f"It {holds} here: {share:{form}} is {more} than a random walk over the same steps has ({walk:{form}})."
 
 
 def _evenly(count: int, most: int) -> list[int]:
@@ -65,9 +73,13 @@ def _evenly(count: int, most: int) -> list[int]:
 
 
 def _show_lines(run: Findings) -> None:
-    low, middle, high = np.quantile([t.line.r_squared for t in run.tensors], [0.1, 0.5, 0.9])
+    low, high = np.quantile([t.line.r_squared for t in run.tensors], [0.1, 0.9])
     click.echo("\nFinding 2: coefficients of the first direction, and the line through them")
-    click.echo(f"r2 over tensors: median {middle:.3f}, a tenth below {low:.3f}, a tenth above {high:.3f}")
+    click.echo(f"r2 over tensors: median {run.r_squared:.3f}, a tenth below {low:.3f}, a tenth above {high:.3f}")
+    if len(run.window) > 2:
+        click.echo(_held(run.r_squared, run.walk[1], ".3f"))
+    else:
+        click.echo(_STRAIGHT)
     largest = sorted(run.tensors, key=lambda t: -t.sigma2)[:_LARGEST]
     title = "the tensors with most energy"
     width = max(len(title), *(len(printable(t.name)) for t in largest))
@@ -83,7 +95,7 @@ def _show_lines(run: Findings) -> None:
 def _show_elements(lines: Linearity | None) -> None:
     click.echo(f"\nSingle elements: share with a line over the steps of r2 above {LINEAR:g}")
     if lines is None:
-        click.echo("- (a line through two steps is always straight)")
+        click.echo(_STRAIGHT)
         return
     part = "" if lines.blocks == lines.all_blocks else f"{lines.blocks} of {lines.all_blocks:,} blocks, "
     moved = f"{lines.moved:,} that moved of {lines.elements:,}"

@@ -43,8 +43,9 @@ def _split_half(inspection: Inspection) -> str:
 def _skill(inspection: Inspection) -> str:
     if inspection.backtest is None:
         return "- (a backtest needs three steps)"
-    cut_offs = len(inspection.backtest.folds)
-    return f"{number(inspection.skill, '+.2f')} inside the window, at {cut_offs} cut-offs (more with relexio backtest)"
+    recipe, cut_offs = inspection.backtest.trials[0].recipe, len(inspection.backtest.folds)
+    where = f"{recipe.label}, inside the window at {cut_offs} cut-off{'s' * (cut_offs != 1)}"
+    return f"{number(inspection.skill, '+.2f')} of {where} (relexio backtest compares all methods)"
 
 
 def _show(inspection: Inspection) -> None:

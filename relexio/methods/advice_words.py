@@ -50,10 +50,14 @@ def _why_not(verdict: Verdict, history: str) -> str:
 
 def _how_far(verdict: Verdict, last: int) -> str:
     start, end = verdict.reach or (1.0, 1.0)
-    span = f"{start:.2f} to {end:.2f}" if end - start >= 0.01 else f"{end:.2f}"
-    limit = "as far as was tested" if end >= verdict.tested * 0.999 else "and not beyond"
+    beyond = "; nothing farther was tested" if end >= verdict.tested * 0.999 else ", but not farther"
+    nearer = f" Nearer than {start:.2f} times the last known step it does not." if _first(verdict.skills) <= 0 else ""
     return (
-        f"In weights it comes nearer than the last checkpoint (mean skill {verdict.pick.score:+.2f}) at {span} times the last "
-        f"known step and up to {verdict.farthest - last} steps ahead, {limit}: from step {last} that is step "
-        f"{verdict.farthest}."
+        f"In weights it beats keeping the last checkpoint (mean skill {verdict.pick.score:+.2f}) up to step "
+        f"{verdict.farthest}, {verdict.farthest - last} steps ahead{beyond}.{nearer}"
     )
+
+
+def _first(skills: np.ndarray) -> float:
+    """The skill within the nearest horizon that was tested."""
+    return float(skills[~np.isnan(skills)][0])

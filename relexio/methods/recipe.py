@@ -158,6 +158,10 @@ class Recipe:
             unset = value is None and option.default is None
             if option.type is int and not unset and (type(value) is not int or not 1 <= value <= count):
                 raise RequestError(f"--{option.flag} {value} does not fit a window of {count} steps; give 1 to {count}")
+            if option.type is float and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise RequestError(f"--{option.flag} {value!r} is not a number")
+            if option.type is str and not option.choices and not unset and not isinstance(value, str):
+                raise RequestError(f"--{option.flag} {value!r} is not text, such as '0=-0.5,300=1.5'")
             if option.choices and value not in option.choices:
                 raise RequestError(f"unknown --{option.flag} {value!r}; known are {', '.join(option.choices)}")
             heeded = option.type is float or option.flag in self.way.uses

@@ -42,7 +42,7 @@ def _base_arrays(kind: Kind, blocks: int, block: int, _columns: int) -> dict[str
 def _segment_arrays(kind: Kind, blocks: int, block: int, columns: int) -> dict[str, Layout]:
     room, chunk = moves_room(block, columns), moves_chunk(block, columns)
     return {
-        "when": Layout((blocks * room,), (chunk,), _BYTE, ("byte",)),
+        "when": Layout((blocks * room,), (chunk,), _BYTE, ("gap_byte",)),
         "by": Layout((blocks * room,), (chunk,), np.dtype(kind.bits), ("move",)),
         "index": _small((blocks, len(MOVES)), _COUNT, ("block", "array")),
         "hashes": _hashes(blocks * len(MOVES) * (room // chunk)),
@@ -65,9 +65,10 @@ def changed_array(tensors: int, columns: int) -> Layout:
     return Layout((tensors, columns), (max(tensors, 1), columns), _COUNT, ("tensor", "column"))
 
 
-def file_array(size: int) -> Layout:
-    """The array of a file's bytes."""
-    return Layout((size,), (max(min(size, FILE_CHUNK), 1),), _BYTE, ("byte",))
+def file_array(size: int, path: str = "") -> Layout:
+    """The array of a file's bytes. Its dimension has its own name: xarray wants one length for a name in a group."""
+    axis = f"byte_{path.rpartition('/')[2]}"
+    return Layout((size,), (max(min(size, FILE_CHUNK), 1),), _BYTE, (axis,))
 
 
 def check_layout(
@@ -82,7 +83,7 @@ def check_layout(
     first = layout.chunks[0]
     segment = next((s for s in segments if path.startswith(f"{s.path}/")), None)
     if top == "files":
-        wanted = file_array(layout.shape[0])
+        wanted = file_array(layout.shape[0], path)
         right = first in (wanted.chunks[0], layout.shape[0])
     elif segment is not None and path == f"{segment.path}/changed":
         wanted = changed_array(len(tensors), segment.columns)

@@ -34,6 +34,8 @@ from relexio.words import shown
 #: Bytes up to which an array is kept as one chunk and held in memory.
 SMALL = 16 << 20
 _NUMBER = np.dtype("<f8")
+#: ``cache/`` is a group, so that Zarr finds nothing in a store that it does not know.
+_GROUP = b'{"attributes": {}, "zarr_format": 3, "node_type": "group"}'
 #: More than the squares of 2^63 of the largest float32 add up to.
 _LARGE = 1e100
 _REMOVE = "remove this directory; it will be computed again"
@@ -101,7 +103,7 @@ class CachedResult:
     def create(self, name: str, shape: tuple[int, ...]) -> Iterator["np.ndarray | _Entries"]:
         """A new array to be filled: in memory and stored as one chunk if it is small, else a chunk for each tensor."""
         small = 8 * prod(shape) <= SMALL
-        axes = ("tensor", *(f"axis{i}" for i in range(1, len(shape))))
+        axes = ("tensor", *(f"{name}_axis{i}" for i in range(1, len(shape))))
         layout = Layout(shape, tuple(max(1, size) for size in (shape if small else (1, *shape[1:]))), _NUMBER, axes)
         group = open_group(self.address, "r+")
         if not has_array(group, name, layout):  # another build of the same in this place may have made it
@@ -256,6 +258,8 @@ def keep(store: Store, name: CacheName, build: Callable[[CachedResult], None]) -
         if there:
             final.remove()
         _build(final, store, build)
+        with suppress(OSError):  # for other readers; nothing here depends on it
+            locate(store.address).put(f"cache/{METADATA}", _GROUP)
         _is_there(final)  # another process may have been faster, and keep it to itself
     except OSError as error:
         if error.errno not in _NOT_WRITABLE:

@@ -103,7 +103,7 @@ class Files:
             if self._is_whole(name):  # an interrupted conversion wrote it
                 continue
             size = len(data) if isinstance(data, bytes) else data.stat().st_size
-            layout, hashed = file_array(size), hashlib.sha256()
+            layout, hashed = file_array(size, name), hashlib.sha256()
             create(group, name, layout, overwrite=True)
             for number, piece in enumerate(_pieces(data, size)):
                 hashed.update(piece)

@@ -1,6 +1,7 @@
 """``findings``: the paper's Findings 1 and 2 on a run, its ablations of rank and curve, and what rank r throws away."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from relexio.errors import RequestError
 from relexio.fit.fit import changed_shares
 from relexio.fit.grams import find_grams
 from relexio.methods import Recipe, Window
+from relexio.methods.line_tests import random_walk
 from relexio.methods.linearity import Linearity, null_shares
 from relexio.methods.spectrum import SPECTRUM, TensorFindings, alike, find, left_over, thrown_away
 from relexio.progress import Stages
@@ -42,6 +44,16 @@ class Findings:
     alike: np.ndarray
     judged: Judgement | None
 
+    @property
+    def r_squared(self) -> float:
+        """The median r_squared of the tensors' lines."""
+        return float(np.median([t.line.r_squared for t in self.tensors]))
+
+    @cached_property
+    def walk(self) -> tuple[float, float]:
+        """Energy of rank 1 and r_squared that a random walk over the same steps has."""
+        return random_walk(np.array(self.window))
+
     def ablation(self) -> dict[str, np.ndarray]:
         """Skill by horizon, at strength 1 on the whole window, for ranks 1 to 3 and for each curve at rank 1."""
         if self.judged is None:
@@ -57,6 +69,8 @@ class Findings:
             "window": list(self.window),
             "rank": self.rank,
             "spectrum": self.spectrum.tolist(),
+            "r_squared": self.r_squared,
+            "random_walk": dict(zip(("energy", "r_squared"), self.walk, strict=True)),
             "thrown_away": {str(s): _number(v) for s, v in zip(self.window, self.thrown, strict=True)},
             "alike": {str(s): _number(v) for s, v in zip(self.window[1:], self.alike, strict=False)},
             "ablation": {name: by_horizon(skills) for name, skills in self.ablation().items()},
