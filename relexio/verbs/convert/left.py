@@ -25,9 +25,7 @@ class NotStoredSummary:
     what: NotStored
 
     def __str__(self) -> str:
-        names = sorted(
-            _alike(self.what.files), key=is_state
-        )  # what may be the model's first: the others may be too many
+        names = sorted(_alike(self.what.files), key=is_state)  # what may be the model's first: they may be too many
         more = max(len(names) - _SHOWN, 0) + self.what.more
         text = ", ".join(names[:_SHOWN]) + (f" and {more} more" if more else "")
         each = f"{show(self.what.bytes / self.count)}{' a step' if self.count > 1 else ''}"
