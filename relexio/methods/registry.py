@@ -21,21 +21,25 @@ def directions(gram: Matrix, rank: int) -> Matrix:
 
 @dataclass(frozen=True)
 class Window:
-    """All that a method sees of a tensor: the Gram matrix [T, T] of its deltas, and their real step numbers [T]."""
+    """All that a method sees of a tensor: the Gram matrix [T, T] of its deltas, and their real step numbers [T].
+
+    Of several tensors at once: their matrices [N, T, T]. ``kept`` is for what several recipes need, by what it depends on.
+    """
 
     gram: Matrix
     steps: Vector
     _top: dict[int, Matrix] = field(default_factory=dict, compare=False, repr=False)
+    kept: dict[Any, Matrix] = field(default_factory=dict, compare=False, repr=False)
 
     def directions(self, rank: int) -> Matrix:
-        """The top-r eigenvectors U [T, r]; the first ones of more, if more were asked for before."""
-        top = next((vectors for vectors in self._top.values() if vectors.shape[1] >= rank), None)
+        """The top-r eigenvectors U [..., T, r]; the first ones of more, if more were asked for before."""
+        top = next((vectors for vectors in self._top.values() if vectors.shape[-1] >= rank), None)
         if top is None:
             top = self._top[rank] = directions(self.gram, rank)
-        return top[:, :rank]
+        return top[..., :rank]
 
 
-#: (window of one tensor, target steps [S], Recipe) -> updates b [T, S].
+#: (window of one tensor, target steps [S], Recipe) -> updates b [T, S]. Of N tensors: [N, T, S], or [T, S] for all alike.
 Weights = Callable[[Window, Vector, Any], Matrix]
 
 
