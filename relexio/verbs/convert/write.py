@@ -41,7 +41,7 @@ from relexio.store.write import (
     sweep,
     write_changed,
 )
-from relexio.verbs.convert.encode import Job, encode_block
+from relexio.verbs.convert.encode import OPEN_AHEAD, Job, encode_block
 from relexio.verbs.convert.merge import commit_chain, forget, merge, merging
 from relexio.verbs.convert.request import Conversion
 from relexio.words import show
@@ -111,9 +111,10 @@ def _convert(conversion: Conversion, stages: Stages) -> ConversionResult:
             executor.plan.tile_bytes,
             resumed,
         )
-        files = [file.path for checkpoint in conversion.read for file in checkpoint.files]
-        executor.require([*store.files(f"{segment.path}/{METADATA}"), *files])
-        encode = partial(_encode, job, 2 * len(job.checkpoints) * executor.plan.workers + 64)
+        sources = [file.path for checkpoint in conversion.read for file in checkpoint.files]
+        executor.require([*store.files(f"{segment.path}/{METADATA}"), *sources])
+        files = 2 * (len(job.checkpoints) + 2 + OPEN_AHEAD) * executor.plan.workers + 64
+        encode = partial(_encode, job, files)
         with stages("convert", conversion.bytes_read) as advance:
             written = list(graph.each(store, len(conversion.read), encode, executor, advance))
         executor.settle(store.files(""))
