@@ -39,6 +39,7 @@ class Job:
     """All that a block's task needs: the store, the segment being written, its checkpoints, and the base's, if that is new.
 
     ``stored`` has checkpoints of the base and of the last stored step, where their files are still those that were stored.
+    ``open_ahead``: checkpoints that may be open besides those that are read.
     """
 
     store: Store
@@ -48,6 +49,7 @@ class Job:
     stored: tuple[Checkpoint | None, Checkpoint | None]
     tile_bytes: int
     resumed: bool
+    open_ahead: int = OPEN_AHEAD
 
 
 def encode_block(job: Job, block: Block) -> tuple[Written, Written | None]:
@@ -134,7 +136,10 @@ class _Encoder:
                 size = min(longest, piece.size - at)
                 strip = replace(piece, start=piece.start + at, size=size, first=piece.first + at)
                 waiting.append((place, strip, [self._fill(source, strip, stack) for source in sources], stack))
-                while len(waiting) * len(sources) > OPEN_AHEAD or sum(part.size for _, part, *_ in waiting) > longest:
+                while (
+                    len(waiting) * len(sources) > self.job.open_ahead
+                    or sum(part.size for _, part, *_ in waiting) > longest
+                ):
                     yield waiting.popleft()
             yield from waiting
 
