@@ -111,7 +111,7 @@ def test_what_is_asked_for_and_not_read_is_bounded(run: Run, monkeypatch: pytest
 
 @pytest.mark.parametrize(("ahead", "most"), [(1, 2 * 5), (25, 25 + 2 * 5)])
 def test_files_that_are_open_are_bounded(run: Run, monkeypatch: pytest.MonkeyPatch, ahead: int, most: int) -> None:
-    monkeypatch.setattr(encode, "OPEN_AHEAD", ahead)
+    monkeypatch.setattr("relexio.verbs.convert.write.OPEN_AHEAD", ahead)
     found = []
     convert(run, monkeypatch, lambda disk: found.append(max(disk.open)))
     assert 5 <= max(found) <= most

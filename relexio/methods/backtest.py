@@ -12,14 +12,11 @@ from itertools import islice
 import numpy as np
 
 from relexio.methods.recipe import Recipe
-from relexio.methods.registry import Window, directions
+from relexio.methods.registry import Window, leading
 from relexio.methods.roles import PARTS, part_of
 from relexio.methods.skill import TERMS, Errors, cosine, errors, ratio, terms
 from relexio.methods.trials import HORIZONS, Fold, Trial, within
 
-# A window of up to so many steps gets all its eigenvectors from LAPACK. For a random walk that takes 0.02 ms at 10 steps and
-# 0.7 ms at 96, where power iteration takes 0.6 and 1.7; at 400 it is 26 ms against 2.
-_SMALL = 96
 #: Tensors that are tried together: at most so many, and so many bytes of their Gram matrices.
 _TOGETHER, _GRAMS = 64, 1 << 22
 #: Which recipe a tensor of that name gets in a trial; None leaves it as it is in the last known checkpoint.
@@ -62,9 +59,7 @@ def try_all(
 def _window(grams: np.ndarray, steps: np.ndarray, most: int) -> Window:
     """A window of tensors with its ``most`` first directions found once for all ranks."""
     rank = min(most, len(steps))
-    if rank and len(steps) <= _SMALL:
-        return Window(grams, steps, {rank: np.linalg.eigh(grams)[1][..., ::-1][..., :rank]})
-    return Window(grams, steps, {rank: np.stack([directions(gram, rank) for gram in grams])} if rank else {})
+    return Window(grams, steps, {rank: leading(grams, rank)} if rank else {})
 
 
 def _try(grams: np.ndarray, steps: np.ndarray, window: Window, fold: Fold, recipe: Recipe) -> np.ndarray:
