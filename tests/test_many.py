@@ -1,5 +1,7 @@
 """Blocks that several tensors share, of different kinds and sizes, and models of very many tensors."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -114,3 +116,14 @@ def test_twenty_thousand_small_tensors_are_few_files(tmp_path: Path) -> None:
     assert len(files) < 2000
     restore(store, 2, tmp_path / "back", CPU, silent)
     assert snapshot(tmp_path / "back") == snapshot(run.steps_path / "global_step_2")
+
+
+def test_few_files_may_be_open(tmp_path: Path) -> None:
+    """Fewer than a block has tensors and steps, and no more can be had."""
+    base, steps = mixed(2, 60, list(range(1, 21)), 600)
+    run = Run(tmp_path, base, steps)
+    few = ["sh", "-c", 'ulimit -n 128 && exec "$@"', "sh", sys.executable, "-m", "relexio"]
+    store, given = tmp_path / "run.zarr", ["--base", run.base_path, "--workers", 2]
+    for words in (["convert", run.steps_path, *given, "-o", store], ["verify", store, run.steps_path, *given]):
+        done = subprocess.run([*few, *map(str, words)], capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr

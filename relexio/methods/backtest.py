@@ -5,20 +5,20 @@ error at a later step is a quadratic form in it.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 
 from relexio.methods.recipe import Recipe
-from relexio.methods.registry import Window, directions
+from relexio.methods.registry import Window, leading
 from relexio.methods.roles import PARTS, part_of
 from relexio.methods.skill import TERMS, Errors, cosine, errors, ratio, terms
 from relexio.methods.trials import HORIZONS, Fold, Trial, within
 
-# A window of up to so many steps gets all its eigenvectors from LAPACK. For a random walk that takes 0.02 ms at 10 steps and
-# 0.7 ms at 96, where power iteration takes 0.6 and 1.7; at 400 it is 26 ms against 2.
-_SMALL = 96
+#: Tensors that are tried together: at most so many, and so many bytes of their Gram matrices.
+_TOGETHER, _GRAMS = 64, 1 << 22
 #: Which recipe a tensor of that name gets in a trial; None leaves it as it is in the last known checkpoint.
 Chosen = Callable[[str, Recipe], Recipe | None]
 
@@ -29,46 +29,44 @@ def heeding_norms(name: str, recipe: Recipe) -> Recipe | None:
 
 
 def try_all(
-    gram: np.ndarray, steps: np.ndarray, trials: list[Trial], folds: list[Fold], recipes: list[Recipe | None]
+    grams: np.ndarray, steps: np.ndarray, trials: list[Trial], folds: list[Fold], heeded: np.ndarray
 ) -> np.ndarray:
-    """The terms of the errors (skill.py) of every trial at every held-out step: [trials, columns, 6] for one tensor.
+    """The terms of the errors (skill.py) of every trial at every held-out step: [N, trials, columns, 6] for N tensors.
 
-    ``gram`` [T, T] is over all of ``steps`` [T]. ``recipes`` are those of the trials for this tensor; None leaves it as it
-    is in the last known checkpoint. NaN where a trial's window would be too short, or begins at step 0 for a method that
+    ``grams`` [N, T, T] are over all of ``steps`` [T]. Where ``heeded`` [N, trials] is False, a trial leaves that tensor as
+    it is in the last known checkpoint. NaN where a trial's window would be too short, or begins at step 0 for a method that
     counts from there.
     """
-    result, start = np.full((len(trials), columns(folds), TERMS), np.nan), 0
+    result, start = np.full((len(grams), len(trials), columns(folds), TERMS), np.nan), 0
     most = max((trial.recipe.rank for trial in trials if "rank" in trial.recipe.way.uses), default=0)
     for fold in folds:
         windows: dict[int, Window] = {}
         stop = start + len(fold.held_out)
-        for row, (trial, recipe) in enumerate(zip(trials, recipes, strict=True)):
+        for column, trial in enumerate(trials):
             count = trial.window(fold.known)
             if count is None or (trial.recipe.way.from_zero and steps[fold.known - count] <= 0):
                 continue
             if count not in windows:
                 inside = slice(fold.known - count, fold.known)
-                windows[count] = _window(gram[inside, inside], steps[inside], most)
-            result[row, start:stop] = _try(gram, steps, windows[count], fold, recipe)
+                windows[count] = _window(grams[:, inside, inside], steps[inside], most)
+            tried = _try(grams, steps, windows[count], fold, trial.recipe)
+            tried[~heeded[:, column], :, :-1] = 0.0  # all but the baseline
+            result[:, column, start:stop] = tried
         start = stop
     return result
 
 
-def _window(gram: np.ndarray, steps: np.ndarray, most: int) -> Window:
-    """A window with its ``most`` first directions found once for all ranks."""
+def _window(grams: np.ndarray, steps: np.ndarray, most: int) -> Window:
+    """A window of tensors with its ``most`` first directions found once for all ranks."""
     rank = min(most, len(steps))
-    if rank and len(steps) <= _SMALL:
-        return Window(gram, steps, {rank: np.linalg.eigh(gram)[1][:, ::-1][:, :rank]})
-    return Window(gram, steps, {rank: directions(gram, rank)} if rank else {})
+    return Window(grams, steps, {rank: leading(grams, rank)} if rank else {})
 
 
-def _try(gram: np.ndarray, steps: np.ndarray, window: Window, fold: Fold, recipe: Recipe | None) -> np.ndarray:
-    held_out, count = np.array(fold.held_out), len(window.steps)
-    update = np.zeros((count, len(held_out)))
-    if recipe is not None and window.gram.any():
-        update = recipe.way.weights(window, steps[held_out], replace(recipe, strength=1.0))
-    from_last = recipe is None or recipe.way.from_last
-    return terms(gram, fold.known - 1, from_last, slice(fold.known - count, fold.known), update, held_out)
+def _try(grams: np.ndarray, steps: np.ndarray, window: Window, fold: Fold, recipe: Recipe) -> np.ndarray:
+    held_out, inside = np.array(fold.held_out), slice(fold.known - len(window.steps), fold.known)
+    moved = window.gram.any(axis=(1, 2), keepdims=True)
+    update = np.where(moved, recipe.way.weights(window, steps[held_out], recipe), 0.0)
+    return terms(grams, fold.known - 1, recipe.way.from_last, inside, update, held_out)
 
 
 def columns(folds: list[Fold]) -> int:
@@ -76,10 +74,16 @@ def columns(folds: list[Fold]) -> int:
     return sum(len(fold.held_out) for fold in folds)
 
 
-def bytes_of(tensors: int, trials: int, folds: list[Fold], strengths: int) -> int:
-    """Bytes that a Backtest holds."""
-    sums = 8 * TERMS * (len(PARTS) + 2) * trials * columns(folds)
-    return sums + 8 * tensors * columns(folds) * (trials * strengths + 1)
+def together(steps: int) -> int:
+    """How many tensors are tried together over so many steps."""
+    return max(1, min(_TOGETHER, _GRAMS // (8 * steps**2)))
+
+
+def bytes_of(tensors: int, steps: int, trials: int, folds: list[Fold], strengths: int) -> int:
+    """Bytes that a backtest of so many steps holds: its result, and the tensors that are tried together."""
+    each = 8 * (8 * steps**2 + 4 * TERMS * trials * columns(folds))
+    sums = 8 * TERMS * len(PARTS) * trials * columns(folds)
+    return together(steps) * each + sums + 8 * tensors * columns(folds) * (trials * strengths + 1)
 
 
 @dataclass(frozen=True)
@@ -171,18 +175,23 @@ def backtest(
     strengths: tuple[float, ...],
     chosen: Chosen = heeding_norms,
 ) -> Backtest:
-    """Try everything on the Gram matrices [T, T] of ``count`` tensors, one at a time, by name."""
+    """Try everything on the Gram matrices [T, T] of ``count`` tensors by name, a few at a time."""
     totals = np.zeros((len(PARTS), len(trials), columns(folds), TERMS))
     predicted = np.zeros((count, len(trials), columns(folds), len(strengths)))
     baseline = np.zeros((count, columns(folds)))
-    names = []
-    for row, (name, gram) in enumerate(grams):
-        names.append(name)
-        if not gram.any():
+    names: list[str] = []
+    pairs = iter(grams)
+    while group := list(islice(pairs, together(len(steps)))):
+        places = [len(names) + i for i, (_, gram) in enumerate(group) if gram.any()]
+        names += [name for name, _ in group]
+        if not places:
             continue
-        sums = try_all(gram, steps, trials, folds, [chosen(name, trial.recipe) for trial in trials])
-        totals[PARTS.index(part_of(name))] += sums
+        moved = [names[place] for place in places]
+        heeded = np.array([[chosen(name, trial.recipe) is not None for trial in trials] for name in moved])
+        sums = try_all(np.stack([gram for _, gram in group if gram.any()]), steps, trials, folds, heeded)
+        for name, each in zip(moved, sums, strict=True):
+            totals[PARTS.index(part_of(name))] += each
         for i, strength in enumerate(strengths):
-            predicted[row, :, :, i], _ = errors(sums, strength)
-        baseline[row] = np.fmax.reduce(sums[..., -1], axis=0)  # the same for every trial that has a window
+            predicted[places, :, :, i], _ = errors(sums, strength)
+        baseline[places] = np.fmax.reduce(sums[..., -1], axis=1)  # the same for every trial that has a window
     return Backtest(steps, folds, trials, strengths, names, totals, predicted, baseline)

@@ -28,12 +28,16 @@ def line_weights(steps: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 
 def read_off(curve: str, steps: np.ndarray, values: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Curves through values [T, r] over steps [T], one a column, read off at [S]: float64 [S, r]."""
+    """Curves through values [..., T, r] over steps [T], one a column, read off at [S]: float64 [..., S, r]."""
     if curve == "line":
         return line_weights(steps, at).T @ values
+    moved = np.moveaxis(values, -2, 0)
+    columns = moved.reshape(len(steps), -1)
     if curve == "sinusoid":
-        return np.stack([_sinusoid(steps, column, at) for column in values.T], axis=1)
-    return _polynomial(steps, values, at, int(curve.removeprefix("poly")))
+        found = _sinusoids(steps, columns, at)
+    else:
+        found = _polynomial(steps, columns, at, int(curve.removeprefix("poly")))
+    return np.moveaxis(found.reshape(len(at), *moved.shape[1:]), 0, -2)
 
 
 def _polynomial(steps: np.ndarray, values: np.ndarray, at: np.ndarray, degree: int) -> np.ndarray:
@@ -46,29 +50,31 @@ def _polynomial(steps: np.ndarray, values: np.ndarray, at: np.ndarray, degree: i
     return np.vander((at - middle) / half, degree + 1) @ np.linalg.lstsq(powers, values, rcond=None)[0]
 
 
-def _sinusoid(steps: np.ndarray, values: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """A sin(2 pi f s + phi) + C (RELEX's ablation), the frequency f from ever finer grids.
+def _sinusoids(steps: np.ndarray, values: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """For each column of values [T, C] A sin(2 pi f s + phi) + C (RELEX's ablation), the frequency f from ever finer grids.
 
     For a given f the rest is linear least squares. From a quarter of a period over the window to one in two steps: what
     is nearly straight asks for ever smaller f, where a sinusoid is a parabola with a huge amplitude.
     """
     span = float(np.ptp(steps))
-    grid = np.geomspace(0.25 / span, max((len(steps) - 1) / 2, 0.5) / span, _FREQUENCIES)
+    grid = np.geomspace(0.25 / span, max((len(steps) - 1) / 2, 0.5) / span, _FREQUENCIES)[None]  # [C or 1, F]
+    each = np.arange(values.shape[1])
     for _ in range(_ZOOMS):
-        waves = _waves(steps, grid)
-        along = np.linalg.qr(waves)[0].transpose(0, 2, 1) @ values
-        explained = (along**2).sum(axis=1)
-        equal = 1e-9 if len(grid) == _FREQUENCIES else 0.0  # of waves that fit equally well, the slowest
-        best = int(np.argmax(explained >= (1 - equal) * explained.max()))
-        low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-        f, grid = grid[best : best + 1], np.linspace(low, high, _ZOOM)
-    return _waves(at, f)[0] @ np.linalg.lstsq(_waves(steps, f)[0], values, rcond=None)[0]
+        along = np.linalg.qr(_waves(steps, grid))[0].swapaxes(-1, -2) @ values.T[:, None, :, None]
+        explained = (along[..., 0] ** 2).sum(axis=-1)
+        equal = 1e-9 if grid.shape[1] == _FREQUENCIES else 0.0  # of waves that fit equally well, the slowest
+        best = np.argmax(explained >= (1 - equal) * explained.max(axis=1, keepdims=True), axis=1)
+        grid = np.broadcast_to(grid, explained.shape)
+        low, high = grid[each, np.maximum(best - 1, 0)], grid[each, np.minimum(best + 1, grid.shape[1] - 1)]
+        found, grid = grid[each, best], np.linspace(low, high, _ZOOM, axis=1)
+    fits = zip(_waves(steps, found), _waves(at, found), values.T, strict=True)
+    return np.stack([there @ np.linalg.lstsq(here, y, rcond=None)[0] for here, there, y in fits], axis=1)
 
 
 def _waves(steps: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
-    """sin, cos and 1 at every step, for every frequency: [F, T, 3]."""
-    turns = 2 * np.pi * np.outer(frequencies, steps)
-    return np.stack([np.sin(turns), np.cos(turns), np.ones_like(turns)], axis=2)
+    """sin, cos and 1 at every step [T], for every frequency [...]: [..., T, 3]."""
+    turns = 2 * np.pi * (frequencies[..., None] * steps)
+    return np.stack([np.sin(turns), np.cos(turns), np.ones_like(turns)], axis=-1)
 
 
 def check_refits(steps: np.ndarray, target: float, every: int) -> None:
@@ -100,14 +106,14 @@ def _refit_weights(curve: str, steps: tuple[float, ...], at: tuple[float, ...], 
 
 def _refitted(curve: str, steps: np.ndarray, values: np.ndarray, at: np.ndarray, every: int) -> np.ndarray:
     gap, size = _distance(steps), len(steps)
-    result = np.empty((len(at), values.shape[1]))
+    result = np.empty((*values.shape[:-2], len(at), values.shape[-1]))
     steps = steps.astype(np.float64)
     for target in np.argsort(at, kind="stable"):
         while at[target] > steps[-1] + gap * every:
             ahead = steps[-1] + gap * np.arange(1, every + 1)
-            values = np.concatenate([values, read_off(curve, steps, values, ahead)])[-size:]
+            values = np.concatenate([values, read_off(curve, steps, values, ahead)], axis=-2)[..., -size:, :]
             steps = np.concatenate([steps, ahead])[-size:]
-        result[target] = read_off(curve, steps, values, at[target : target + 1])[0]
+        result[..., target, :] = read_off(curve, steps, values, at[target : target + 1])[..., 0, :]
     return result
 
 

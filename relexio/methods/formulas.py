@@ -29,8 +29,7 @@ _ROUNDING = 1e-12  # of sums of squares over a tensor
 )
 def relex(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
     """b = P l(s): a curve through the coefficients of the top directions."""
-    u = window.directions(recipe.rank)
-    return u @ recipe.read_off(window.steps, u, targets).T
+    return _curve(window, targets, recipe)[..., :-1]
 
 
 @method(
@@ -43,8 +42,8 @@ def relex(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
 )
 def pinned(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
     """b = P (l(s) - l(s_T)): the curve's increment alone."""
-    weights = relex(window, np.append(targets, window.steps[-1]), recipe)
-    return weights[:, :-1] - weights[:, -1:]
+    weights = _curve(window, targets, recipe)
+    return weights[..., :-1] - weights[..., -1:]
 
 
 @method(
@@ -158,13 +157,16 @@ def rre(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
     count = len(window.steps) - 1
     differ = np.diff(np.eye(count + 1), axis=0) / np.diff(window.steps)[:, None]
     speeds = differ @ window.gram @ differ.T
-    rounding = _ROUNDING * float(((np.abs(differ) @ np.sqrt(np.diag(window.gram))) ** 2).max())
-    even = np.full(count, 1.0 / count)
-    basis = np.linalg.svd(even[None])[2][1:].T  # of what adds up to 0, which gamma is but for even
+    lengths = np.sqrt(np.diagonal(window.gram, axis1=-2, axis2=-1))
+    rounding = _ROUNDING * ((lengths @ np.abs(differ).T) ** 2).max(axis=-1, keepdims=True)
+    even = np.full((count, 1), 1.0 / count)
+    basis = np.linalg.svd(even.T)[2][1:].T  # of what adds up to 0, which gamma is but for even
     values, vectors = np.linalg.eigh(basis.T @ speeds @ basis)
-    kept = basis @ vectors[:, values > rounding]
-    gamma = even - kept @ ((kept.T @ speeds @ even) / values[values > rounding])
-    return np.tile((np.append(0.0, gamma) - _unit(window, -1))[:, None], len(targets))
+    found, real = basis @ vectors, (values > rounding)[..., None]
+    pull = found.swapaxes(-1, -2) @ (speeds @ even)
+    gamma = even - found @ np.divide(pull, values[..., None], out=np.zeros_like(pull), where=real)
+    last = _unit(window, -1)[:, None]
+    return np.repeat(np.insert(gamma, 0, 0.0, axis=-2) - last, len(targets), axis=-1)
 
 
 @method(
@@ -178,6 +180,16 @@ def rre(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
 def mix(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
     """b_t = w_t, the weight given to step t; the base has the rest of 1."""
     return np.tile(delta_weights(recipe.mix or "", window.steps)[:, None], len(targets))
+
+
+def _curve(window: Window, targets: Vector, recipe: "Recipe") -> Matrix:
+    """P l(s) at the targets and, last, at the window's last step: [..., T, S + 1]. It is kept: two methods begin with it."""
+    key = recipe.rank, recipe.curve, recipe.refit, targets.tobytes()
+    if key not in window.kept:
+        u = window.directions(recipe.rank)
+        read = recipe.read_off(window.steps, u, np.append(targets, window.steps[-1]))
+        window.kept[key] = u @ read.swapaxes(-1, -2)
+    return window.kept[key]
 
 
 def _unit(window: Window, index: int) -> Vector:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from relexio.methods.curves import fit_line, read_off
-from relexio.methods.registry import directions
+from relexio.methods.registry import leading
 
 _UNDONE = -0.2  # cosine of the directions of two halves
 _JUMP = 5.0  # times the usual increment
@@ -27,7 +27,7 @@ def walk_gram(steps: np.ndarray) -> np.ndarray:
 def random_walk(steps: np.ndarray) -> tuple[float, float]:
     """Energy of rank 1 and r_squared of the line, of a random walk of many dimensions observed at the same steps."""
     gram = walk_gram(steps)
-    u = directions(gram, 1)[:, 0]
+    u = leading(gram, 1)[:, 0]
     return float(u @ gram @ u / np.trace(gram)), fit_line(steps, u).r_squared
 
 
@@ -42,7 +42,7 @@ def split_half(gram: np.ndarray) -> float | None:
         return None
     increments = np.eye(count) - np.eye(count, k=-1)  # as weights of the deltas
     halves = [np.cumsum(increments[offset::2], axis=0) for offset in (0, 1)]
-    a, b = (half.T @ directions(half @ gram @ half.T, 1)[:, 0] for half in halves)
+    a, b = (half.T @ leading(half @ gram @ half.T, 1)[:, 0] for half in halves)
     length = np.sqrt(max(a @ gram @ a, 0.0) * max(b @ gram @ b, 0.0))
     return float(a @ gram @ b / length) if length > 0 else None
 
@@ -71,7 +71,7 @@ def straightness(grams: Iterable[np.ndarray], steps: np.ndarray) -> Straightness
     for gram in grams:
         if gram.any():
             total += gram
-            u = directions(gram, 1)[:, 0]
+            u = leading(gram, 1)[:, 0]
             along += float(u @ gram @ u)
             lines.append(fit_line(steps, u).r_squared)
             halves.append(split_half(gram))
@@ -157,7 +157,7 @@ def _break(gram: np.ndarray, steps: np.ndarray) -> list[str]:
     count = len(steps)
     if count < 8 or not gram.any():
         return []
-    u = directions(gram, 1)[:, 0]
+    u = leading(gram, 1)[:, 0]
     values = u * np.sqrt(max(u @ gram @ u, 0.0))
     one_line = _residual(steps, values)
     residuals = {i: _residual(steps[:i], values[:i]) + _residual(steps[i:], values[i:]) for i in range(3, count - 2)}

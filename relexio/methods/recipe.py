@@ -80,7 +80,7 @@ class Recipe:
         return METHODS[self.method]
 
     def read_off(self, steps: Vector, values: Matrix, at: Vector) -> Matrix:
-        """This recipe's curve through values [T, r] over steps [T], read off at [S]: [S, r]."""
+        """This recipe's curve through values [..., T, r] over steps [T], read off at [S]: [..., S, r]."""
         if self.refit is None:
             return read_off(self.curve, steps, values, at)
         return read_off_refitting(self.curve, steps, values, at, self.refit)

@@ -10,6 +10,9 @@ from relexio.methods.eigen import power_iteration, solve
 
 #: In the place of a method's name, it leaves the recipe to the backtest; in that of a step, how far to predict.
 AUTO = "auto"
+#: Up to so many steps LAPACK finds all eigenvectors faster than power iteration the first. For a random walk it takes 0.02 ms
+#: at 10 steps and 0.7 ms at 96, power iteration 0.6 and 1.7; at 400 it is 26 ms against 2.
+_SMALL = 96
 Vector = np.ndarray
 Matrix = np.ndarray
 
@@ -19,23 +22,35 @@ def directions(gram: Matrix, rank: int) -> Matrix:
     return solve(power_iteration(len(gram), rank), lambda x: gram @ x).vectors
 
 
+def leading(grams: Matrix, rank: int) -> Matrix:
+    """As ``directions``, of one Gram matrix or of several [N, T, T], by what is faster; the last component is >= 0."""
+    if grams.shape[-1] > _SMALL:
+        return directions(grams, rank) if grams.ndim == 2 else np.stack([directions(gram, rank) for gram in grams])
+    vectors = np.linalg.eigh(grams)[1][..., ::-1][..., :rank]
+    return vectors * np.where(vectors[..., -1:, :] < 0, -1.0, 1.0)
+
+
 @dataclass(frozen=True)
 class Window:
-    """All that a method sees of a tensor: the Gram matrix [T, T] of its deltas, and their real step numbers [T]."""
+    """All that a method sees of a tensor: the Gram matrix [T, T] of its deltas, and their real step numbers [T].
+
+    Of several tensors at once: their matrices [N, T, T]. ``kept`` is for what several recipes need, by what it depends on.
+    """
 
     gram: Matrix
     steps: Vector
     _top: dict[int, Matrix] = field(default_factory=dict, compare=False, repr=False)
+    kept: dict[Any, Matrix] = field(default_factory=dict, compare=False, repr=False)
 
     def directions(self, rank: int) -> Matrix:
-        """The top-r eigenvectors U [T, r]; the first ones of more, if more were asked for before."""
-        top = next((vectors for vectors in self._top.values() if vectors.shape[1] >= rank), None)
+        """The top-r eigenvectors U [..., T, r]; the first ones of more, if more were asked for before."""
+        top = next((vectors for vectors in self._top.values() if vectors.shape[-1] >= rank), None)
         if top is None:
             top = self._top[rank] = directions(self.gram, rank)
-        return top[:, :rank]
+        return top[..., :rank]
 
 
-#: (window of one tensor, target steps [S], Recipe) -> updates b [T, S].
+#: (window of one tensor, target steps [S], Recipe) -> updates b [T, S]. Of N tensors: [N, T, S], or [T, S] for all alike.
 Weights = Callable[[Window, Vector, Any], Matrix]
 
 

@@ -27,22 +27,23 @@ TERMS = 6
 def terms(
     gram: np.ndarray, last: int, from_last: bool, window: slice, update: np.ndarray, held_out: np.ndarray
 ) -> np.ndarray:
-    """What the errors of theta_start + lambda M^T b are made of, for any strength lambda: float64 [S, 6].
+    """What the errors of theta_start + lambda M^T b are made of, for any strength lambda: float64 [..., S, 6].
 
-    ``gram`` [T, T] is over all steps, ``last`` the index of the last known one, and a prediction starts there or from the
-    base. ``update`` [k, S] are the weights b of a ``window`` of k steps, for S predictions of the steps with the indices
+    ``gram`` [..., T, T] is over all steps, ``last`` the index of the last known one, and a prediction starts there or from the
+    base. ``update`` [..., k, S] are the weights b of a ``window`` of k steps, for S predictions of the steps with the indices
     ``held_out`` [S]. Seen from the last known checkpoint, with x = start - e_last and y = e_n - e_last, the six are
     x G x, x G b, b G b, x G y, b G y, y G y. They add up over tensors.
     """
-    at_y = gram[:, held_out] - gram[:, [last]]
-    bb = (update * (gram[window, window] @ update)).sum(axis=0)
-    by = (update * at_y[window]).sum(axis=0)
-    yy = at_y[held_out, np.arange(len(held_out))] - at_y[last]
+    at_y = gram[..., held_out] - gram[..., [last]]
+    bb = (update * (gram[..., window, window] @ update)).sum(axis=-2)
+    by = (update * at_y[..., window, :]).sum(axis=-2)
+    yy = at_y[..., held_out, np.arange(len(held_out))] - at_y[..., last, :]
     if from_last:
-        xx = xb = xy = np.zeros(len(held_out))
+        xx = xb = xy = np.zeros_like(yy)
     else:
-        xx, xb, xy = np.full(len(held_out), gram[last, last]), -(gram[last, window] @ update), -at_y[last]
-    return np.stack([xx, xb, bb, xy, by, yy], axis=1)
+        xx = np.broadcast_to(gram[..., last, [last]], yy.shape)
+        xb, xy = -(gram[..., [last], window] @ update)[..., 0, :], -at_y[..., last, :]
+    return np.stack([xx, xb, bb, xy, by, yy], axis=-1)
 
 
 def errors(sums: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarray]:

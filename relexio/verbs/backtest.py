@@ -196,7 +196,8 @@ def judge(store: Store, window: tuple[int, ...], resources: Resources, stages: S
     trials, folds = make_trials(len(steps)), make_folds(steps)
     grams = find_grams(store, store.steps, 1, "gram", resources, stages)
     fitted, nbytes = store.fitted(), 8 * len(steps) ** 2
-    needed = resources.held + plan.OVERHEAD + bytes_of(len(fitted), len(trials), folds, len(STRENGTHS)) + 8 * nbytes
+    held = bytes_of(len(fitted), len(steps), len(trials), folds, len(STRENGTHS))
+    needed = resources.held + plan.OVERHEAD + held
     if needed > resources.memory:
         raise BudgetError(
             f"--memory {show(resources.memory)} is too small: a backtest of {len(fitted)} tensors needs "

@@ -15,6 +15,7 @@ from relexio.checkpoints.protocol import Checkpoint
 from relexio.checkpoints.record import CheckpointRecord
 from relexio.checkpoints.whole import weight_stamps
 from relexio.engine import graph, plan
+from relexio.engine.process import allow_files
 from relexio.engine.resources import Resources
 from relexio.errors import CheckpointError, StoreError
 from relexio.progress import Stages
@@ -26,7 +27,7 @@ from relexio.store.storage import METADATA, locate
 from relexio.store.store import Store, file_digest
 from relexio.store.write import content_hashes
 from relexio.verbs.convert.base import StoredBase, as_stored
-from relexio.verbs.convert.encode import held, read_block
+from relexio.verbs.convert.encode import Fill, held, read_block
 from relexio.verbs.convert.left import NotStoredSummary, present
 from relexio.words import describe_steps
 
@@ -139,7 +140,8 @@ def verify(store: Store, originals: Originals, resources: Resources, stages: Sta
     executor = resources.on_cpu(need)
     executor.require(store.files(METADATA))
     total = sum(tensor.nbytes for tensor in store.tensors) * (1 + len(store.steps))
-    kernel = partial(_check_block, store, originals, executor.plan.tile_bytes)
+    files = 2 * len(originals.steps) * executor.plan.workers + 64
+    kernel = partial(_check_block, store, originals, executor.plan.tile_bytes, files)
     with stages("verify", total) as advance:
         blocks = graph.each(store, 1 + len(store.steps), kernel, executor, advance)
     changed: Changed = {tensor.name: np.zeros(len(store.steps), np.int64) for tensor in store.tensors}
@@ -181,7 +183,8 @@ def _otherwise(store: Store, originals: Originals) -> Iterator[RestoredOtherwise
         yield RestoredOtherwise(tuple(step for step in steps if step is not None), None in steps, how)
 
 
-def _check_block(store: Store, originals: Originals, nbytes: int, block: Block) -> _BlockFindings:
+def _check_block(store: Store, originals: Originals, nbytes: int, files: int, block: Block) -> _BlockFindings:
+    allow_files(files)
     findings = _BlockFindings()
     for check in (_check_base, _check_states):
         try:
@@ -208,13 +211,14 @@ def _check_states(
     compared = {row: originals.steps[step] for step, row in store.chain.items() if step in originals.steps}
     unlike: set[tuple[int, int]] = set()
     with ExitStack() as stack:
-        readers = {
-            (row, place): held(original, piece, stack)
-            for row, original in compared.items()
-            for place, piece in enumerate(block.pieces)
-        }
+        readers: dict[
+            tuple[int, int], Fill
+        ] = {}  # of one piece at a time: a block may have many, and there are many steps
 
         def see(place: int, first: int, bits: np.ndarray) -> None:
+            if first == 0:
+                stack.close()
+                readers.update({(r, place): held(c, block.pieces[place], stack) for r, c in compared.items()})
             row_bits = np.empty(bits.shape[1], bits.dtype)
             for row in compared:
                 readers[row, place](first, row_bits)

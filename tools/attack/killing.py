@@ -202,11 +202,13 @@ class Scene:
             self.finish(f"killed after {after:.3f} s")
 
     def interrupt(self, count: int, rng: random.Random, lasts: float) -> None:
-        """Ctrl-C at random moments from when Python has started on: one line, 130, no traceback."""
+        """Ctrl-C at random moments from when relexio has begun, and Python has started: one line, 130, no traceback."""
         for _ in range(count):
-            after = rng.uniform(0.1, lasts)
+            after = rng.uniform(0, lasts)
             command = [sys.executable, "-m", "relexio", *map(str, self.arguments)]
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            while process.poll() is None and not handles(process.pid, signal.SIGTERM):  # Python by itself does not
+                time.sleep(0.001)
             time.sleep(after)
             process.send_signal(signal.SIGINT)
             said = process.communicate()[1]
@@ -235,6 +237,12 @@ class Scene:
                 self.finish(f"killed at change {strike}{' half-way' * half}")
                 if "a write" not in said:
                     break
+
+
+def handles(pid: int, number: signal.Signals) -> bool:
+    """Whether a process of ours that has not been waited for has a handler for a signal (Linux)."""
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt:"))
+    return bool(int(line.split()[1], 16) >> number - 1 & 1)
 
 
 def scenes(root: Path) -> Iterator[Scene]:

@@ -30,10 +30,12 @@ RELEXIO = [sys.executable, "-m", "relexio"]
 #: Model; layers, hidden size, vocabulary; steps to make; for several T: how many repetitions, and whether all is compared.
 Model = tuple[str, tuple[int, int, int], int, tuple[tuple[int, int, bool], ...]]
 TINY: Model = ("tiny", (1, 32, 64), 3, ((3, 3, False),))
+#: 290 tensors: what is judged is a matter of their number, not of their size.
+MANY: Model = ("5 M", (24, 128, 8192), 40, ((40, 3, False),))
 SMALL: Model = ("2 M", (4, 192, 2048), 20, ((20, 1, False),))
 QUICK: tuple[Model, ...] = (TINY, SMALL, ("6 M", (8, 256, 3072), 20, ((10, 1, False), (20, 2, True))))
 FULL: tuple[Model, ...] = (
-    *(TINY, ("10 M", (12, 256, 7168), 40, ((40, 1, False),))),
+    *(TINY, MANY, ("10 M", (12, 256, 7168), 40, ((40, 1, False),))),
     ("40 M", (12, 512, 13760), 200, ((10, 1, False), (20, 1, False), (40, 3, True), (80, 1, False), (200, 1, False))),
     ("150 M", (12, 1024, 17920), 40, ((40, 3, True),)),
 )
@@ -54,6 +56,8 @@ first predict --memory 512MB, peak MB       | at most 512            | peak_mb |
 predict again --memory 512MB, peak MB       | at most 512            | peak_mb | predict another step in 512MB |
 inspect --memory 512MB, peak MB             | at most 512            | peak_mb | inspect in 512MB       |
 predict on a tiny store, s                  | at most 0.6            | seconds | predict another step   |
+backtest of 290 tensors, s                  | at most 2              | seconds | backtest               |
+report of 290 tensors, s                    | at most 6              | seconds | report                 |
 """
 READ = 'find "$@" -type f -exec cat {} + > /dev/null'
 WRITE = 'head -c $0 /dev/zero | dd of="$1" bs=1M iflag=fullblock conv=fsync; shift; '
@@ -157,6 +161,9 @@ def compare(data: Data, number: int, whole: bool) -> None:
         for name, command in theirs + ours if number % 2 else ours + theirs:
             if whole or name in SCALED:
                 data.run(name, command, cold=name != "first predict")
+    if data.model == MANY[0]:
+        data.run("backtest", [*RELEXIO, "backtest", work / "store"], cold=False)
+        data.run("report", [*RELEXIO, "report", work / "store", "-o", work / "report.html"], cold=False)
     if whole:
         first, dense = (work / name / "model.safetensors" for name in ("first", "dense first"))
         data.run("read", data.read())

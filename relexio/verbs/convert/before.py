@@ -3,7 +3,7 @@ model, and stored steps that have been written again."""
 
 import os
 from collections.abc import Iterable, Mapping
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 from shlex import quote
 
@@ -47,14 +47,13 @@ def _same_bytes(checkpoint: Checkpoint, base: Checkpoint) -> bool:
     sizes = {name: tensor_bytes(*base.tensors[name]) for name in checkpoint.moved}
     for part in (slice(1), slice(1, None)):
         for name in sorted(sizes, key=lambda name: -sizes[name]):
-            with checkpoint.held(name, 0, sizes[name]) as read, base.held(name, 0, sizes[name]) as read_base:
-                for first in range(0, sizes[name], _COMPARED)[part]:
-                    count = min(_COMPARED, sizes[name] - first)
-                    one, other = bytearray(count), bytearray(count)
-                    read(first, memoryview(one))
-                    read_base(first, memoryview(other))
-                    if one != other:
-                        return False
+            for first in range(0, sizes[name], _COMPARED)[part]:
+                count = min(_COMPARED, sizes[name] - first)
+                one, other = bytearray(count), bytearray(count)
+                checkpoint.read(name, first, memoryview(one))
+                base.read(name, first, memoryview(other))
+                if one != other:
+                    return False
     return True
 
 
@@ -66,9 +65,12 @@ def doubt_of_base(base: Checkpoint, checkpoints: tuple[Checkpoint, ...]) -> str 
     sample = sorted(checkpoints, key=lambda checkpoint: checkpoint.step or 0)[:_STEPS]
     if len(sample) < 2:
         return None
-    gram = np.zeros((len(sample), len(sample)))
-    for name, kind, first, count in _spread(base):
-        bits = np.stack([read_bits(checkpoint, name, kind, first, count) for checkpoint in (base, *sample)])
+    gram, read, pieces = np.zeros((len(sample), len(sample))), (base, *sample), _spread(base)
+    for (name, kind, first, count), checkpoint in product(pieces, read):
+        with checkpoint.held(name, first * kind.itemsize, count * kind.itemsize):
+            pass  # all are read ahead: a disk that answers late would answer five hundred times
+    for name, kind, first, count in pieces:
+        bits = np.stack([read_bits(checkpoint, name, kind, first, count) for checkpoint in read])
         values = to_float64(bits[:, ~nonfinite(bits, kind).any(axis=0)], kind)
         deltas = values[1:] - values[0]
         gram += np.einsum("in,jn->ij", deltas, deltas)  # without BLAS, whose threads take memory that nobody planned

@@ -4,9 +4,10 @@ A task knows its checkpoints and the store's address, writes whole chunks at fix
 run in any order or process, and again.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 from xxhash import xxh3_128
@@ -24,6 +25,10 @@ from relexio.store.store import Store
 _CACHED = 3 << 18
 #: Elements that are read at once where there are many states: a read of a hundred kB costs little more than one of ten.
 _READ = 1 << 16
+#: Bytes of all states that are read ahead at a time: a disk that answers late gives its bandwidth to many reads in flight.
+_AHEAD = 1 << 25
+#: Checkpoints that are open for that besides, where pieces are small; each has a file or two.
+OPEN_AHEAD = 256
 BASE = "base"
 #: Fills an array with element bits of a piece, from an element of it on.
 Fill = Callable[[int, np.ndarray], None]
@@ -34,6 +39,7 @@ class Job:
     """All that a block's task needs: the store, the segment being written, its checkpoints, and the base's, if that is new.
 
     ``stored`` has checkpoints of the base and of the last stored step, where their files are still those that were stored.
+    ``open_ahead``: checkpoints that may be open besides those that are read.
     """
 
     store: Store
@@ -43,6 +49,7 @@ class Job:
     stored: tuple[Checkpoint | None, Checkpoint | None]
     tile_bytes: int
     resumed: bool
+    open_ahead: int = OPEN_AHEAD
 
 
 def encode_block(job: Job, block: Block) -> tuple[Written, Written | None]:
@@ -62,6 +69,12 @@ def encode_block(job: Job, block: Block) -> tuple[Written, Written | None]:
     except _OtherBits:
         encoder.writer.discard()
         return _Encoder(job, block, (None, None)).run()
+
+
+#: Where a state's bits come from; None: they are the base's.
+_Source = Checkpoint | np.ndarray | None
+#: Which piece, a part of it, what fills an array with each state of that, and what closes their files.
+_Strip = tuple[int, Piece, list[Fill | None], ExitStack]
 
 
 class _OtherBits(Exception):  # noqa: N818  it is no error: there is another way
@@ -97,14 +110,14 @@ class _Encoder:
         tile = max(64, min(job.tile_bytes, _CACHED) // element)
         wide = min(max(tile, min(_READ, 4 * job.tile_bytes // element)), block.size)
         buffer = np.empty((len(sources), wide), self.kind.bits)
-        for place, piece in enumerate(block.pieces):
-            with ExitStack() as stack:
-                fills = [self._fill(source, piece, stack) for source in sources]
-                for first in range(0, piece.size, wide):
-                    rows = buffer[:, : piece.size - first]
-                    self._read(rows, fills, first)
-                    for at in range(0, rows.shape[1], tile):
-                        self._take(place, rows[:, at : at + tile], piece.first + first + at)
+        with closing(self._strips(sources, max(_AHEAD // element // wide, 1) * wide)) as strips:
+            for place, strip, fills, stack in strips:
+                with stack:
+                    for first in range(0, strip.size, wide):
+                        rows = buffer[:, : strip.size - first]
+                        self._read(rows, fills, first)
+                        for at in range(0, rows.shape[1], tile):
+                            self._take(place, rows[:, at : at + tile], strip.first + first + at)
         self._require_stored()
         of_base = self.base_writer.close(_joined(self.hashes[:1])) if self.base_writer else None
         if of_base is not None:
@@ -113,6 +126,23 @@ class _Encoder:
         mark_finished(job.store, job.segment.path, block, written)
         return written, of_base
 
+    def _strips(self, sources: tuple[_Source, ...], longest: int) -> Generator[_Strip, None, None]:
+        """The block's pieces in strips of elements, those that follow opened before: what is held is read ahead."""
+        waiting: deque[_Strip] = deque()
+        parts = ((i, at) for i, piece in enumerate(self.block.pieces) for at in range(0, piece.size, longest))
+        with ExitStack() as every:
+            for place, at in parts:
+                piece, stack = self.block.pieces[place], every.enter_context(ExitStack())
+                size = min(longest, piece.size - at)
+                strip = replace(piece, start=piece.start + at, size=size, first=piece.first + at)
+                waiting.append((place, strip, [self._fill(source, strip, stack) for source in sources], stack))
+                while (
+                    len(waiting) * len(sources) > self.job.open_ahead
+                    or sum(part.size for _, part, *_ in waiting) > longest
+                ):
+                    yield waiting.popleft()
+            yield from waiting
+
     def _base(self) -> Checkpoint | np.ndarray:
         """Where the base's bits come from: its files, if it is new or they still are what was stored; else the store."""
         job, block = self.job, self.block
@@ -120,14 +150,14 @@ class _Encoder:
             job.store.check_base_bits(block)  # a damaged base takes no more steps: nobody could restore them
         return job.base or self.stored[0] or job.store.base_bits(block)
 
-    def _before(self) -> Checkpoint | np.ndarray | None:
+    def _before(self) -> _Source:
         """Where those of the last stored step come from; None: they are the base's."""
         store = self.job.store
         if not store.segments:
             return None
         return self.stored[1] or observed(store, self.block, store.segments[-1].steps[-1])
 
-    def _fill(self, source: Checkpoint | np.ndarray | None, piece: Piece, stack: ExitStack) -> Fill | None:
+    def _fill(self, source: _Source, piece: Piece, stack: ExitStack) -> Fill | None:
         if source is None:
             return None
         if isinstance(source, np.ndarray):

@@ -1,7 +1,6 @@
 """The order of work of ``convert``: describe what is coming, write the blocks, make them durable, commit."""
 
 import errno
-import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from relexio.checkpoints.side import COMPARED, differences
 from relexio.dtypes import is_buffer
 from relexio.engine import graph
 from relexio.engine.executor import Executor
+from relexio.engine.process import allow_files
 from relexio.errors import (
     BaseItselfError,
     BusyError,
@@ -41,7 +41,7 @@ from relexio.store.write import (
     sweep,
     write_changed,
 )
-from relexio.verbs.convert.encode import Job, encode_block
+from relexio.verbs.convert.encode import OPEN_AHEAD, Job, encode_block
 from relexio.verbs.convert.merge import commit_chain, forget, merge, merging
 from relexio.verbs.convert.request import Conversion
 from relexio.words import show
@@ -111,9 +111,9 @@ def _convert(conversion: Conversion, stages: Stages) -> ConversionResult:
             executor.plan.tile_bytes,
             resumed,
         )
-        files = [file.path for checkpoint in conversion.read for file in checkpoint.files]
-        executor.require([*store.files(f"{segment.path}/{METADATA}"), *files])
-        encode = partial(_encode, job, 2 * len(job.checkpoints) * executor.plan.workers + 64)
+        sources = [file.path for checkpoint in conversion.read for file in checkpoint.files]
+        executor.require([*store.files(f"{segment.path}/{METADATA}"), *sources])
+        encode = partial(_encode, job, executor.plan.workers)
         with stages("convert", conversion.bytes_read) as advance:
             written = list(graph.each(store, len(conversion.read), encode, executor, advance))
         executor.settle(store.files(""))
@@ -175,9 +175,11 @@ def _needed_said(conversion: Conversion) -> Iterator[None]:
         raise failure from error
 
 
-def _encode(job: Job, files: int, block: Block) -> tuple[Written, Written | None]:
-    _allow_files(files)  # here, since this may be another process than the one that made the plan
-    return encode_block(job, block)
+def _encode(job: Job, workers: int, block: Block) -> tuple[Written, Written | None]:
+    """Write one block, with as many files open ahead as the process may have: it may be another than that of the plan."""
+    needed = 2 * (len(job.checkpoints) + 2) * workers + 64
+    spare = allow_files(needed + 2 * OPEN_AHEAD * workers) - needed
+    return encode_block(replace(job, open_ahead=max(min(spare // (2 * workers), OPEN_AHEAD), 0)), block)
 
 
 @contextmanager
@@ -321,11 +323,3 @@ def _notes(store: Store) -> Iterator[str]:
         if counts.any() and not tensor.kind.is_float:
             fate = "predictions carry over its last state" if is_buffer(tensor.dtype) else "it cannot be predicted"
             yield f"{tensor.name} ({tensor.dtype}) changes; it is stored; {fate}"
-
-
-def _allow_files(count: int) -> None:
-    """Raise the soft limit of open files to what the plan needs, as far as the hard limit allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < count:
-        limit = count if hard == resource.RLIM_INFINITY else min(count, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
