@@ -111,6 +111,7 @@ def test_a_disk_without_inodes(run: Run, tmp_path: Path, disk: Path, relexio: Re
     )
 
 
+@pytest.mark.slow
 def test_a_report_that_does_not_fit_leaves_nothing(run: Run, tmp_path: Path, disk: Path, relexio: Relexio) -> None:
     """So that the same command is not stopped by what it left; whichever file is too much."""
     pytest.importorskip("altair")
@@ -168,6 +169,7 @@ def test_a_disk_that_turns_read_only(run: Run, tmp_path: Path, disk: Path, relex
     whole(relexio, out, (1, 2, 3, 4))
 
 
+@pytest.mark.slow
 def test_a_directory_that_is_not_ours(open_folder: Path) -> None:
     def nobody(*arguments: object) -> Outcome:
         command = [sys.executable, "-c", NOBODY, *map(str, arguments)]

@@ -59,6 +59,7 @@ def check(tmp_path: Path, allowed: str, dense: int) -> None:
         assert found <= budget, f"{command[0]}: {found / 1e6:.0f} MB where {allowed} are allowed"
 
 
+@pytest.mark.slow
 def test_window_of_many_elements(tmp_path: Path) -> None:
     write_dense_run(tmp_path, 9_000_000, 40, BF16)
     check(tmp_path, "256MB", dense=9_000_000 * 40 * 4)

@@ -196,6 +196,7 @@ def test_a_merge_killed_at_any_write(seven: tuple[Run, Path]) -> None:
     assert struck > 9
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_a_merge(seven: tuple[Run, Path]) -> None:
     """The steps are safe before it begins: it is no error, but it is said, and the next convert tries again."""
     run, _ = seven

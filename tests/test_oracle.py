@@ -15,6 +15,7 @@ from tests.support.oracle import DTYPES, agree
 from tests.support.steps import fit_run, predict_run, small_blocks, store_run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
 @pytest.mark.parametrize("solver", ["gram", "blocks"])
 @pytest.mark.parametrize("pinned", [False, True])

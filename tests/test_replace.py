@@ -48,7 +48,7 @@ def whole(store: Store, run: Run, steps: set[int]) -> None:
     assert not found.problems and not [note for note in found.notes if "left by" in note], found
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
 def test_any_steps_of_any_chain(tmp_path: Path, seed: int) -> None:
     """Whatever segments they are in, first, last or between, and in whatever order they were added."""
     rng = np.random.default_rng(seed)

@@ -196,6 +196,7 @@ def test_checkpoints_stay_on_local_disk(run: Run, stored: Path, bucket: Bucket, 
     assert bucket.objects("predicted") == bucket.objects("new") == {}
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_is_taken_up(run: Run, whole: Path, bucket: Bucket, relexio: Relexio) -> None:
     """Killed in the middle, with lock and all: the next one sees that the owner is gone, and keeps what is whole."""
     script = """
@@ -225,7 +226,7 @@ main(sys.argv[1:])
     assert bucket.objects() == snapshot(whole)
 
 
-@pytest.mark.parametrize("written", [1, 2])
+@pytest.mark.parametrize("written", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_cut_off_after_any_object(
     run: Run, stored: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, written: int
 ) -> None:
@@ -250,6 +251,7 @@ def test_cut_off_after_any_object(
     assert bucket.objects() == snapshot(stored)
 
 
+@pytest.mark.slow
 def test_appending_is_taken_up(
     run: Run, stored: Path, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relexio: Relexio
 ) -> None:
@@ -392,6 +394,7 @@ def test_a_half_written_fit_is_not_used(whole: Path, bucket: Bucket, monkeypatch
     assert all((weights[name] == again[name]).all() for name in weights)
 
 
+@pytest.mark.slow
 def test_a_store_that_may_only_be_read(
     run: Run, stored: Path, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

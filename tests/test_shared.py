@@ -88,7 +88,15 @@ def all_of_it(cache: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "closed", [as_umask_022, as_older_versions, listed_only, one_file, one_chunk, all_of_it], ids=lambda f: f.__name__
+    "closed",
+    [
+        all_of_it,
+        *(
+            pytest.param(f, marks=pytest.mark.slow)
+            for f in (as_umask_022, as_older_versions, listed_only, one_file, one_chunk)
+        ),
+    ],
+    ids=lambda f: f.__name__,
 )
 @pytest.mark.usefixtures("mask")
 def test_another_user_comes_after_the_fit(

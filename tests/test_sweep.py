@@ -365,6 +365,7 @@ def test_interrupted_while_it_evaluates(
     assert sorted(p.name for p in out.iterdir()) == ["best", "logs", "results.csv", "results.json"]
 
 
+@pytest.mark.slow
 def test_killed_before_any_change_of_its_files(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kill would leave is copied before every rename, write and removal; the same sweep goes on from each copy."""
     request = Request((10, 20, 30, 40), NUMBER_OF_STEP, tmp_path / "out", (50, 70), methods=("relex",))

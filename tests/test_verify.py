@@ -135,6 +135,7 @@ def outcome(relexio: Relexio, out: Path) -> bytes | None:
     return None
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_is_found(run: Run, tmp_path: Path, relexio: Relexio) -> None:
     """In every file of the store: verify names it, and no prediction is ever another one."""
     relexio("convert", run.steps_path, "--base", run.base_path, "--steps", "1:4", "-o", "run.zarr")
