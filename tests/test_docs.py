@@ -224,7 +224,8 @@ def test_the_reader_of_the_store_page_reads_any_store(tmp_path: Path, monkeypatc
         store = store_run(run, out, added)
     assert [segment.steps for segment in store.segments] == [(3, 7, 1, 2, 4, 5, 6, 8, 9, 10), (12,), (11,)]
     names: dict[str, Any] = {}
-    exec(next(examples(ROOT / "docs" / "store.md"))[1], names)
+    (reader,) = (code for _, code, _ in examples(ROOT / "docs" / "store.md") if "def read_tensor" in code)
+    exec(reader, names)
     for step, tensors in ((None, base), *((step, steps[step]) for step in (7, 1, 10, 12, 11))):
         for name in ("large", "half", "single", "ids", "mask", *(f"small.{i}" for i in (0, 2, 70, 95, 98))):
             assert names["read_tensor"](str(out), name, step).tobytes() == tensors[name].tobytes(), (step, name)
