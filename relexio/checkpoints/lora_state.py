@@ -1,8 +1,9 @@
 """State dicts of a model that PEFT has put LoRA around, as verl's checkpoints hold them, read as the merged model.
 
-A layer is there as ``MODULE.base_layer.weight``, ``MODULE.lora_A.default.weight`` and so on, below ``base_model.model.``: in FSDP
-shards, and in what verl calls the ``hf_model``. The base's weights come from there too, unless only the adapter's were saved
-(``save_lora_only``). verl writes rank and alpha to ``lora_train_meta.json`` (0.8 and later), and knows no other settings that count.
+A layer is there as ``MODULE.base_layer.weight``, ``MODULE.lora_A.default.weight`` and so on, below ``base_model.model.``: in
+FSDP shards, and in what verl calls the ``hf_model``. The base's weights come from there too, unless only the adapter's were
+saved (``save_lora_only``). verl writes rank and alpha to ``lora_train_meta.json`` (0.8 and later), and knows no other settings
+that count.
 """
 
 import re

@@ -53,7 +53,9 @@ def accelerator(case: str) -> accelerate.Accelerator:
 def work(rank: int, out: Path, case: str, port: int) -> None:
     """Train, and save each step."""
     warnings.filterwarnings("ignore")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2"
+    )
     trainer = accelerator(case)
     model = Qwen2ForCausalLM.from_pretrained(out / "base", dtype=torch.bfloat16)
     if case == "fsdp1":  # it has other parameters than the model
@@ -72,8 +74,8 @@ def work(rank: int, out: Path, case: str, port: int) -> None:
 def merge(step: Path, out: Path) -> None:
     """The model that accelerate makes of its shards; torch's own reading of a state that is whole."""
     if (step / FOLDER).is_dir():
-        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "merge-weights", step / FOLDER, out]
-        subprocess.run(command, check=True)
+        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "merge-weights"]
+        subprocess.run([*command, str(step / FOLDER), str(out)], check=True)
     else:
         out.mkdir()
         save_file(torch.load(step / f"{FOLDER[:-2]}.bin"), out / "model.safetensors")

@@ -1,9 +1,9 @@
 """Makes verl-VERSION.tar.xz with the real libraries: python tests/torch_files/make_verl.py. Needs verl, torch, peft.
 
-A small Qwen2 is put under FSDP by verl's own functions in two gloo processes, trained a step, and saved by verl's
+A small Qwen2 is trained a step, put under FSDP by verl's own functions in two gloo processes, and saved by verl's
 FSDPCheckpointManager; with LoRA, as verl builds it, too. Beside them is what ``verl.model_merger`` makes of the shards, or
-peft where there is LoRA. verl needs no more to import this than: pip install --no-deps verl ray tensordict omegaconf codetiming orjson
-pyvers protobuf antlr4-python3-runtime==4.9.3
+peft where there is LoRA. Of verl's dependencies this needs a few: pip install --no-deps verl ray tensordict omegaconf
+codetiming orjson pyvers protobuf antlr4-python3-runtime==4.9.3
 """
 
 import os

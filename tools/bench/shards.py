@@ -21,9 +21,9 @@ from typing import Any
 from bench import BENCH, RELEXIO, Command, Data
 
 #: Layers, hidden size, vocabulary; steps; repetitions.
-FULL = ("150 M", (12, 1024, 17920), 2, 7)
+FULL = ("150 M", (12, 1024, 17920), 2, 5)
 QUICK = ("6 M", (8, 256, 3072), 2, 3)
-BAR, RANKS, NAME = 1.3, 2, "global_step_{}"
+BAR, RANKS = 1.3, 2
 #: Reads all tensors of all steps in the pieces in which convert reads them, and does nothing with them.
 READ = """
 import sys
@@ -41,14 +41,14 @@ for step, path in find_steps(Path(sys.argv[1]))[0].items():
 """
 
 
-def save_shards(step: Path, state: dict[str, Any], mesh: Any, rank: int) -> None:
+def save_shards(step: Path, state: dict[str, Any], rank: int) -> None:
     """FSDP shards, a file for each rank."""
     import torch
 
     torch.save(state, step / f"model_world_size_{RANKS}_rank_{rank}.pt")
 
 
-def save_bin(step: Path, state: dict[str, Any], mesh: Any, rank: int) -> None:
+def save_bin(step: Path, state: dict[str, Any], rank: int) -> None:
     """One torch file, of whole tensors."""
     import torch
 
@@ -57,7 +57,7 @@ def save_bin(step: Path, state: dict[str, Any], mesh: Any, rank: int) -> None:
         torch.save(whole, step / "pytorch_model.bin")
 
 
-def save_dcp(step: Path, state: dict[str, Any], mesh: Any, rank: int) -> None:
+def save_dcp(step: Path, state: dict[str, Any], rank: int) -> None:
     """DCP, as accelerate writes it."""
     import torch.distributed.checkpoint as dcp
 
@@ -67,23 +67,25 @@ def save_dcp(step: Path, state: dict[str, Any], mesh: Any, rank: int) -> None:
 FORMS: dict[str, Callable[..., None]] = {"FSDP shards": save_shards, "pytorch_model.bin": save_bin, "DCP": save_dcp}
 
 
-def write(rank: int, form: str, source: Path, out: Path, port: str) -> None:
-    """Write a step again, all processes together."""
+def write(rank: int, form: str, plain: Path, out: Path, port: int) -> None:
+    """Write all steps again, all processes together."""
     import torch
     import torch.distributed as dist
     from safetensors.torch import load_file
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(RANKS))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(RANKS))
     dist.init_process_group("gloo", rank=rank, world_size=RANKS)
-    mesh, state = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("fsdp",)), {}
-    for name, tensor in load_file(source / "model.safetensors").items():
-        rows = torch.chunk(tensor, RANKS)[rank].clone()
-        state[name] = DTensor.from_local(
-            rows, mesh, [Shard(0)], run_check=False, shape=tensor.shape, stride=tensor.stride()
-        )
-    FORMS[form](out, state, mesh, rank)
+    mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("fsdp",))
+    for step in sorted(plain.iterdir()):
+        state = {}
+        for name, tensor in load_file(step / "model.safetensors").items():
+            rows = torch.chunk(tensor, RANKS)[rank].clone()
+            whole = {"shape": tensor.shape, "stride": tensor.stride()}
+            state[name] = DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, **whole)
+        (out / step.name).mkdir(parents=True, exist_ok=True)
+        FORMS[form](out / step.name, state, rank)
     dist.destroy_process_group()
 
 
@@ -99,10 +101,7 @@ def compare(data: Data, form: str, repetitions: int) -> list[dict[str, Any]]:
     import torch.multiprocessing as mp
 
     plain, other = data.scratch / "data" / "steps", data.scratch / "other"
-    for step in range(1, data.steps + 1):
-        where = other / NAME.format(step)
-        where.mkdir(parents=True)
-        mp.spawn(write, (form, plain / NAME.format(step), where, "29561"), nprocs=RANKS)
+    mp.spawn(write, (form, plain, other, 29561), nprocs=RANKS)
     for number in range(repetitions + 1):
         for name, steps in sorted([("plain", plain), (form, other)], reverse=number % 2 == 1):
             data.run(f"read {name}", [sys.executable, "-c", READ, steps], cold=False)
@@ -114,13 +113,14 @@ def compare(data: Data, form: str, repetitions: int) -> list[dict[str, Any]]:
 
 
 def row(data: Data, what: str, form: str) -> dict[str, Any]:
-    """Medians, the first run of each left out, and the median of the ratios by pairs."""
-    ours, plain = ([run["seconds"] for run in data.took[f"{what} {name}"]][1:] for name in (form, "plain"))
-    ratios = sorted(a / b for a, b in zip(ours, plain, strict=True))
-    return {
-        "what": what, "form": form, "seconds": statistics.median(ours), "plain": statistics.median(plain),
-        "ratio": statistics.median(ratios), "least": ratios[0], "most": ratios[-1], "bar": BAR,
-    }  # fmt: skip
+    """Medians, the first run of each left out, and ratios of runs that followed each other: of seconds, and of CPU seconds."""
+    ours, plain = (data.took[f"{what} {name}"][1:] for name in (form, "plain"))
+    found: dict[str, Any] = {"what": what, "form": form, "bar": BAR}
+    for unit in ("seconds", "cpu_seconds"):
+        a, b = ([run[unit] for run in runs] for runs in (ours, plain))
+        ratios = sorted(x / y for x, y in zip(a, b, strict=True))
+        found[unit] = {"form": statistics.median(a), "plain": statistics.median(b), "ratios": ratios}
+    return found
 
 
 def make(model: str, shape: tuple[int, ...], steps: int, scratch: Path) -> Data:
@@ -128,7 +128,7 @@ def make(model: str, shape: tuple[int, ...], steps: int, scratch: Path) -> Data:
     data = Data(model, scratch, steps)
     options = [f for pair in zip(("--layers", "--hidden", "--vocabulary"), map(str, shape), strict=True) for f in pair]
     for dtype, count in (("bf16", 1), ("f32", steps)):
-        command = [sys.executable, BENCH / "simulate.py", scratch / dtype, *options]
+        command: Command = [sys.executable, BENCH / "simulate.py", scratch / dtype, *options]
         data.run("simulate", [*command, "--dtype", dtype, "--steps", str(count)], cold=False)
     (scratch / "data").mkdir()
     (scratch / "bf16" / "base").rename(scratch / "data" / "base")
@@ -137,6 +137,13 @@ def make(model: str, shape: tuple[int, ...], steps: int, scratch: Path) -> Data:
         shutil.rmtree(scratch / dtype)
     data.took.clear()
     return data
+
+
+def cells(found: dict[str, Any]) -> str:
+    """Three cells of the table."""
+    ratios = found["ratios"]
+    ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    return f"{found['form']:.2f} | {found['plain']:.2f} | {ratio}"
 
 
 def main() -> None:
@@ -150,11 +157,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="relexio-bench-", dir=chosen.scratch) as scratch:
         data = make(model, shape, steps, Path(scratch))
         rows = [row for form in FORMS for row in compare(data, form, repetitions)]
-    print(f"{model} parameters, {steps} steps in fp32, base in bf16\n")
-    print("| what | form | seconds | plain safetensors | ratio (least to most) | bar |\n|---|---|---|---|---|---|")
+    print(f"{model} parameters, {steps} steps in fp32, base in bf16; medians (least to most) of {repetitions}\n")
+    print(
+        "| what | form | s | plain, s | ratio | CPU s | plain, CPU s | ratio | bar |\n|---|---|---|---|---|---|---|---|---|"
+    )
     for r in rows:
-        ratio = f"{r['ratio']:.2f} ({r['least']:.2f} to {r['most']:.2f})"
-        print(f"| {r['what']} | {r['form']} | {r['seconds']:.2f} | {r['plain']:.2f} | {ratio} | at most {r['bar']} |")
+        print(f"| {r['what']} | {r['form']} | {cells(r['seconds'])} | {cells(r['cpu_seconds'])} | at most {BAR} |")
     if chosen.json:
         Path(chosen.json).write_text(json.dumps({"model": model, "steps": steps, "rows": rows}, indent=1) + "\n")
 
