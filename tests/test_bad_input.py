@@ -155,6 +155,15 @@ def test_a_bad_base_is_refused(relexio: Relexio, fault: str) -> None:
     refused(relexio, NEW, *FILES[fault][1], "base")
 
 
+@pytest.mark.parametrize(
+    ("added", "dtype"),
+    [(".absmax", "u1"), ("_scale_inv", "f4"), ("_scale", "f4"), ("_blocks", "u1")],
+)
+def test_a_quantized_base_is_refused_as_such(relexio: Relexio, added: str, dtype: str) -> None:
+    tensors(lambda t: t.update({EMBED + added: np.zeros(3, dtype)}))(BASE)
+    refused(relexio, NEW, EMBED + added, "the base is quantized: give the model that was quantized, with --base")
+
+
 def test_nan_in_the_base_is_refused_where_it_changes_and_kept_where_it_never_does(relexio: Relexio) -> None:
     element(NORM, np.nan)(BASE)
     refused(relexio, NEW, NORM, "NaN", "base")

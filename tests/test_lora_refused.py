@@ -117,9 +117,12 @@ def test_a_tied_head_or_a_quantized_base_is_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="tied"):
             over(CORPUS / case, path)
         over(CORPUS / "plain", path)
-    packed = save_checkpoint(tmp_path / "packed", {**base, f"{Q}.weight": np.zeros((16, 8), np.uint8)})
-    with pytest.raises(CheckpointError, match="quantized"):
-        over(CORPUS / "plain", packed)
+    renamed = {name: array for name, array in base.items() if name != f"{Q}.weight"} | {
+        f"{Q}.qweight": np.zeros(9, "i4")
+    }
+    for number, found in enumerate(({**base, f"{Q}.weight": np.zeros((16, 8), np.uint8)}, renamed)):
+        with pytest.raises(CheckpointError, match="quantized"):
+            over(CORPUS / "plain", save_checkpoint(tmp_path / f"packed-{number}", found))
 
 
 def test_a_square_layer_of_which_nothing_tells_how_it_is_stored_is_refused(tmp_path: Path) -> None:

@@ -9,15 +9,13 @@ from pathlib import Path
 from relexio.checkpoints.converters import MergeableError, verl_merger
 from relexio.checkpoints.dtensor import SHARD_NAMES, Local, local_of
 from relexio.checkpoints.files import File, inside, is_file, side_files
-from relexio.checkpoints.lora_state import is_around, open_state
+from relexio.checkpoints.lora_state import BESIDE
 from relexio.checkpoints.pieces import Piece, Pieced, Where, piece_of, present, tiled
-from relexio.checkpoints.protocol import Checkpoint
 from relexio.checkpoints.torch_file import Contents, read_torch, state_dict
 from relexio.dtypes import BITS, Table
 from relexio.errors import CheckpointError, IncompleteError
 
 _NAME = re.compile(r"model_world_size_(\d{1,6})_rank_(\d{1,6})\.pt")
-_BESIDE = "huggingface"
 
 #: What the file of each rank, in the order of the shards, says of the tensors.
 Ranks = tuple[Mapping[str, Local], ...]
@@ -31,7 +29,7 @@ def weight_files(path: Path) -> list[Path]:
     return [file for _, file in sorted(found) if is_file(file)]
 
 
-def open_directory(path: Path, step: int | None = None, top: Path | None = None) -> Checkpoint:
+def open_directory(path: Path, step: int | None = None, top: Path | None = None) -> Pieced:
     """Read what the files of the ranks say, and list the side files. Raises as ``layout.open_checkpoint``."""
     ranks = _ranks(path)
     read = [_read(path, *next(iter(ranks.items())))]
@@ -49,12 +47,11 @@ def open_directory(path: Path, step: int | None = None, top: Path | None = None)
     except CheckpointError as error:
         raise type(error)(f"{path}: {error}") from error
     names = {file.name for file in ranks.values()}
-    below = path / _BESIDE
+    below = path / BESIDE
     side = side_files(below, ()) if below.is_dir() and not below.is_symlink() else side_files(path, names)
-    prefix = f"{_BESIDE}/" if below.is_dir() and not below.is_symlink() else ""
+    prefix = f"{BESIDE}/" if below.is_dir() and not below.is_symlink() else ""
     where = Where(path, step, top, side, (*names, *(prefix + name for name in side)))
-    model = Pieced(where, tuple(file for file, _ in read), tensors, pieces)
-    return open_state(model, path) if is_around(tensors) else model
+    return Pieced(where, tuple(file for file, _ in read), tensors, pieces)
 
 
 def _ranks(path: Path) -> dict[int, Path]:
@@ -70,7 +67,7 @@ def _ranks(path: Path) -> dict[int, Path]:
 
 def _read(path: Path, rank: int, file: Path) -> tuple[File, Mapping[str, Local]]:
     found, contents = read_torch(file, SHARD_NAMES)
-    merger = verl_merger("fsdp", path, path / _BESIDE)
+    merger = verl_merger("fsdp", path, path / BESIDE)
     try:
         table = locals_of(contents)
     except MergeableError as error:

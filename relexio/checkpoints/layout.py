@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from relexio.checkpoints import chunks, dcp, delta, fsdp, lora, safetensors, torch_bin
+from relexio.checkpoints.lora_state import is_around, open_state
 from relexio.checkpoints.protocol import Checkpoint
 from relexio.checkpoints.trainers import INSIDE, step_of
 from relexio.errors import CheckpointError, MissingError, RequestError
@@ -45,7 +46,8 @@ def open_checkpoint(source: Source, step: int | None = None, top: Path | None = 
     """
     if isinstance(source, Path):
         fitting = next((form for form in FORMATS if form.weights(source)), _PLAIN)
-        return fitting.open(source, step, top)
+        found = fitting.open(source, step, top)
+        return open_state(found, source) if is_around(found.tensors) and not isinstance(found, lora.Adapter) else found
     if source.step != step:
         raise CheckpointError(f"{source.label}: was given as {'the base' if step is None else f'step {step}'}")
     return source

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from relexio.bounded import loads
 from relexio.checkpoints.adapter_config import CONFIG, LoraConfig
-from relexio.checkpoints.match import EMBEDDINGS, HEAD
+from relexio.checkpoints.match import EMBEDDINGS, HEAD, UNQUANTIZED, is_quantized
 from relexio.checkpoints.product import Product
 from relexio.checkpoints.protocol import Checkpoint
 from relexio.dtypes import kind_of
@@ -70,15 +70,12 @@ class Plan:
                 f"after merging; untie the base (save it with a head of its own), and {self._adapter.merger}"
             )
         if name not in self._base.tensors:
-            raise self._refused(
-                f"changes {name}, which {self._base.label} lacks; is this the base that training began from, saved by transformers?"
-            )
+            is_this_it = "is this the base that training began from, saved by transformers?"
+            advice = UNQUANTIZED if is_quantized(self._base.tensors) else is_this_it
+            raise self._refused(f"changes {name}, which {self._base.label} lacks; {advice}")
         dtype, shape = self._base.tensors[name]
         if not kind_of(dtype).is_float:
-            raise self._refused(
-                f"changes {name}, which has type {dtype} in {self._base.label}; an adapter of a quantized base is not merged "
-                f"here: give the model that was quantized, with --base"
-            )
+            raise self._refused(f"changes {name}, which has type {dtype} in {self._base.label}; {UNQUANTIZED}")
         return shape
 
     def _take_whole(self, own: str, name: str) -> None:

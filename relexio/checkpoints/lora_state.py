@@ -1,8 +1,9 @@
-"""State dicts of a model that PEFT has put LoRA around, as verl's FSDP shards hold them, read as the merged model.
+"""State dicts of a model that PEFT has put LoRA around, as verl's checkpoints hold them, read as the merged model.
 
-A layer is there as ``MODULE.base_layer.weight``, ``MODULE.lora_A.default.weight`` and so on, below ``base_model.model.``. The
-base's weights come from there too, unless only the adapter's were saved (``save_lora_only``). verl writes rank and alpha to
-``lora_train_meta.json`` beside the shards (0.8 and later), and knows no other settings that count.
+A layer is there as ``MODULE.base_layer.weight``, ``MODULE.lora_A.default.weight`` and so on, below ``base_model.model.``: in
+FSDP shards, and in what verl calls the ``hf_model``. The base's weights come from there too, unless only the adapter's were
+saved (``save_lora_only``). verl writes rank and alpha to ``lora_train_meta.json`` (0.8 and later), and knows no other settings
+that count.
 """
 
 import re
@@ -20,13 +21,14 @@ from relexio.checkpoints.files import File, inside, is_file
 from relexio.checkpoints.header import parse_json
 from relexio.checkpoints.lora import Merged
 from relexio.checkpoints.lora_plan import LAYER, OUTER, Factors
-from relexio.checkpoints.pieces import Pieced
 from relexio.checkpoints.protocol import Checkpoint, Read, Wrapped
 from relexio.checkpoints.record import CheckpointRecord
 from relexio.dtypes import Table
 from relexio.errors import CheckpointError
 
 META = "lora_train_meta.json"
+#: The directory, beside verl's shards and that file, of what belongs to the model: its ``hf_model``, too.
+BESIDE = "huggingface"
 _MAGNITUDE = ".lora_magnitude_vector"
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<what>lora_(?:embedding_)?[AB]|lora_magnitude_vector)\.(?P<adapter>[^.]+)(?:\.weight)?"
@@ -37,15 +39,16 @@ _REPLACED = ".original_module."
 
 
 def is_around(names: Collection[str]) -> bool:
-    """Whether the tensors of these names are those of a model with LoRA around it."""
-    return any(".lora_" in name or name.startswith(OUTER) for name in names)
+    """Whether the tensors of these names are those of a model that PEFT has put something around."""
+    return any(name.startswith(OUTER) for name in names)
 
 
-def open_state(shards: Pieced, path: Path) -> Checkpoint:
-    """The model that shards in a directory hold with its adapter; or the adapter, where they hold no other tensors.
+def open_state(shards: Checkpoint, path: Path) -> Checkpoint:
+    """The model that the files in a directory hold with its adapter; or the adapter, where they hold no other tensors.
 
     Raises CheckpointError for what is no LoRA or DoRA that can be merged, or if nothing says how strongly it counts.
     """
+    path = path.parent if path.name == BESIDE else path
     merger = verl_lora_merger(path, shards.step)
     factors, rest = _names(shards)
     for module, _ in _modules(factors):
@@ -80,7 +83,7 @@ class Renamed(Wrapped):
 class Around(Renamed, Factors):
     """The adapter that is around a model, with the names under which PEFT would save it; ``over`` a base it is a model."""
 
-    def __init__(self, shards: Pieced, factors: Mapping[str, str], path: Path, merger: str) -> None:
+    def __init__(self, shards: Checkpoint, factors: Mapping[str, str], path: Path, merger: str) -> None:
         super().__init__(shards, factors)
         self.path, self.merger, self._meta = path, merger, path / META
         if not is_file(self._meta):
@@ -118,8 +121,8 @@ class Around(Renamed, Factors):
         return Merged(adapter, base)
 
     def record(self, name_of: Callable[[Path | bytes], str]) -> CheckpointRecord:
-        """That of the shards, with what says how strongly the adapter counts."""
-        return replace(super().record(name_of), made_of=self.fingerprints)
+        """That of any model that is not in safetensors files: those that it may be in hold another."""
+        return Checkpoint.record(self, name_of)
 
     @property
     def fingerprints(self) -> tuple[tuple[str, int, int], ...]:
@@ -127,7 +130,7 @@ class Around(Renamed, Factors):
         return (*super().fingerprints, (self._made_of.path.name, self._made_of.size, self._made_of.mtime_ns))
 
 
-def _names(shards: Pieced) -> tuple[dict[str, str], dict[str, str]]:
+def _names(shards: Checkpoint) -> tuple[dict[str, str], dict[str, str]]:
     """The shards' names of the adapter's tensors by those that PEFT saves, and of all other tensors by the model's.
 
     Raises CheckpointError for tensors of which it is not known what they do.

@@ -18,6 +18,14 @@ EMBEDDINGS = (
     "embed_tokens.weight",
     "transformer.wte.weight",
 )
+#: How names of tensors end where weights are packed: by bitsandbytes, GPTQ and AWQ, block-wise FP8, compressed-tensors, MXFP4.
+_PACKED = (".absmax", ".qweight", "_scale_inv", ".weight_scale", ".weight_packed", "_blocks")
+UNQUANTIZED = "the base is quantized: give the model that was quantized, with --base"
+
+
+def is_quantized(names: Collection[str]) -> bool:
+    """Whether a model of these tensors has packed weights."""
+    return any(name.endswith(_PACKED) for name in names)
 
 
 def embedding_of(names: Collection[str]) -> str | None:
@@ -48,9 +56,10 @@ def match(checkpoint: Checkpoint, base: Table, label: str) -> Checkpoint:
     extra, missing = [] if second else extra, [] if absent else missing
     if missing or extra:
         what, names = ("lacks tensors of", missing) if missing else ("has tensors that are not in", extra)
+        advice = UNQUANTIZED if is_quantized(missing) else "all checkpoints of a trajectory hold the same tensors"
         raise CheckpointError(
             f"{checkpoint.label}: {what} {label}: {', '.join(names[:3])}"
-            f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}; all checkpoints of a trajectory hold the same tensors"
+            f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}; {advice}"
         )
     for name, (dtype, shape) in base.items():
         own_dtype, own_shape = tensors[embedding if absent and embedding and name == HEAD else name]

@@ -136,7 +136,13 @@ def _read(fd: int, start: int, size: int, known: frozenset[str], make: Callable[
 @lru_cache(maxsize=512)
 def _contents(data: bytes, storages: Members, known: frozenset[str]) -> Contents:
     """The same object for equal files but for their tensors, as those of one rank are at most steps."""
-    return Contents(loads(data, known), dict(storages))
+    return Contents(_unpickled(data, known), dict(storages))
+
+
+@lru_cache(maxsize=512)
+def _unpickled(data: bytes, known: frozenset[str]) -> Any:
+    """The same object for equal pickles: those of a DCP's tensors that have the same shape are."""
+    return loads(data, known)
 
 
 def state_dict(contents: Contents) -> dict[str, Any]:

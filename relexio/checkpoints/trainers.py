@@ -33,6 +33,7 @@ TRAINERS = (
     Trainer("prime-rl, open-instruct", r"step_(\d+)", marker="STABLE"),
     Trainer("torchtitan", r"step-(\d+)"),
     Trainer("slime, miles", r"weight_v(\d+)"),
+    Trainer("Megatron-LM, slime", r"iter_(\d+)", "huggingface"),
     Trainer("SkyRL, deltas", r"delta-(\d+)"),
     Trainer("AReaL", r"epoch\d+epochstep\d+globalstep(\d+)", added=1),
     Trainer("ROLL", r"checkpoint-(\d+)", "actor_train"),
