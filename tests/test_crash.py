@@ -62,6 +62,7 @@ def stage_steps(stage: list[object]) -> tuple[int, ...]:
     return tuple(range(1, 13)) if "--base" in stage else tuple(range(13, 25))
 
 
+@pytest.mark.slow
 def test_predict_killed_at_random(run: Run, tmp_path: Path) -> None:
     rng = random.Random(1)
     store = tmp_path / "run.zarr"

@@ -36,6 +36,7 @@ def from_hub(address: str, run: Run, out: Path, *options: object, revisions: str
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
+@pytest.mark.slow
 def test_revisions_are_fetched_one_at_a_time(run: Run, tmp_path: Path) -> None:
     revisions = {f"step_{step}": run.steps_path / f"global_step_{step}" for step in STEPS}
     with hub("lab/model", {"main": run.base_path, **revisions}) as (address, record):

@@ -127,7 +127,8 @@ def test_a_new_step_that_is_bad_costs_nothing(tmp_path: Path, relexio: Relexio, 
     assert snapshot(out) == before
 
 
-@pytest.mark.parametrize("failure", [killed, pytest.param(full, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("failure", [killed, full])
 def test_a_replacement_killed_at_any_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Callable[[str], BaseException]
 ) -> None:

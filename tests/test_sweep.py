@@ -192,6 +192,7 @@ def runs(process: int) -> bool:
     return done.stdout.strip()[:1] not in ("", "Z")
 
 
+@pytest.mark.slow
 def test_evaluations_that_fail_or_hang_do_not_end_it(
     store: Store, tmp_path: Path, relexio: Relexio, monkeypatch: pytest.MonkeyPatch
 ) -> None:

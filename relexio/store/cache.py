@@ -211,7 +211,7 @@ def check(store: Store) -> tuple[list[str], list[str], list[str]]:
     closed: list[str] = []
     others: list[str] = []
     with _without_permission(closed, "cache"):
-        for name in sorted(cache.names()):
+        for name in sorted(set(cache.names()) - {METADATA}):
             with _without_permission(closed, f"cache/{name}"):
                 try:
                     if name.endswith("partial") or not _is_there(cache.below(name)):
