@@ -103,7 +103,8 @@ def test_a_run_of_verl_with_lora(verl: Path, tmp_path: Path, relexio: Relexio) -
     stored = convert(relexio, tmp_path / "run", verl / "base", tmp_path / "run.zarr")
     assert stored == convert(relexio, tmp_path / "cast", verl / "base", tmp_path / "cast.zarr")
     assert len(stored) == len(cases) and len(set(stored.values())) == 1
-    assert relexio("verify", tmp_path / "run.zarr", tmp_path / "run").code == 0
+    verified = relexio("verify", tmp_path / "run.zarr", tmp_path / "run", "--json")
+    assert verified.code == 0 and json.loads(verified.out)["compared"] == [1, 2, 3, 4]
     for step in (3, 4):
         assert relexio("restore", tmp_path / "run.zarr", "--step", step, "-o", tmp_path / f"back-{step}").code == 0
         back = load_checkpoint(tmp_path / f"back-{step}")
@@ -113,6 +114,19 @@ def test_a_run_of_verl_with_lora(verl: Path, tmp_path: Path, relexio: Relexio) -
     before = snapshot(tmp_path / "run")
     done = relexio("convert", tmp_path / "run", "-o", tmp_path / "run.zarr", "--delete-verified", "--json")
     assert len(json.loads(done.out)["deleted"]["left"]) == len(cases) and snapshot(tmp_path / "run") == before
+
+
+def test_a_model_with_names_as_peft_has_them_is_a_model(tmp_path: Path, relexio: Relexio) -> None:
+    """Other wrappers, such as Medusa's, have a ``base_model`` with a ``model``, too."""
+    names = (
+        "base_model.model.layers.0.mlp.up_proj.weight",
+        "base_model.lm_head.weight",
+        "medusa_head.0.0.linear.weight",
+    )
+    for step in (0, 1, 2):
+        tensors = {name: np.full((4, 4), 1 + step / 8, np.float32) for name in names}
+        save_checkpoint(tmp_path / (f"run/global_step_{step}" if step else "base"), tensors)
+    assert list(convert(relexio, tmp_path / "run", tmp_path / "base", tmp_path / "run.zarr")) == [1, 2]
 
 
 def test_a_model_of_verls_with_lora_around_it_says_what_it_needs(verl: Path, relexio: Relexio, tmp_path: Path) -> None:

@@ -36,11 +36,13 @@ _FACTOR = re.compile(
 _SAVED = re.compile(rf"{re.escape(OUTER)}(?P<module>.+)\.lora_(?:embedding_)?A")
 _WHOLE = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<last>.+)")
 _REPLACED = ".original_module."
+#: What PEFT puts into a model: other models have a ``base_model`` with a ``model``, too.
+_PUT = (LAYER, ".lora_", ".modules_to_save.")
 
 
 def is_around(names: Collection[str]) -> bool:
     """Whether the tensors of these names are those of a model that PEFT has put something around."""
-    return any(name.startswith(OUTER) for name in names)
+    return any(name.startswith(OUTER) and any(part in name for part in _PUT) for name in names)
 
 
 def open_state(shards: Checkpoint, path: Path) -> Checkpoint:

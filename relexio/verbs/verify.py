@@ -10,6 +10,7 @@ from re import Pattern
 import numpy as np
 
 from relexio.checkpoints.layout import Source, choose, open_checkpoint, open_step
+from relexio.checkpoints.lora_state import META
 from relexio.checkpoints.match import match
 from relexio.checkpoints.protocol import Checkpoint
 from relexio.checkpoints.record import CheckpointRecord
@@ -129,7 +130,8 @@ def find_originals(
 def _has_gone(record: CheckpointRecord, directory: Path) -> bool:
     """Whether weights that were stored are no longer there, or not all of them, and no others are in their place."""
     stamps = weight_stamps(directory) if directory.is_dir() else ()
-    whole = all((directory / name).exists() for name, _, _ in record.fingerprints)
+    names = {name for name, _, _ in record.fingerprints} - {META}  # that is no weights, and may be beside the directory
+    whole = all((directory / name).exists() for name in names)
     return directory.is_dir() and (not stamps or (not whole and not record.changed_in(stamps)))
 
 
