@@ -173,7 +173,7 @@ def test_a_fit_that_another_process_clears_away(
             if ended:
                 cache._clear_away(kept, cache.CacheName("gram", 4), open_store(store))
             else:
-                (name,) = kept.names()
+                (name,) = set(kept.names()) - {"zarr.json"}
                 other.enter_context(kept.below(name).locked())
 
         meanwhile(clear_away)

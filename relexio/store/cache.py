@@ -211,7 +211,11 @@ def check(store: Store) -> tuple[list[str], list[str], list[str]]:
     closed: list[str] = []
     others: list[str] = []
     with _without_permission(closed, "cache"):
-        for name in sorted(set(cache.names()) - {METADATA}):
+        names = sorted(set(cache.names()) - {METADATA})
+        with _without_permission([], METADATA):
+            if any(map(CacheName.parse, names)) and cache.get(METADATA) != _GROUP:
+                damaged.append(f"{cache.address}: {METADATA} is missing or damaged; {_REMOVE}")
+        for name in names:
             with _without_permission(closed, f"cache/{name}"):
                 try:
                     if name.endswith("partial") or not _is_there(cache.below(name)):
@@ -257,9 +261,9 @@ def keep(store: Store, name: CacheName, build: Callable[[CachedResult], None]) -
         _clear_away(cache, name, store)
         if there:
             final.remove()
+        if cache.get(METADATA) != _GROUP:
+            locate(store.address).put(f"cache/{METADATA}", _GROUP)  # before the result, which is then never without it
         _build(final, store, build)
-        with suppress(OSError):  # for other readers; nothing here depends on it
-            locate(store.address).put(f"cache/{METADATA}", _GROUP)
         _is_there(final)  # another process may have been faster, and keep it to itself
     except OSError as error:
         if error.errno not in _NOT_WRITABLE:
