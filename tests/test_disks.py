@@ -135,7 +135,7 @@ def test_a_full_disk_and_a_prediction(run: Run, tmp_path: Path, disk: Path, rele
     refused(relexio("predict", out, "--method", "relex", "--step", 9, "-o", disk / "out"), str(disk), "needed", "free")
     elsewhere = relexio("predict", out, "--method", "relex", "--step", 9, "-o", tmp_path / "out")
     assert elsewhere.code == 0, "a fit that cannot be kept is no reason to fail"
-    assert snapshot(out) == before
+    assert {path: data for path, data in snapshot(out).items() if path != "cache/zarr.json"} == before
     filler.unlink()
     assert relexio("predict", out, "--method", "relex", "--step", 9, "-o", disk / "out").code == 0
     assert snapshot(disk / "out") == snapshot(tmp_path / "out")
