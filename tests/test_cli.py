@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from shlex import join
 from typing import Any
 
 import click
@@ -39,6 +40,7 @@ def test_convert_tells_what_it_will_do_and_did(run: Run, tmp_path: Path, relexio
     plan = relexio(*command, "--dry-run")
     assert plan.code == 0 and "steps 10, 20, 30" in plan.out and "allowed" in plan.out and "free" in plan.out
     assert "best_global_step_7" in plan.err
+    assert plan.out.endswith(f"\nnext\n  relexio {join(map(str, command))}\n")
     assert not out.exists() and not list(tmp_path.glob("*.relexio-partial"))
     facts = json.loads(relexio(*command, "--dry-run", "--json").out)
     assert facts["steps"] == [10, 20, 30] and facts["memory_projected"] <= facts["memory_allowed"]
@@ -57,6 +59,7 @@ def test_predict_tells_what_it_will_do_and_did(run: Run, tmp_path: Path, relexio
     before = snapshot(tmp_path / "run.zarr")
     plan = relexio(*command, "--dry-run")
     assert plan.code == 0 and "to be computed" in plan.out and "free" in plan.out
+    assert plan.out.endswith(f"\nnext\n  relexio {join(map(str, command))}\n")
     assert snapshot(tmp_path / "run.zarr") == before and not (tmp_path / "out").exists()
     done = relexio(*command)
     assert done.code == 0 and "verdict" in done.out and "2.0 times" in done.out

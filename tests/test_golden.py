@@ -78,8 +78,13 @@ def test_files_and_marker(golden: tuple[Run, Path]) -> None:
         return str(xxhash.xxh3_128_hexdigest((store / (path if "/c/" in path else f"{path}/zarr.json")).read_bytes()))
 
     bound = {path: hash_of(path) for path in (*groups, *arrays, *small)}
-    marker = json.loads((store / "zarr.json").read_text())["attributes"]["relexio"]
+    text = (store / "zarr.json").read_text()
+    marker, copy = json.loads(text)["attributes"]["relexio"], json.loads(text)["consolidated_metadata"]
+    nodes = {node: json.loads((store / node / "zarr.json").read_text()) for node in (*groups, *arrays)}
+    assert copy == {"kind": "inline", "must_understand": False, "metadata": nodes}
+    head, _, compact = text.removesuffix("\n}").partition(',\n  "consolidated_metadata": ')
     assert marker == {
+        "consolidated": xxhash.xxh3_128_hexdigest(compact.encode()),
         "format": 3,
         "block": 65536,
         "base_content": BASE_CONTENT,
@@ -95,8 +100,8 @@ def test_files_and_marker(golden: tuple[Run, Path]) -> None:
         ],
         "seal": marker["seal"],
     }
-    blank = (store / "zarr.json").read_bytes().replace(marker["seal"].encode(), b"0" * 32)
-    assert xxhash.xxh3_128_hexdigest(blank) == marker["seal"]
+    blank = f"{head}\n}}".replace(marker["seal"], "0" * 32)
+    assert xxhash.xxh3_128_hexdigest(blank.encode()) == marker["seal"]
 
 
 def test_base(golden: tuple[Run, Path]) -> None:

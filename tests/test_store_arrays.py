@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from relexio.dtypes import Table
 from relexio.errors import StoreError
+from relexio.progress import silent
 from relexio.store.arrays import block_arrays
 from relexio.store.cache import CacheName
 from relexio.store.chunks import decode, encode
@@ -19,13 +20,19 @@ from relexio.store.opening import open_store
 from relexio.store.schema import PIECES, Layout, blocks_of, count_blocks, lay_out
 from relexio.store.seal import damage, read_node
 from relexio.store.storage import locate
+from relexio.verbs.verify import Originals, verify
 from tests.support.make import Run, make_run
-from tests.support.steps import fit_run, predict_run, store_run
+from tests.support.steps import CPU, fit_run, predict_run, store_run
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     return make_run(tmp_path, steps=(1, 2, 3), shapes={"model.norm.weight": (24,), "w": (40, 24)})
+
+
+def verified(address: Path) -> tuple[str, ...]:
+    """What verify finds wrong."""
+    return verify(open_store(address), Originals(), CPU, silent).problems
 
 
 def test_nothing_is_read_through_zarr(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +76,7 @@ def shared(run: Run, tmp_path: Path) -> Path:
 def test_a_dimension_has_one_length_in_a_group(shared: Path) -> None:
     """What xarray asks for. Zarr, whose warnings are errors here, knows all that is in a store."""
     lengths: dict[tuple[str, str], set[int]] = {}
-    members = dict(zarr.open_group(shared, mode="r").members(max_depth=None))
+    members = dict(zarr.open_group(shared, mode="r", use_consolidated=False).members(max_depth=None))
     for path in members:
         node = json.loads((shared / path / "zarr.json").read_text())
         for name, length in zip(node.get("dimension_names", []), node.get("shape", []), strict=True):
@@ -79,13 +86,41 @@ def test_a_dimension_has_one_length_in_a_group(shared: Path) -> None:
     assert not [group_and_name for group_and_name, found in lengths.items() if len(found) > 1]
 
 
+def test_the_marker_has_a_copy_of_all_committed_metadata(shared: Path, run: Run) -> None:
+    """What Zarr opens a store with is the last commit, whatever has begun since, and is never read by relexio itself."""
+    for put in (None, "3"):
+        if put is not None:
+            store_run(run, shared, put)
+        members = dict(zarr.open_group(shared, mode="r").members(max_depth=None))
+        assert {*members} == {path for path in open_store(shared).sealed if "/c/" not in path}
+        for path, member in members.items():
+            assert dict(member.attrs) == json.loads((shared / path / "zarr.json").read_text())["attributes"]
+    zarr.create_group(shared / "segments/0009")
+    assert {*dict(zarr.open_group(shared, mode="r").members(max_depth=None))} == {*members}
+
+
+@pytest.mark.parametrize(
+    "damage", [(b'"node_type":"array"', b'"node_type":"arraz"'), (b'"kind":"inline"', b'"kind":"inlime"')]
+)
+def test_a_damaged_copy_of_the_metadata_is_told_and_made_anew(
+    shared: Path, run: Run, damage: tuple[bytes, bytes]
+) -> None:
+    marker, store = shared / "zarr.json", open_store(shared)
+    assert not verified(shared) and marker.read_bytes().count(damage[0])
+    marker.write_bytes(marker.read_bytes().replace(*damage, 1))
+    assert open_store(shared) == store
+    (problem,) = verified(shared)
+    assert "zarr.json: its consolidated metadata are not those that convert wrote" in problem
+    assert store_run(run, shared).steps == (1, 2, 3) and not verified(shared)
+
+
 @pytest.mark.clients
 def test_xarray_opens_a_store_and_its_groups(shared: Path) -> None:
     xarray = pytest.importorskip("xarray", reason="needs xarray: pip install -e '.[clients]'")
     store = open_store(shared)
-    tree = xarray.open_datatree(shared, engine="zarr", consolidated=False)
+    tree = xarray.open_datatree(shared)
     assert {"/base/bf16", "/segments/0000/bf16", "/segments/0001/bf16", "/files"} <= set(tree.groups)
-    segment = xarray.open_zarr(shared, group="segments/0001/bf16", chunks=None, consolidated=False)
+    segment = xarray.open_zarr(shared, group="segments/0001/bf16", chunks=None)
     assert segment.sizes["column"] == 1
     for block in store.blocks:
         start = block.index * store.block
@@ -95,18 +130,18 @@ def test_xarray_opens_a_store_and_its_groups(shared: Path) -> None:
 
 
 def test_a_store_that_zarr_consolidated_is_the_same(shared: Path, run: Run) -> None:
-    """xarray's warning advises it. What Zarr adds to the marker is not bound, is not used, and goes with the next commit."""
+    """What Zarr puts in the place of the copy is not bound and not read; verify tells it, and the next commit replaces it."""
     marker = shared / "zarr.json"
     before, store = marker.read_bytes(), open_store(shared)
     with pytest.warns(zarr.errors.ZarrUserWarning, match="not part in the Zarr format 3"):
         zarr.consolidate_metadata(shared)
+    assert marker.read_bytes() != before and open_store(shared) == store and len(verified(shared)) == 1
     consolidated = marker.read_bytes()
-    assert consolidated != before and open_store(shared) == store
     marker.write_bytes(consolidated.replace(store.base_content.encode(), store.contents[1].encode()))
     with pytest.raises(StoreError, match="a checksum is wrong"):
         open_store(shared)
     marker.write_bytes(consolidated)
-    assert store_run(run, shared).steps == (1, 2, 3) and b"consolidated_metadata" not in marker.read_bytes()
+    assert store_run(run, shared).steps == (1, 2, 3) and not verified(shared)
 
 
 def test_a_store_that_has_moved_knows_its_arrays(run: Run, tmp_path: Path) -> None:

@@ -2,18 +2,20 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
+from shlex import join
 from typing import Any
 
 import click
 
-from relexio.cli import options
+from relexio.cli import WORDS, options
 from relexio.cli.options import Decorator, together
 from relexio.cli.show import printable
 from relexio.engine.resources import Resources
 from relexio.fit.fit import choose_window
 from relexio.store.opening import open_store
+from relexio.words import without_secrets
 
 _YOURS = "  # my_eval.py is yours: its last line is the score"
 
@@ -45,6 +47,12 @@ class Result:
         return 1 if self.errors else 0
 
 
+def _in_earnest() -> str:
+    """The command as it was typed, without ``--dry-run``."""
+    words = click.get_current_context().meta[WORDS]
+    return without_secrets(join(["relexio", *(word for word in words if word != "--dry-run")]))
+
+
 def at_work(
     *own: Decorator,
     scheduler: bool = True,
@@ -72,6 +80,8 @@ def at_work(
             read(given)
             with Resources(memory, workers, device, device_memory, scheduler=scheduler) as resources:
                 result = function(resources=resources, **given)
+            if given.get("dry_run"):
+                result = replace(result, next=(_in_earnest(),))
             return result.print(as_json)
 
         shared = [options.memory, options.workers, *([options.scheduler] if scheduler else [])]

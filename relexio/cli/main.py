@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from relexio.cli import INTERRUPTED
+from relexio.cli import INTERRUPTED, WORDS
 from relexio.cli.show import note, printable
 from relexio.engine.process import use_one_heap
 from relexio.errors import RelexioError, RelexioWarning
@@ -60,6 +60,7 @@ class _Lazy(click.Group):
         if name not in _COMMANDS and not name.startswith("-"):
             near = get_close_matches(name, _COMMANDS, n=1)
             ctx.fail(f"No such command {name!r}.{''.join(f' Did you mean {other!r}?' for other in near)}")
+        ctx.meta[WORDS] = list(args)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

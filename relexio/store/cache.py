@@ -25,7 +25,7 @@ from relexio.atomic import PARTIAL
 from relexio.errors import BusyError, StoreError
 from relexio.store.chunks import chunk_key, read_chunk, write_chunk
 from relexio.store.schema import Layout, hashes_from_json
-from relexio.store.seal import damage, metadata_hashes, read_node, seal, unseal
+from relexio.store.seal import damage, read_bound, read_node, seal, unseal
 from relexio.store.storage import METADATA, LocalStorage, Location, locate
 from relexio.store.store import Store
 from relexio.store.zarrs import create, has_array, open_group
@@ -282,7 +282,7 @@ def _build(final: Location, store: Store, build: Callable[[CachedResult], None])
         build(CachedResult(building.address))
         names = sorted(group.array_keys())
         chunks = [f"{name}/c/{chunk}" for name in names for chunk in _chunks_of(group[name])]
-        hashes = metadata_hashes(building, [*names, *chunks])
+        hashes = {path: hashed for path, hashed, _ in read_bound(building, [*names, *chunks])}
         building.put(METADATA, seal({"metadata": hashes, "content": _content(store)}, whole=True))
 
 

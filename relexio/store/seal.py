@@ -17,6 +17,8 @@ from relexio.store.storage import METADATA, Location
 
 Json = dict[str, Any]
 _BLANK = "0" * 32
+#: Where Zarr looks for a copy of all metadata below a group, so that it opens the group in one read.
+_COPY = "consolidated_metadata"
 
 
 def hash_of(data: bytes) -> str:
@@ -24,10 +26,32 @@ def hash_of(data: bytes) -> str:
     return xxh3_128_hexdigest(data)
 
 
-def seal(record: Json, **more: Any) -> bytes:
-    """The ``zarr.json`` of a group with a record (and more attributes), in it (``seal``) the hash of all, itself as zeros."""
-    text = _group({"relexio": {**record, "format": FORMAT, "seal": _BLANK}, **more})
-    return text.replace(_BLANK.encode(), hash_of(text).encode())
+def seal(record: Json, nodes: Json | None = None, **more: Any) -> bytes:
+    """The ``zarr.json`` of a group with a record (and more attributes), in it (``seal``) the hash of all, itself as zeros.
+
+    ``nodes``, the metadata of groups and arrays below by path, are put in for other readers, and are bound by their own hash.
+    """
+    copy = None if nodes is None else _compact({"kind": "inline", "must_understand": False, "metadata": nodes})
+    bound = {} if copy is None else {"consolidated": hash_of(copy)}
+    text = _group({"relexio": {**record, **bound, "format": FORMAT, "seal": _BLANK}, **more})
+    text = text.replace(_BLANK.encode(), hash_of(text).encode())
+    return text if copy is None else text.removesuffix(b"\n}") + b',\n  "' + _COPY.encode() + b'": ' + copy + b"\n}"
+
+
+def consolidated(data: bytes) -> Json | None:
+    """The metadata of groups and arrays that ``seal`` put into such a ``zarr.json``, None if they are not the same any more."""
+    node = _parse(data)
+    record, copy = node.get("attributes", {}).get("relexio"), node.get(_COPY)
+    if not isinstance(record, dict) or "consolidated" not in record:
+        return {}
+    if not isinstance(copy, dict) or hash_of(_compact(copy)) != record["consolidated"]:
+        return None
+    nodes: Json = copy["metadata"]
+    return nodes
+
+
+def _compact(value: Json) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
 def _group(attributes: Json) -> bytes:
@@ -37,13 +61,14 @@ def _group(attributes: Json) -> bytes:
 def unseal(data: bytes) -> Json:
     """The attributes in such a ``zarr.json``. Raises ValueError where it is not as it was written.
 
-    A store of another format, or anything else, is not checked; nor is what ``zarr.consolidate_metadata`` added.
+    A store of another format, or anything else, is not checked; nor is the copy of the metadata below (``consolidated``), which
+    nothing here is read from.
     """
     node = _parse(data)
     attributes: Json = node.get("attributes", {})
     record = attributes.get("relexio")
     if isinstance(record, dict) and record.get("format") == FORMAT:
-        if "consolidated_metadata" in node:
+        if _COPY in node:
             data = _group(attributes)
         seal = str(record.get("seal")).encode()
         if len(seal) != len(_BLANK) or hash_of(data.replace(seal, _BLANK.encode())).encode() != seal:
@@ -68,21 +93,19 @@ def _parse(data: bytes) -> Json:
     return node
 
 
-def metadata_hashes(location: Location, paths: Iterable[str]) -> dict[str, str]:
-    """The hash of the ``zarr.json`` of groups and arrays, and of the files of chunks, by their paths from the root.
+def read_bound(location: Location, paths: Iterable[str]) -> Iterator[tuple[str, str, Json | None]]:
+    """By path from the root, the hash of the ``zarr.json`` of groups and arrays and what is in it, or of the file of a chunk.
 
     Raises StoreError for one that is not there, or is no JSON: a run that was cut off by a power loss may have left it so.
     """
-    hashes = {}
     for path in paths:
-        data = location.get(file_of(path)) or b""
+        data, node = location.get(file_of(path)) or b"", None
         with damage(f"{location.shown}/{file_of(path)}", "run the same command again"):
             if file_of(path) != path:
-                _parse(data)
+                node = _parse(data)
             elif not data:
                 raise ValueError("it is missing")
-        hashes[path] = hash_of(data)
-    return hashes
+        yield path, hash_of(data), node
 
 
 def file_of(path: str) -> str:

@@ -13,8 +13,8 @@ from relexio.errors import CheckpointError, StoreError
 from relexio.store.arrays import MOVES, block_arrays, changed_array, file_array
 from relexio.store.chunks import chunk_key
 from relexio.store.schema import DIGEST, FILE_CHUNK, Segment, lay_out
-from relexio.store.seal import metadata_hashes, seal, unseal
-from relexio.store.storage import METADATA, attributes, locate
+from relexio.store.seal import Json, consolidated, file_of, read_bound, seal, unseal
+from relexio.store.storage import METADATA, Location, attributes, locate
 from relexio.store.store import FILE_DIGITS, Store, file_digest
 from relexio.store.zarrs import create, open_group
 
@@ -39,7 +39,7 @@ def create_store(address: str, block: int, table: Table) -> Store:
     return store
 
 
-def _marker(store: Store) -> bytes:
+def _marker(store: Store, nodes: Json | None = None) -> bytes:
     record = {
         "block": store.block,
         "base_content": store.base_content,
@@ -47,7 +47,7 @@ def _marker(store: Store) -> bytes:
         "next": store.next,
         "segments": [asdict(segment) for segment in store.segments],
     }
-    return seal(record)
+    return seal(record, nodes)
 
 
 def _create_arrays(parent: "zarr.Group", store: Store, columns: int) -> None:
@@ -161,19 +161,30 @@ def commit(store: Store, segments: Iterable[Segment], files: Iterable[str], base
     From here on their steps exist, and no others. ``files`` are those that the records of all of them name.
     """
     location, chosen = locate(store.address), []
+    nodes = consolidated(location.get(METADATA) or b"") or {}
     for segment in segments:
         if not segment.metadata:
-            metadata = metadata_hashes(location, _sealed(store, segment.path, segment.columns))
-            segment = replace(segment, metadata=metadata)
+            paths = _sealed(store, segment.path, segment.columns)
+            segment = replace(segment, metadata=_bind(location, paths, nodes))
         chosen.append(segment)
     wanted = ["segments", "files", *_sealed(store, "base", 0), *sorted({*files})]
-    metadata = metadata_hashes(location, [name for name in wanted if name not in store.metadata])
+    metadata = _bind(location, [name for name in wanted if name not in store.metadata], nodes)
     metadata |= {name: store.metadata[name] for name in wanted if name in store.metadata}
     number = max(store.next, *(int(segment.name) + 1 for segment in chosen))
     done = replace(store, segments=tuple(chosen), base_content=base_content, metadata=metadata, next=number)
-    marker = _marker(done)
+    nodes = {path: nodes.get(path) or done.node(path) for path in done.sealed if file_of(path) != path}
+    marker = _marker(done, nodes)
     location.commit(marker)
     return replace(done, seal=unseal(marker)["relexio"]["seal"])
+
+
+def _bind(location: Location, paths: Iterable[str], nodes: Json) -> dict[str, str]:
+    """The hashes of files that were written since the last commit; ``nodes`` gets what groups and arrays have in theirs."""
+    hashes = {}
+    for path, hashes[path], node in read_bound(location, paths):
+        if node is not None:
+            nodes[path] = node
+    return hashes
 
 
 def sweep(store: Store) -> None:

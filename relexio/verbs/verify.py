@@ -22,7 +22,7 @@ from relexio.errors import CheckpointError, StoreError
 from relexio.progress import Stages
 from relexio.store import cache
 from relexio.store.schema import Block, Segment
-from relexio.store.seal import file_of, hash_of
+from relexio.store.seal import consolidated, file_of, hash_of
 from relexio.store.state import block_states, digest_of
 from relexio.store.storage import METADATA, locate
 from relexio.store.store import Store, file_digest
@@ -243,6 +243,7 @@ def _checks(store: Store, originals: Originals, changed: Changed) -> Iterator[Ca
     yield partial(_check_content, store, "base", (store.base_content,), 0)
     for path in store.sealed:
         yield partial(_check_sealed, store, path)
+    yield partial(_check_copy, store)
     yield partial(_check_files, store)
     for segment in store.segments:
         yield partial(_check_content, store, segment.path, segment.content, segment.columns)
@@ -261,6 +262,15 @@ def _check_sealed(store: Store, path: str) -> list[str]:
     if data is None or hash_of(data) != store.sealed[path]:
         return [f"{store.shown}: {file_of(path)}: damaged (it is not the one that was committed); the store is damaged"]
     return []
+
+
+def _check_copy(store: Store) -> list[str]:
+    if consolidated(locate(store.address).get(METADATA) or b"") is not None:
+        return []
+    return [
+        f"{store.shown}: {METADATA}: its consolidated metadata are not those that convert wrote; relexio does not read them, "
+        "other programs do; the next step that convert adds writes them again"
+    ]
 
 
 def _check_changed(store: Store, segment: Segment, changed: Changed) -> list[str]:

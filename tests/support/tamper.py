@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -9,17 +10,20 @@ from relexio.store.arrays import MOVES
 from relexio.store.chunks import chunk_key, short_hash
 from relexio.store.opening import open_store
 from relexio.store.schema import Layout
-from relexio.store.seal import metadata_hashes, seal
+from relexio.store.seal import read_bound, seal
 from relexio.store.storage import locate
 from relexio.store.store import Store
 
 
 def reseal(store: Path) -> None:
-    """Make the hashes in the marker right: of metadata, and of the chunks of what is small."""
+    """Make the marker right: the hashes of metadata and of the chunks of what is small, and the copy of the metadata."""
     record = json.loads((store / "zarr.json").read_text())["attributes"]["relexio"]
-    for table in (record["metadata"], *(segment["metadata"] for segment in record["segments"])):
-        table.update(metadata_hashes(locate(store), table))
-    (store / "zarr.json").write_bytes(seal(record))
+    nodes: dict[str, Any] = {}
+    for hashes in (record["metadata"], *(segment["metadata"] for segment in record["segments"])):
+        for path, hashed, node in [*read_bound(locate(store), hashes)]:
+            hashes[path] = hashed
+            nodes |= {path: node} if node is not None else {}
+    (store / "zarr.json").write_bytes(seal(record, nodes))
 
 
 def rebind(store: Path) -> None:
