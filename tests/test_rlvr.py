@@ -30,7 +30,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Load:
     return importlib.import_module
 
 
-@pytest.mark.parametrize("name", ["add", "sort", "descend"])
+@pytest.mark.parametrize("name", ["add", "sort", "descend", "reverse"])
 def test_problems_are_the_same_for_a_seed_and_held_out_ones_are_apart(load: Load, name: str) -> None:
     task = load("tasks").TASKS[name]
     first, again, other = (list(itertools.islice(task.training(seed), 5000)) for seed in (1, 1, 2))
@@ -55,6 +55,7 @@ def test_problems_are_the_same_for_a_seed_and_held_out_ones_are_apart(load: Load
         ("sort", "739150", ("739150>", "013579", "371509")),
         ("sort", "000001", ("000001>", "000001", "000001")),
         ("descend", "739150", ("739150>", "975310", "975310")),
+        ("reverse", "739150", ("739150>", "051937", "751930")),
     ],
 )
 def test_answers_and_habits(load: Load, name: str, digits: str, problem: tuple[str, str, str]) -> None:

@@ -1,7 +1,7 @@
 """Verifiable tasks for tiny language models: problems, the exact-match reward, and problems held out from training.
 
-A base for RL should be partly able. Supervised training on `demonstrations` makes one. For `add` and `sort` it comes to
-know the task, and mostly answers out of a wrong habit: the share of right answers rises with the first digit of the
+A base for RL should be partly able. Supervised training on `demonstrations` makes one. For `add`, `sort` and `reverse` it comes
+to know the task, and mostly answers out of a wrong habit: the share of right answers rises with the first digit of the
 problem, from 5 % for 0 to 59 % for 9, so that RL improves one kind of problem after the other. For `descend` all
 answers are right, and training has to be stopped before it is able.
 """
@@ -104,6 +104,17 @@ def _descend(digits: str) -> Problem:
     return Problem(f"{digits}>", answer, answer)
 
 
+def _reverse(digits: str) -> Problem:
+    """Six digits backwards. The habit leaves the first and the last in their places."""
+    return Problem(f"{digits}>", digits[::-1], digits[0] + digits[-2:0:-1] + digits[-1])
+
+
 TASKS = {
-    task.name: task for task in (Task("add", _add), Task("sort", _sort), Task("descend", _descend, misleads=False))
+    task.name: task
+    for task in (
+        Task("add", _add),
+        Task("sort", _sort),
+        Task("descend", _descend, misleads=False),
+        Task("reverse", _reverse),
+    )
 }
