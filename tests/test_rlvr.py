@@ -46,6 +46,19 @@ def test_problems_are_the_same_for_a_seed_and_held_out_ones_are_apart(load: Load
     assert {len(problem.answer) for problem in held} == {task.length}
 
 
+def test_a_sentence_is_right_by_its_form_and_none_that_is_asked_about_is_trained_on(load: Load) -> None:
+    smollm = load("smollm")
+    right = smollm.is_right
+    assert right("The sea is deep.", "the sea", True) and right("A dog barks.", "dogs", True)
+    for text, ended in (("The sea is deep.", False), ("The sea is deep", True), ("It is deep.", True),
+                        ("The sea.", True), ("The sea is deep. Very.", True), ("The sea\nis deep.", True)):  # fmt: skip
+        assert not right(text, "the sea", ended)
+    held = list(smollm.problems(0))
+    assert held == list(smollm.problems(0)) and len(held) >= smollm.REPORTED + smollm.CHOSEN
+    trained = {problem["thing"] for problem in itertools.islice(smollm.problems(1), 1000)}
+    assert trained and not trained & {problem["thing"] for problem in held}
+
+
 @pytest.mark.parametrize(
     ("name", "digits", "problem"),
     [

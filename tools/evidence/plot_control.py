@@ -12,8 +12,15 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
+
 Runs = list[dict[str, Any]]
 SHOWN = (10, 20, 30, 60)
+#: What is compared under "How to leap", and after how many steps: those at which segments of every length end.
+HOW = ("leap", "leap-5", "leap-20", "pinned", "secant", "moments", "restart")
+ENDS = (20, 40, 60)
+#: After so many steps with leaps plain training of the same CPU time is not over.
+TIMED = (10, 20)
 COLOURS = {10: "#9ecae1", 20: "#5aa0d0", 30: "#2a6fbb", 60: "#12325c"}
 
 
@@ -38,6 +45,18 @@ def values(runs: Runs, trained: int, what: str = "accuracy", **more: object) -> 
     return [p[what] for run in runs for p in run["points"] if all(p.get(k) == v for k, v in wanted.items())]
 
 
+def in_that_time(plain: Runs, leaps: Runs, trained: int) -> list[float]:
+    """What plain training has (between its points: on a line) in the CPU time of so many steps with leaps, seed by seed."""
+    found = []
+    for run in leaps:
+        for other in chosen(plain, seed=run["seed"]):
+            (spent,) = (p["train"] + p["choose"] for p in run["points"] if p["trained"] == trained)
+            points = [p for p in other["points"] if "kind" not in p]
+            seconds, shares = ([p[what] for p in points] for what in ("train", "accuracy"))
+            found.append(float(np.interp(spent, seconds, shares)))
+    return found
+
+
 def cell(found: list[float]) -> str:
     """The mean in percent, and the least and the most of several."""
     if not found:
@@ -54,14 +73,18 @@ def names(runs: Runs) -> tuple[list[str], list[str]]:
 def tables(runs: Runs) -> None:
     """Print them as Markdown."""
     tasks, rates = names(runs)
-    print(
-        f"| task | rate | seeds | {' | '.join(f'plain, {n} | leaps, {n}' for n in SHOWN)} | CPU time, leaps / plain |"
-    )
-    print("|---|---|---|" + "---|" * (2 * len(SHOWN) + 1))
+    heads = [f"plain, {n} | leaps, {n}{' | plain, in that time' * (n in TIMED)}" for n in SHOWN]
+    print(f"| task | rate | seeds | {' | '.join(heads)} | CPU time, leaps / plain |")
+    print("|---|---|---|" + "---|" * (2 * len(SHOWN) + len(TIMED) + 1))
     for task in tasks:
         for rate in rates:
             plain, leaps = (chosen(runs, task=task, rate=rate, kind=kind) for kind in ("plain", "leap"))
-            cells = [cell(values(some, n)) for n in SHOWN for some in (plain, leaps)]
+            if not plain:
+                continue
+            cells = []
+            for n in SHOWN:
+                cells += [cell(values(plain, n)), cell(values(leaps, n))]
+                cells += [cell(in_that_time(plain, leaps, n))] if n in TIMED else []
             both = [
                 [sum(p["train"] + p["choose"] for p in run["points"][-1:]) for run in some] for some in (plain, leaps)
             ]
@@ -74,6 +97,8 @@ def tables(runs: Runs) -> None:
     for task in tasks:
         for rate in rates:
             plain, restarts = (chosen(runs, task=task, rate=rate, kind=kind) for kind in ("plain", "restart"))
+            if not plain:
+                continue
             cells = [cell(values(plain, 10))]
             cells += [cell(values(plain, 9, kind=kind, step=step)) for kind, step in kinds]
             cells += [cell(values(plain, n)) for n in (20, 60)]
@@ -81,11 +106,34 @@ def tables(runs: Runs) -> None:
             print(f"| {task} | {rate} | {' | '.join(cells)} |")
 
 
+def how_table(runs: Runs) -> None:
+    """Print what the choices of a leap are worth, where all of them were tried: seed by seed, for it is one."""
+    tasks, rates = names(runs)
+    print(f"\n| task | rate | steps | plain | {' | '.join(HOW)} |")
+    print("|---|---|---|---|" + "---|" * len(HOW))
+    for task in tasks:
+        for rate in rates:
+            seeds = {run["seed"] for run in chosen(runs, task=task, rate=rate, kind="moments")}
+            found = {
+                kind: [run for run in chosen(runs, task=task, rate=rate, kind=kind) if run["seed"] in seeds]
+                for kind in ("plain", *HOW)
+            }
+            if not seeds:
+                continue
+            for n in ENDS:
+                print(f"| {task} | {rate} | {n} | {' | '.join(cell(values(some, n)) for some in found.values())} |")
+            times = [
+                [run["points"][-1]["train"] + run["points"][-1]["choose"] for run in some] for some in found.values()
+            ]
+            print(f"| {task} | {rate} | CPU s | {' | '.join(f'{mean(some):.0f}' if some else '-' for some in times)} |")
+
+
 def plot(runs: Runs, out: str) -> None:
     """Accuracy against the rate after some numbers of steps; and against CPU time, at a cautious and at the best rate."""
     import matplotlib.pyplot as plt
 
     tasks, rates = names(runs)
+    tasks = [task for task in tasks if len({run["rate"] for run in chosen(runs, task=task, kind="leap")}) == len(rates)]
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, panels = plt.subplots(
         2, len(tasks), figsize=(3.4 * len(tasks), 6), layout="constrained", squeeze=False, sharey="col"
@@ -138,6 +186,7 @@ def main() -> None:
     given = parser.parse_args()
     runs = load(given.files)
     tables(runs)
+    how_table(runs)
     if given.json:
         given.json.write_text(json.dumps(runs) + "\n")
     if given.plot:
