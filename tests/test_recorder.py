@@ -15,11 +15,13 @@ from relexio import Recorder
 from relexio.checkpoints.arrays import Arrays
 from relexio.dtypes import KINDS, from_float32, from_float64
 from relexio.errors import CheckpointError, ExistsError, RequestError, StorageError
+from relexio.progress import silent
 from relexio.store.opening import open_store
 from relexio.store.storage.local import LocalStorage
 from relexio.verbs.convert import convert
+from relexio.verbs.restore import restore
 from tests.support.make import BF16, Run, Tensors, load_checkpoint, make_run, move
-from tests.support.steps import store_run
+from tests.support.steps import CPU, store_run
 
 
 @pytest.fixture
@@ -48,7 +50,11 @@ def test_a_recorded_run_is_the_converted_one(tmp_path: Path, run: Run, dtype: st
     assert recorded.contents == converted.contents and recorded.base_content == converted.base_content
     assert recorder.steps == (1, 2, 4, 7)
     relexio.open(tmp_path / "run.zarr").fit(method="relex").predict(20).save(tmp_path / "predicted")
-    assert (tmp_path / "predicted/config.json").exists()  # the base's: it can be loaded
+    restore(recorded, 2, tmp_path / "restored", CPU, silent)
+    for out in ("predicted", "restored"):  # can be loaded, with what lies beside the base
+        assert (tmp_path / out / "config.json").read_bytes() == (run.base_path / "config.json").read_bytes()
+    for name, tensor in load_checkpoint(tmp_path / "restored").items():
+        assert tensor.tobytes() == run.steps[2][name].tobytes()
 
 
 def test_numpy_arrays_and_a_base_in_memory(tmp_path: Path, run: Run) -> None:

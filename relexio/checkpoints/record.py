@@ -73,6 +73,11 @@ class CheckpointRecord:
         """Whether it comes back as the files that it was."""
         return bool(self.shards) and not self.cast
 
+    @property
+    def recorded(self) -> bool:
+        """Whether it was never a file, but arrays in memory."""
+        return not self.fingerprints
+
     def comes_back(self, table: Table) -> str | None:
         """How it is written again where that is not as the files that it was, in words; None where it is.
 

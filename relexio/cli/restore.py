@@ -32,6 +32,8 @@ def restore(store: Store, resources: Resources, step: int | str, out: str) -> Re
     left = not_stored_summary_of(record)
     name = "the base" if number is None else f"step {number}"
     how = record.comes_back(store.table) or "the model's files as they were"
+    if number is not None and record.recorded and store.base().side:
+        how += ", with the base's configuration and what else lies beside its weights"
     rows = [("wrote", f"{out}: {name}, {how}"), *not_stored(left)]
     facts = {"step": number, "out": out, "not_stored": [one.to_json() for one in left]}
     return Result(lambda: facts, lambda: table(rows), next=(f"python my_eval.py {quote(out)}",))

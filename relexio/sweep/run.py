@@ -74,8 +74,8 @@ def _require_command(table: Sweep, request: Request, tried: Container[Candidate]
 def write_observed(store: Store, step: int | None, out: Path, resources: Resources, stages: Stages) -> None:
     """Write an observed checkpoint (None: the base) as it was, with the side files of the base that it lacks."""
     restore(store, step, out, resources, stages)
-    if step is not None:
-        side = lacking(store.base(), store.record(step), store.file)
+    if step is not None and not (record := store.record(step)).recorded:
+        side = lacking(store.base(), record, store.file)
         write_files(out, ((name, store.pieces(array)) for name, array in side.items()))
 
 

@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+from relexio.checkpoints.side import lacking
 from relexio.checkpoints.write import write_files
 from relexio.engine import graph
 from relexio.engine.resources import Resources
@@ -17,7 +18,8 @@ from relexio.verbs.output import Sink, Target, check_targets, needed_files, outp
 def restore(store: Store, step: int | None, out: Path, resources: Resources, stages: Stages) -> None:
     """Write an observed step (None: the base) exactly as it was: same shard names, headers, bytes, and side files.
 
-    One that was not read from safetensors files is written as one such file (``checkpoints.protocol``).
+    One that was not read from safetensors files is written as one such file (``checkpoints.protocol``); beside one that was
+    recorded from memory lie the base's side files, so that it can be loaded.
     Raises StoreError where the result is not what was committed; then ``out`` is not created.
     """
     targets = [Target(step or 0, out)]
@@ -27,7 +29,8 @@ def restore(store: Store, step: int | None, out: Path, resources: Resources, sta
     executor = resources.for_combine(store, 1, 1)
     with staged(targets, files) as outputs:
         sink, directory = Sink(tuple(outputs)), Path(outputs[0].directory)
-        write_files(directory, side_files(store, record.beside))
+        lacks = lacking(store.base(), record, store.file) if step is not None and record.recorded else {}
+        write_files(directory, side_files(store, {**record.beside, **lacks}))
         executor.require(needed_files(store, outputs, files))
         with stages("restore", sum(file.size for file in files)) as advance:
             digests = graph.each(store, 1, partial(_restore_block, store, step, sink), executor, advance)
