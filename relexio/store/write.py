@@ -13,7 +13,7 @@ from relexio.errors import CheckpointError, StoreError
 from relexio.store.arrays import MOVES, block_arrays, changed_array, file_array
 from relexio.store.chunks import chunk_key
 from relexio.store.schema import DIGEST, FILE_CHUNK, Segment, lay_out
-from relexio.store.seal import Json, consolidated, file_of, read_bound, seal, unseal
+from relexio.store.seal import Json, consolidated, damage, file_of, read_bound, seal, unseal
 from relexio.store.storage import METADATA, Location, attributes, locate
 from relexio.store.store import FILE_DIGITS, Store, file_digest
 from relexio.store.zarrs import create, open_group
@@ -161,7 +161,8 @@ def commit(store: Store, segments: Iterable[Segment], files: Iterable[str], base
     From here on their steps exist, and no others. ``files`` are those that the records of all of them name.
     """
     location, chosen = locate(store.address), []
-    nodes = consolidated(location.get(METADATA) or b"") or {}
+    with damage(f"{store.shown}/{METADATA}"):
+        nodes = consolidated(location.get(METADATA) or b"") or {}
     for segment in segments:
         if not segment.metadata:
             paths = _sealed(store, segment.path, segment.columns)

@@ -22,7 +22,7 @@ from relexio.errors import CheckpointError, StoreError
 from relexio.progress import Stages
 from relexio.store import cache
 from relexio.store.schema import Block, Segment
-from relexio.store.seal import consolidated, file_of, hash_of
+from relexio.store.seal import consolidated, damage, file_of, hash_of
 from relexio.store.state import block_states, digest_of
 from relexio.store.storage import METADATA, locate
 from relexio.store.store import Store, file_digest
@@ -265,8 +265,9 @@ def _check_sealed(store: Store, path: str) -> list[str]:
 
 
 def _check_copy(store: Store) -> list[str]:
-    if consolidated(locate(store.address).get(METADATA) or b"") is not None:
-        return []
+    with damage(f"{store.shown}/{METADATA}"):
+        if consolidated(locate(store.address).get(METADATA) or b"") is not None:
+            return []
     return [
         f"{store.shown}: {METADATA}: its consolidated metadata are not those that convert wrote; relexio does not read them, "
         "other programs do; the next step that convert adds writes them again"
