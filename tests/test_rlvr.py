@@ -47,6 +47,7 @@ def test_problems_are_the_same_for_a_seed_and_held_out_ones_are_apart(load: Load
 
 
 def test_a_sentence_is_right_by_its_form_and_none_that_is_asked_about_is_trained_on(load: Load) -> None:
+    pytest.importorskip("trl", reason="needs trl: pip install -e '.[rlvr]'")
     smollm = load("smollm")
     right = smollm.is_right
     assert right("The sea is deep.", "the sea", True) and right("A dog barks.", "dogs", True)

@@ -27,13 +27,13 @@ def restore(store: Store, resources: Resources, step: int | str, out: str) -> Re
     name. What training needs to resume (optimizer, scheduler, random numbers) is not stored.
     """
     number = step if isinstance(step, int) else None
-    verb(store, number, local(out), resources, stages)
+    from_base = verb(store, number, local(out), resources, stages)
     record = store.record(number)
     left = not_stored_summary_of(record)
     name = "the base" if number is None else f"step {number}"
     how = record.comes_back(store.table) or "the model's files as they were"
-    if number is not None and record.recorded and store.base().side:
-        how += ", with the base's configuration and what else lies beside its weights"
+    if from_base:
+        how += f", with the base's {', '.join(sorted(from_base))}"
     rows = [("wrote", f"{out}: {name}, {how}"), *not_stored(left)]
     facts = {"step": number, "out": out, "not_stored": [one.to_json() for one in left]}
     return Result(lambda: facts, lambda: table(rows), next=(f"python my_eval.py {quote(out)}",))

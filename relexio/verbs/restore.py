@@ -15,11 +15,11 @@ from relexio.store.store import Store
 from relexio.verbs.output import Sink, Target, check_targets, needed_files, output_files, side_files, staged
 
 
-def restore(store: Store, step: int | None, out: Path, resources: Resources, stages: Stages) -> None:
+def restore(store: Store, step: int | None, out: Path, resources: Resources, stages: Stages) -> list[str]:
     """Write an observed step (None: the base) exactly as it was: same shard names, headers, bytes, and side files.
 
     One that was not read from safetensors files is written as one such file (``checkpoints.protocol``); beside one that was
-    recorded from memory lie the base's side files, so that it can be loaded.
+    recorded from memory lie those of the base's side files that it lacks, so that it can be loaded; their names are returned.
     Raises StoreError where the result is not what was committed; then ``out`` is not created.
     """
     targets = [Target(step or 0, out)]
@@ -36,6 +36,7 @@ def restore(store: Store, step: int | None, out: Path, resources: Resources, sta
             digests = graph.each(store, 1, partial(_restore_block, store, step, sink), executor, advance)
         executor.settle([directory])
         check_content(store, step, digests)  # before it gets its name
+    return list(lacks)
 
 
 def _restore_block(store: Store, step: int | None, sink: Sink, block: Block) -> bytes:
