@@ -110,7 +110,7 @@ def test_a_damaged_copy_of_the_metadata_is_told_and_made_anew(
     marker.write_bytes(marker.read_bytes().replace(*damage, 1))
     assert open_store(shared) == store
     (problem,) = verified(shared)
-    assert "zarr.json: its consolidated metadata are not those that convert wrote" in problem
+    assert "zarr.json: its consolidated metadata is not what convert wrote" in problem
     assert store_run(run, shared).steps == (1, 2, 3) and not verified(shared)
 
 

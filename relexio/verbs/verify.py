@@ -269,8 +269,8 @@ def _check_copy(store: Store) -> list[str]:
         if consolidated(locate(store.address).get(METADATA) or b"") is not None:
             return []
     return [
-        f"{store.shown}: {METADATA}: its consolidated metadata are not those that convert wrote; relexio does not read them, "
-        "other programs do; the next step that convert adds writes them again"
+        f"{store.shown}: {METADATA}: its consolidated metadata is not what convert wrote; relexio does not read it, "
+        "other programs do; the next step that convert adds writes it again"
     ]
 
 

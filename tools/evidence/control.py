@@ -209,9 +209,14 @@ def main() -> None:
                         out.touch(exist_ok=False)
                     except FileExistsError:
                         continue
-                    with tempfile.TemporaryDirectory(prefix="relexio-control-") as scratch:
-                        found = measure(kind, Run(TASKS[task], given.runs / task / "base", rate, seed, Path(scratch)))
-                    out.write_text(json.dumps(found, indent=1) + "\n")
+                    try:
+                        with tempfile.TemporaryDirectory(prefix="relexio-control-") as scratch:
+                            base = given.runs / task / "base"
+                            found = measure(kind, Run(TASKS[task], base, rate, seed, Path(scratch)))
+                        out.write_text(json.dumps(found, indent=1) + "\n")
+                    finally:
+                        if not out.stat().st_size:  # interrupted: another process may make it
+                            out.unlink()
                     print(out.stem, found["points"][-1], file=sys.stderr, flush=True)
 
 

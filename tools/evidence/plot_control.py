@@ -45,15 +45,27 @@ def values(runs: Runs, trained: int, what: str = "accuracy", **more: object) -> 
     return [p[what] for run in runs for p in run["points"] if all(p.get(k) == v for k, v in wanted.items())]
 
 
+def spent(run: dict[str, Any], point: dict[str, Any]) -> float:
+    """CPU seconds of training and choosing up to a point; each segment counts as much as the first.
+
+    docs/control.json is of runs whose later segments began with models that say ``use_cache: false``, and took up to twice as long
+    for the same work.
+    """
+    if run["kind"] == "plain":
+        return float(point["train"])
+    first = next(p["train"] for p in run["points"] if p["trained"] == run["segment"])
+    return float(first * point["trained"] / run["segment"] + point["choose"])
+
+
 def in_that_time(plain: Runs, leaps: Runs, trained: int) -> list[float]:
     """What plain training has (between its points: on a line) in the CPU time of so many steps with leaps, seed by seed."""
     found = []
     for run in leaps:
         for other in chosen(plain, seed=run["seed"]):
-            (spent,) = (p["train"] + p["choose"] for p in run["points"] if p["trained"] == trained)
+            (point,) = (p for p in run["points"] if p["trained"] == trained)
             points = [p for p in other["points"] if "kind" not in p]
             seconds, shares = ([p[what] for p in points] for what in ("train", "accuracy"))
-            found.append(float(np.interp(spent, seconds, shares)))
+            found.append(float(np.interp(spent(run, point), seconds, shares)))
     return found
 
 
@@ -85,9 +97,7 @@ def tables(runs: Runs) -> None:
             for n in SHOWN:
                 cells += [cell(values(plain, n)), cell(values(leaps, n))]
                 cells += [cell(in_that_time(plain, leaps, n))] if n in TIMED else []
-            both = [
-                [sum(p["train"] + p["choose"] for p in run["points"][-1:]) for run in some] for some in (plain, leaps)
-            ]
+            both = [[spent(run, run["points"][-1]) for run in some] for some in (plain, leaps)]
             times = f"{mean(both[1]) / mean(both[0]):.1f}" if all(both) else "-"
             print(f"| {task} | {rate} | {len(plain)}, {len(leaps)} | {' | '.join(cells)} | {times} |")
     ends = "20 steps | 60 steps | mean of the last 10 | restarts"
@@ -122,9 +132,7 @@ def how_table(runs: Runs) -> None:
                 continue
             for n in ENDS:
                 print(f"| {task} | {rate} | {n} | {' | '.join(cell(values(some, n)) for some in found.values())} |")
-            times = [
-                [run["points"][-1]["train"] + run["points"][-1]["choose"] for run in some] for some in found.values()
-            ]
+            times = [[spent(run, run["points"][-1]) for run in some] for some in found.values()]
             print(f"| {task} | {rate} | CPU s | {' | '.join(f'{mean(some):.0f}' if some else '-' for some in times)} |")
 
 
@@ -151,18 +159,15 @@ def plot(runs: Runs, out: str) -> None:
                     label=f"{n} steps, {'with leaps' if kind == 'leap' else 'plain'}",
                 )
         upper.set(xscale="log", title=task, xlabel="learning rate", ylabel="accuracy, %")
-        best = max(rates, key=lambda rate: mean(values(chosen(runs, task=task, rate=rate, kind="plain"), 30) or [0.0]))
+        best = max(rates, key=lambda rate: mean(values(chosen(runs, task=task, rate=rate, kind="plain"), 10) or [0.0]))
         for rate, colour in dict.fromkeys([(rates[0], "#8a8f98"), (best, "#d9822b")]):
             for kind, style in (("plain", "-o"), ("leap", "--^")):
-                curve: dict[int, list[dict[str, Any]]] = defaultdict(list)
+                curve: dict[int, list[tuple[float, float]]] = defaultdict(list)
                 for run in chosen(runs, task=task, rate=rate, kind=kind):
                     for point in run["points"]:
                         if "kind" not in point:
-                            curve[point["trained"]].append(point)
-                ends = [
-                    (mean(p["train"] + p["choose"] for p in some), 100 * mean(p["accuracy"] for p in some))
-                    for some in curve.values()
-                ]
+                            curve[point["trained"]].append((spent(run, point), 100 * point["accuracy"]))
+                ends = [tuple(map(mean, zip(*some, strict=True))) for some in curve.values()]
                 lower.plot(
                     *zip(*ends, strict=True),
                     style,

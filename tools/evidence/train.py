@@ -52,6 +52,7 @@ def save(model: Any, directory: Path, dtype: Any = torch.bfloat16) -> None:
     """Write the weights, rounded, with config and tokenizer."""
     copy = transformers.AutoModelForCausalLM.from_config(model.config, dtype=dtype)
     copy.load_state_dict(model.state_dict())
+    copy.config.use_cache = True  # the trainer has switched it off; without it generating costs twice as much
     copy.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
 
