@@ -159,7 +159,8 @@ def plot(runs: Runs, out: str) -> None:
                     label=f"{n} steps, {'with leaps' if kind == 'leap' else 'plain'}",
                 )
         upper.set(xscale="log", title=task, xlabel="learning rate", ylabel="accuracy, %")
-        best = max(rates, key=lambda rate: mean(values(chosen(runs, task=task, rate=rate, kind="plain"), 10) or [0.0]))
+        plain = {rate: chosen(runs, task=task, rate=rate, kind="plain") for rate in rates}
+        best = max(rates, key=lambda rate: mean(mean(values(plain[rate], n) or [0.0]) for n in SHOWN))
         for rate, colour in dict.fromkeys([(rates[0], "#8a8f98"), (best, "#d9822b")]):
             for kind, style in (("plain", "-o"), ("leap", "--^")):
                 curve: dict[int, list[tuple[float, float]]] = defaultdict(list)
