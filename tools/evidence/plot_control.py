@@ -123,7 +123,7 @@ def how_table(runs: Runs) -> None:
     print("|---|---|---|---|" + "---|" * len(HOW))
     for task in tasks:
         for rate in rates:
-            seeds = {run["seed"] for run in chosen(runs, task=task, rate=rate, kind="moments")}
+            seeds = {run["seed"] for run in chosen(runs, task=task, rate=rate, kind="leap-20")}
             found = {
                 kind: [run for run in chosen(runs, task=task, rate=rate, kind=kind) if run["seed"] in seeds]
                 for kind in ("plain", *HOW)
