@@ -5,8 +5,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from relexio import atomic
-from relexio.checkpoints.side import lacking
-from relexio.checkpoints.write import write_files
 from relexio.engine.resources import Resources
 from relexio.errors import EvaluationError, OverflowedError
 from relexio.fit.fit import Fit, fit
@@ -71,14 +69,6 @@ def _require_command(table: Sweep, request: Request, tried: Container[Candidate]
     )
 
 
-def write_observed(store: Store, step: int | None, out: Path, resources: Resources, stages: Stages) -> None:
-    """Write an observed checkpoint (None: the base) as it was, with the side files of the base that it lacks."""
-    restore(store, step, out, resources, stages)
-    if step is not None and not (record := store.record(step)).recorded:
-        side = lacking(store.base(), record, store.file)
-        write_files(out, ((name, store.pieces(array)) for name, array in side.items()))
-
-
 @dataclass
 class _Work:
     """What evaluations share: fits, one for each line, and which checkpoint stands as the best."""
@@ -124,7 +114,7 @@ class _Work:
             fitted = self._fitted(candidate.recipe, candidate.first)
             predict.predict(fitted, [Target(candidate.at, out)], self.resources, self.stages)
             return out
-        write_observed(self.store, candidate.step, out, self.resources, self.stages)
+        restore(self.store, candidate.step, out, self.resources, self.stages, complete=True)
         return out
 
     def _window(self, first: int | None) -> tuple[int, ...]:

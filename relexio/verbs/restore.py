@@ -15,11 +15,14 @@ from relexio.store.store import Store
 from relexio.verbs.output import Sink, Target, check_targets, needed_files, output_files, side_files, staged
 
 
-def restore(store: Store, step: int | None, out: Path, resources: Resources, stages: Stages) -> list[str]:
+def restore(
+    store: Store, step: int | None, out: Path, resources: Resources, stages: Stages, complete: bool = False
+) -> list[str]:
     """Write an observed step (None: the base) exactly as it was: same shard names, headers, bytes, and side files.
 
     One that was not read from safetensors files is written as one such file (``checkpoints.protocol``); beside one that was
-    recorded from memory lie those of the base's side files that it lacks, so that it can be loaded; their names are returned.
+    recorded from memory, and with ``complete`` any step, lie those of the base's side files that it lacks, so that it can be
+    loaded; their names are returned.
     Raises StoreError where the result is not what was committed; then ``out`` is not created.
     """
     targets = [Target(step or 0, out)]
@@ -29,7 +32,7 @@ def restore(store: Store, step: int | None, out: Path, resources: Resources, sta
     executor = resources.for_combine(store, 1, 1)
     with staged(targets, files) as outputs:
         sink, directory = Sink(tuple(outputs)), Path(outputs[0].directory)
-        lacks = lacking(store.base(), record, store.file) if step is not None and record.recorded else {}
+        lacks = lacking(store.base(), record, store.file) if step is not None and (complete or record.recorded) else {}
         write_files(directory, side_files(store, {**record.beside, **lacks}))
         executor.require(needed_files(store, outputs, files))
         with stages("restore", sum(file.size for file in files)) as advance:

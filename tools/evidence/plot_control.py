@@ -48,8 +48,8 @@ def values(runs: Runs, trained: int, what: str = "accuracy", **more: object) -> 
 def spent(run: dict[str, Any], point: dict[str, Any]) -> float:
     """CPU seconds of training and choosing up to a point; each segment counts as much as the first.
 
-    docs/control.json is of runs whose later segments began with models that say ``use_cache: false``, and took up to twice as long
-    for the same work.
+    docs/control.json is of runs whose later segments began with models that say ``use_cache: false``, and took longer for the same
+    work. So did choosing, which is counted as it was.
     """
     if run["kind"] == "plain":
         return float(point["train"])

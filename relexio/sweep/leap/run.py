@@ -22,10 +22,11 @@ from relexio.sweep.leap.request import Files, Request
 from relexio.sweep.leap.table import Leap, Round, Setting, parse
 from relexio.sweep.leap.train import Trained, last_line, train
 from relexio.sweep.plan import SweepPlan, prepare
-from relexio.sweep.run import Watch, sweep, write_observed
+from relexio.sweep.run import Watch, sweep
 from relexio.sweep.table import Sweep
 from relexio.verbs import convert
 from relexio.verbs.convert.request import existing_store
+from relexio.verbs.restore import restore
 from relexio.words import without_secrets
 
 
@@ -160,7 +161,7 @@ class _Work:
             (self.files.sweep(number) / "best").rename(out)
             atomic.sync(out.parent)
         else:
-            write_observed(store, store.steps[-1], out, self.resources, self.stages)
+            restore(store, store.steps[-1], out, self.resources, self.stages, complete=True)
         evaluated = sum(result.seconds for result in found.results)
         took = max(time.monotonic() - begun, trained.seconds + evaluated)  # some of it maybe before an interruption
         scored = len(found.find(lambda _: True))
