@@ -51,6 +51,7 @@ wheel: ## build the wheel, and run it in an environment of its own, away from th
 	python -m build -q --wheel --outdir "$$away" . ; \
 	python -m venv "$$away/venv"; cd "$$away"; venv/bin/pip install -q relexio-*.whl; \
 	venv/bin/python -c "import relexio.loops; print('compiled loops', relexio.loops.COMPILED)"; \
+	venv/bin/python -c "from importlib.resources import files; files('relexio.loops').joinpath('loops.cu').read_text()"; \
 	venv/bin/relexio demo -o demo; \
 	venv/bin/relexio backtest demo/run.zarr --window 5:50; \
 	venv/bin/relexio inspect demo/run.zarr --json > inspect.json; \

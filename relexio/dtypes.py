@@ -1,7 +1,6 @@
 """Element types: what safetensors calls them, how many bits they have, and how bits become numbers.
 
-Every conversion takes and returns arrays of NumPy or CuPy alike. Arithmetic is float64; a result is rounded to
-the checkpoint's type exactly once, to nearest, ties to even.
+Arithmetic is float64; a result is rounded to the checkpoint's type exactly once, to nearest, ties to even.
 """
 
 from dataclasses import dataclass
@@ -76,24 +75,24 @@ def is_buffer(dtype: str) -> bool:
     return dtype[0] in "BUI" and dtype != "BF16"
 
 
-def to_float64(bits: Array, kind: Kind) -> Array:
+def to_float64(bits: np.ndarray, kind: Kind) -> np.ndarray:
     """The exact float64 values of element bits (uint16 or uint32, any shape)."""
     with np.errstate(invalid="ignore"):  # a signalling NaN is data here, not an event
         return _to_float(bits, kind).astype(np.float64)
 
 
-def _to_float(bits: Array, kind: Kind) -> Array:
+def _to_float(bits: np.ndarray, kind: Kind) -> np.ndarray:
     if kind.name == "bf16":
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return bits.view(np.float16 if kind.name == "f16" else np.float32)
 
 
-def to_native(bits: Array, kind: Kind) -> Array:
+def to_native(bits: np.ndarray, kind: Kind) -> np.ndarray:
     """The values of element bits in the nearest NumPy type: bf16 widens to float32, exactly."""
     return _to_float(bits, kind) if kind.is_float else bits
 
 
-def from_float64(values: Array, kind: Kind) -> Array:
+def from_float64(values: np.ndarray, kind: Kind) -> np.ndarray:
     """Element bits of float64 ``values`` rounded once, to nearest even; overflow gives infinity.
 
     By way of a float32 rounded to odd, which keeps what the second rounding needs to be right
@@ -109,7 +108,7 @@ def from_float64(values: Array, kind: Kind) -> Array:
     return np.where(np.isnan(values), _upper(odd) | np.uint16(0x40), _upper(_rounded_up(odd)))
 
 
-def from_float32(values: Array, kind: Kind) -> Array:
+def from_float32(values: np.ndarray, kind: Kind) -> np.ndarray:
     """Element bits of float32 ``values`` rounded once, to nearest even; overflow gives infinity. NaN stay NaN."""
     if kind.name == "f32":
         return values.view(np.uint32)
@@ -126,7 +125,7 @@ def can_cast(dtype: str, to: str) -> bool:
     return kind_of(to).is_float and (kind_of(dtype).is_float or dtype == "F64")
 
 
-def cast(raw: Array, dtype: str, to: str) -> Array:
+def cast(raw: np.ndarray, dtype: str, to: str) -> np.ndarray:
     """Element bits of type ``to`` from bytes (uint8 [n]) of another float type: rounded once, to nearest even."""
     if dtype == "F64":
         return from_float64(raw.view("<f8"), kind_of(to))
@@ -134,18 +133,18 @@ def cast(raw: Array, dtype: str, to: str) -> Array:
     return from_float32(_to_float(raw.view(own.bits), own).astype(np.float32), kind_of(to))
 
 
-def _upper(bits: Array) -> Array:
+def _upper(bits: np.ndarray) -> np.ndarray:
     """The upper half of uint32 elements, which is a bf16."""
     return (bits >> np.uint32(16)).astype(np.uint16)
 
 
-def _rounded_up(bits: Array) -> Array:
+def _rounded_up(bits: np.ndarray) -> np.ndarray:
     """uint32 elements whose upper halves are those of the float32 rounded to nearest even."""
     with np.errstate(over="ignore"):  # of a NaN, which is given another value
         return bits + ((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF)
 
 
-def _round_to_odd(values: Array, nearest: Array) -> Array:
+def _round_to_odd(values: np.ndarray, nearest: np.ndarray) -> np.ndarray:
     bits = nearest.view(np.uint32)
     back = nearest.astype(np.float64)
     inexact = (back != values) & ~np.isnan(values)
@@ -154,7 +153,7 @@ def _round_to_odd(values: Array, nearest: Array) -> Array:
     return bits | inexact.astype(np.uint32)
 
 
-def nonfinite(bits: Array, kind: Kind) -> Array:
+def nonfinite(bits: np.ndarray, kind: Kind) -> np.ndarray:
     """Where element bits are NaN or infinite (bool, same shape)."""
     mask = np.dtype(kind.bits).type(kind.exponent)
     return (bits & mask) == mask

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from relexio.dtypes import Kind
 from relexio.engine import plan
 from relexio.engine.blocks import combine_block, gram_block, operator_block
 from relexio.engine.resources import Resources
@@ -19,6 +20,7 @@ from relexio.store.store import Store
 from relexio.verbs.convert import Request, convert, prepare
 from tests.support.device import StandIn, taken, taken_late
 from tests.support.make import BF16, load_checkpoint, make_run, oracle, write_dense_run
+from tests.support.moves import FLOATS, Case, as_loops_do, make_states
 from tests.support.oracle import ALLOWED, DTYPES, agree
 from tests.support.steps import CPU, fit_run, predict_run, small_blocks, store_run
 
@@ -69,6 +71,16 @@ def as_on_the_cpu(store: Store, resources: Resources, out: Path) -> None:
     assert np.count_nonzero(np.not_equal(*checkpoints)) <= ALLOWED * checkpoints[0].size
 
 
+@pytest.mark.parametrize("kind", FLOATS, ids=lambda kind: kind.name)
+def test_what_kernels_give_are_the_bits_of_the_loops(gpu: Gpu, kind: Kind) -> None:
+    with gpu.cupy.cuda.Stream(non_blocking=True):
+        for seed in range(6):
+            rng = np.random.default_rng(seed)
+            columns, n = int(rng.choice([1, 9, 64, 130])), int(rng.integers(1, 150 * gpu.scale))
+            density, wild = float(rng.choice([0, 0.001, 0.1, 0.6, 1])), bool(rng.integers(2))
+            as_loops_do(gpu.cupy, Case(kind, make_states(kind, columns, n, density, wild, rng), seed))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
 @pytest.mark.parametrize("solver", ["gram", "blocks"])
 def test_the_result_of_the_definition(
@@ -101,10 +113,10 @@ def test_no_tile_takes_more_of_a_device_than_planned(
     tmp_path: Path, gpu: Gpu, dtype: np.dtype, steps: int, targets: int
 ) -> None:
     """On dense data, the worst case."""
-    store, tile = dense(tmp_path, 400_000 * gpu.scale // steps, steps, dtype), gpu.scale << 19
+    store, tile = dense(tmp_path, 3_000_000 // steps, steps, dtype), 4 << 20
     block = store.blocks[0]
     weights = {"w": 1e-3 * np.ones((steps, targets))}
-    x, shape = np.ones((steps, 3)), plan.Shape(block=1, itemsize=4, pieces=1, chunks=0)
+    x, shape = np.ones((steps, 3)), plan.Shape.of(store)
     for need, work in (
         (plan.fit_need(shape, steps, True), lambda: gram_block(store, store.steps, tile, "cuda", block)),
         (
@@ -124,7 +136,7 @@ def test_no_tile_takes_more_of_a_device_than_planned(
 
 
 def test_a_window_many_times_the_device_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> None:
-    small_blocks(monkeypatch, gpu.scale << 14)
+    small_blocks(monkeypatch, gpu.scale << 11)
     store = dense(tmp_path, 500_000 * gpu.scale, 12)  # 48 MB as float64, or 768; a warning would be an error
     as_on_the_cpu(store, Resources(workers=2, device="cuda", device_memory=2 * MB * gpu.scale), tmp_path)
     if isinstance(gpu.cupy, StandIn):
@@ -132,10 +144,10 @@ def test_a_window_many_times_the_device_memory(tmp_path: Path, monkeypatch: pyte
 
 
 def test_memory_that_runs_out_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> None:
-    small_blocks(monkeypatch, gpu.scale << 15)
-    store = dense(tmp_path, gpu.scale << 17, 12)  # a worker takes up to 23 MB, or 370
-    resources = Resources(8000 * MB, workers=4, device="cuda", device_memory=4000 * MB)
-    left = 36 * MB * gpu.scale  # on a GPU, the libraries take some of that too
+    small_blocks(monkeypatch, gpu.scale << 18)
+    store = dense(tmp_path, gpu.scale << 19, 12)  # a tile and its table take 31 MB, or 502
+    resources = Resources(8000 * MB, workers=2, device="cuda", device_memory=5000 * MB)
+    left = 30 * MB * gpu.scale  # on a GPU, the libraries take some of that too
     with warnings.catch_warnings(record=True) as said, taken_late(gpu.cupy, left):
         warnings.simplefilter("default")
         as_on_the_cpu(store, resources, tmp_path)

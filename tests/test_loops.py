@@ -3,11 +3,9 @@
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,117 +14,42 @@ from hypothesis import strategies as st
 
 from relexio.dtypes import KINDS, Kind, from_float64, nonfinite, to_float64
 from relexio.loops import COMPILED, Found, Moves, Stream, plain
-from tests.support.device import StandIn
+from tests.support.moves import FLOATS, Case, cases, chunks, found, make_states, same, streams, table
 
 VERSIONS = [plain, *([importlib.import_module("relexio.loops.compiled")] if COMPILED else [])]
 each_version = pytest.mark.parametrize("loops", VERSIONS, ids=lambda module: module.__name__.split(".")[-1])
-FLOATS = [kind for kind in KINDS.values() if kind.is_float]
 each_float = pytest.mark.parametrize("kind", FLOATS, ids=lambda kind: kind.name)
 examples = settings(max_examples=100)
 
 
-@dataclass(frozen=True)
-class Case:
-    """States [K + 1, n] of a block, and a source of chance for cuts."""
-
-    kind: Kind
-    states: np.ndarray
-    seed: int
-
-    @property
-    def columns(self) -> int:
-        return len(self.states) - 1
-
-    @property
-    def size(self) -> int:
-        return self.states.shape[1]
-
-    def chance(self) -> np.random.Generator:
-        return np.random.default_rng(self.seed)
-
-    def cuts(self, rng: np.random.Generator, end: int) -> list[tuple[int, int]]:
-        """0 to end in some pieces, as firsts and lasts."""
-        places = sorted({0, end, *map(int, rng.integers(0, end + 1, 4))})
-        return list(pairwise(places))
-
-
-@st.composite
-def cases(draw: st.DrawFn, kinds: list[Kind] | None = None) -> Case:
-    """Dense and sparse, long and short, with small steps and with any bits at all."""
-    kind = draw(st.sampled_from(kinds or list(KINDS.values())))
-    columns = draw(st.sampled_from([1, 2, 3, 8, 9, 63, 64, 65, 130]) | st.integers(1, 130))
-    n = draw(st.sampled_from([1, 63, 64, 65, 128]) | st.integers(1, 400))
-    density = draw(st.sampled_from([0, 0.001, 0.01, 0.1, 0.6, 0.95, 1]))
-    wild, seed = draw(st.booleans()), draw(st.integers(0, 2**32))
-    return Case(kind, make_states(kind, columns, n, density, wild, np.random.default_rng(seed)), seed)
-
-
-def make_states(kind: Kind, columns: int, n: int, density: float, wild: bool, rng: np.random.Generator) -> np.ndarray:
-    """States in a buffer that is wider than they are."""
-    largest = np.iinfo(kind.bits).max
-    states = np.zeros((columns + 1, n + 7), kind.bits)
-    states[0] = rng.integers(0, largest, n + 7, kind.bits, endpoint=True)
-    if kind.is_float and not wild:
-        states[0] = from_float64(rng.standard_normal(n + 7), kind)
-    for k in range(columns):
-        moves = rng.random(n + 7) < density
-        step = rng.integers(0, largest if wild else 5, n + 7, kind.bits, endpoint=True)
-        states[k + 1] = states[k] + np.where(moves, step - np.dtype(kind.bits).type(2), 0).astype(kind.bits)
-    return states[:, 3 : n + 3]
-
-
-def chunks(array: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """An array in chunks of any size, often of one item, sometimes of none."""
-    first = 0
-    while first < len(array):
-        last = first + int(rng.integers(0, rng.choice([2, 9, 400])))
-        yield array[first:last]
-        first = last
-
-
-def found(loops: ModuleType, states: np.ndarray, kind: Kind, first: int = 0, before: int = -1) -> Found:
-    """The moves between states that all began from the first of them."""
-    moves: Found = loops.find(states, states[0].copy(), kind, first, before)
-    return moves
-
-
 def gram(loops: ModuleType, moves: Moves, bits: np.ndarray, kind: Kind, rows: int) -> np.ndarray:
     """F^T F."""
-    total = np.zeros((rows, rows))
-    loops.gram(moves, bits, kind, total)
+    total, walk = np.zeros((rows, rows)), loops.Walk([stream_of(loops, moves, rows)], kind, rows)
+    walk.gram(bits, len(bits), total)
+    walk.finish()
     return total
 
 
-def streams(loops: ModuleType, case: Case, rng: np.random.Generator) -> list[Stream]:
-    """A case as the segments of a chain."""
-    parts = [
-        (last - first, found(loops, case.states[first : last + 1], case.kind))
-        for first, last in case.cuts(rng, case.columns)
-    ]
-    return [Stream(columns, chunks(one.when, rng), chunks(one.by, rng)) for columns, one in parts]
+def predict(
+    loops: ModuleType, moves: Moves, bits: np.ndarray, weights: np.ndarray, kind: Kind
+) -> tuple[np.ndarray, int]:
+    """base + F w, and how many of it are not finite where the base is."""
+    results = np.tile(bits, (weights.shape[1], 1))
+    walk = loops.Walk([stream_of(loops, moves, len(weights))], kind, len(weights))
+    lost = walk.predict(bits, len(bits), weights, results)
+    walk.finish()
+    return results, lost
 
 
-def table(loops: ModuleType, case: Case) -> Moves:
-    """All moves of a case."""
-    rng = case.chance()
-    reader = loops.Reader(streams(loops, case, rng), case.kind)
-    moves: Moves = reader.take(case.size)
-    reader.finish()
-    return moves
+def stream_of(loops: ModuleType, moves: Moves, columns: int) -> Stream:
+    """A table as one segment."""
+    return Stream(columns, iter([loops.pack(moves, columns)[0]]), iter([moves.by]))
 
 
 def whole(loops: ModuleType, states: np.ndarray) -> Stream:
     """All moves between states, as one segment."""
     one = found(loops, states, BF16)
     return Stream(len(states) - 1, iter([one.when]), iter([one.by]))
-
-
-def same(a: Any, b: Any) -> None:
-    """Equal type and bits; one NaN is as good as another."""
-    assert (a.dtype, a.shape) == (b.dtype, b.shape)
-    if a.dtype == np.float64:
-        a, b = (np.where(np.isnan(values), np.nan, values).view(np.uint64) for values in (a, b))
-    np.testing.assert_array_equal(a, b)
 
 
 def same_moves(a: Moves, b: Moves) -> None:
@@ -244,9 +167,33 @@ def test_both_versions_give_the_same_bits(case: Case) -> None:
     same(last.dense(moves, values, case.columns), first.dense(moves, values, case.columns))
     same(gram(last, moves, bits, kind, case.columns), gram(first, moves, bits, kind, case.columns))
     weights = rng.standard_normal((case.columns, int(rng.integers(1, 11))))
-    (results, lost), (wanted, wanted_lost) = (loops.predict(moves, bits, weights, kind) for loops in VERSIONS)
+    (results, lost), (wanted, wanted_lost) = (predict(loops, moves, bits, weights, kind) for loops in VERSIONS)
     same(results, wanted)
     assert lost == wanted_lost
+
+
+@each_version
+@given(case=cases(FLOATS))
+@example(Case(KINDS["bf16"], np.zeros((2, 0), np.uint16), 0))
+@examples
+def test_a_walk_gives_the_bits_of_tables(loops: ModuleType, case: Case) -> None:
+    """In any segments and chunks, tensor by tensor, with rows of the chain that do not count."""
+    rng, kind, bits = case.chance(), case.kind, case.states[0].copy()
+    rows = int(rng.integers(1, case.columns + 1))
+    kept = np.where(np.arange(case.columns) < rows, np.arange(case.columns), -1).astype(np.int32)
+    moves, weights = plain.fold(table(plain, case), kept, kind), rng.standard_normal((rows, int(rng.integers(1, 4))))
+    wanted, lost = predict(plain, moves, bits, weights, kind)
+    through, results = loops.Walk(streams(plain, case, rng), kind, rows), np.tile(bits, (weights.shape[1], 1))
+    for _, last in case.cuts(rng, case.size):
+        lost -= through.predict(bits, last, weights, results)
+    through.finish()
+    same(results, wanted)
+    assert lost == 0
+    through, total = loops.Walk(streams(plain, case, rng), kind, rows), np.zeros((rows, rows))
+    for _, last in case.cuts(rng, case.size):
+        through.gram(bits, last, total)
+    through.finish()
+    same(total, gram(plain, moves, bits, kind, rows))
 
 
 # Folding.
@@ -293,7 +240,7 @@ def test_sums_are_those_of_float64(loops: ModuleType, case: Case) -> None:
     increments = loops.increments(moves, case.states[0].copy(), kind)
     same(loops.dense(moves, increments, case.columns), f)
     same(gram(loops, moves, case.states[0].copy(), kind, case.columns), grams)
-    results, lost = loops.predict(moves, case.states[0].copy(), weights, kind)
+    results, lost = predict(loops, moves, case.states[0].copy(), weights, kind)
     wanted = from_float64(np.where(np.isnan(total), np.nan, total), kind)
     wanted[:, moves.start[1:] == moves.start[:-1]] = case.states[0, moves.start[1:] == moves.start[:-1]]
     same(results, wanted)
@@ -354,35 +301,44 @@ def test_results_are_rounded_once_to_nearest_even(loops: ModuleType, kind: Kind)
     for part in np.split(x, range(1 << 16, len(x), 1 << 16)):  # an element moves from 0 to 1 at a row of its own
         n = len(part)
         moves = Moves(np.arange(n + 1), np.arange(n, dtype=np.uint16), np.repeat(one, n))
-        results, lost = loops.predict(moves, np.zeros(n, kind.bits), part[:, None], kind)
+        results, lost = predict(loops, moves, np.zeros(n, kind.bits), part[:, None], kind)
         wanted = from_float64(part + 0.0, kind)
         same(results[0], wanted)
         assert lost == nonfinite(wanted, kind).sum()
 
 
-def test_increments_on_a_device_are_those_of_the_cpu() -> None:
-    cupy = StandIn()
-    cupy.cuda.Stream(non_blocking=True).use()
-    for kind in FLOATS:
-        case = Case(kind, make_states(kind, 5, 300, 0.1, False, np.random.default_rng(2)), 2)
-        moves, bits = table(plain, case), case.states[0].copy()
-        there = Moves(cupy.asarray(moves.start), cupy.asarray(moves.row), cupy.asarray(moves.by))  # type: ignore[arg-type]
-        values = plain.increments(there, cupy.asarray(bits), kind)
-        wanted = plain.increments(moves, bits, kind)
-        same(values.get(), wanted)
-        same(plain.dense(there, values, 5).get(), plain.dense(moves, wanted, 5))
-
-
 # Damage, and misuse.
+
+
+def damaged(parts: list[tuple[bytes, int, int]], seed: int) -> list[Stream]:
+    rng, chain = np.random.default_rng(seed), []
+    for when, more, columns in parts:
+        by = np.arange(seed % 2, more % 3 + sum(byte < 255 for byte in when), dtype=np.uint16)
+        chain.append(Stream(columns, chunks(np.frombuffer(when, np.uint8), rng), chunks(by, rng)))
+    return chain
+
+
+def gone_through(loops: ModuleType, parts: list[tuple[bytes, int, int]], seed: int) -> np.ndarray | None:
+    """The same of a walk, which gives a Gram matrix."""
+    rows, bits = (
+        max(1, sum(columns for _, _, columns in parts) - 5),
+        np.tile(np.array([0x3C00, 0x8000, 0x7E01], np.uint16), 20),
+    )
+    walk, total = loops.Walk(damaged(parts, seed), KINDS["f16"], rows), np.zeros((rows, rows))
+    try:
+        for last in (7, 7, 30, 50):
+            walk.gram(bits, last, total)
+        walk.finish()
+    except ValueError:
+        with contextlib.suppress(ValueError):
+            walk.predict(bits, 60, np.ones((rows, 1)), np.zeros((1, 60), np.uint16))
+        return None
+    return total
 
 
 def outcome(loops: ModuleType, parts: list[tuple[bytes, int, int]], seed: int) -> list[Moves] | None:
     """The tables of damaged streams, or None where that is said; then the reader may be asked again, without harm."""
-    rng, chain = np.random.default_rng(seed), []
-    for when, more, columns in parts:
-        by = np.arange(1, more % 3 + sum(byte < 255 for byte in when), dtype=np.uint16)
-        chain.append(Stream(columns, chunks(np.frombuffer(when, np.uint8), rng), chunks(by, rng)))
-    reader, tables = loops.Reader(chain, KINDS["f16"]), []
+    reader, tables = loops.Reader(damaged(parts, seed), KINDS["f16"]), []
     try:
         for last in (7, 7, 30, 50):
             tables.append(reader.take(last))
@@ -401,8 +357,11 @@ part = st.tuples(st.binary(max_size=60), st.integers(0, 60), st.sampled_from([1,
 @given(st.lists(part, min_size=1, max_size=4), st.integers(0, 99))
 @settings(max_examples=400)
 def test_any_bytes_are_a_table_or_an_error(parts: list[tuple[bytes, int, int]], seed: int) -> None:
-    results = [outcome(loops, parts, seed) for loops in VERSIONS]
-    assert len({tables is None for tables in results}) == 1
+    results, totals = ([f(loops, parts, seed) for loops in VERSIONS] for f in (outcome, gone_through))
+    assert len({result is None for result in (*results, *totals)}) == 1
+    for total in totals:
+        if total is not None:
+            same(total, totals[0])
     for moves, *others, n in zip(*(tables or [] for tables in results), (7, 0, 23, 20), strict=False):
         for other in others:
             same_moves(moves, other)
@@ -428,6 +387,10 @@ def test_damage_is_named(loops: ModuleType, when: list[int], by: list[int], text
     with pytest.raises(ValueError, match=text):
         reader.take(10)
         reader.finish()
+    through = loops.Walk([Stream(2, iter([np.array(when, np.uint8)]), iter([np.array(by, np.uint16)]))], BF16, 2)
+    with pytest.raises(ValueError, match=text):
+        through.gram(np.zeros(10, np.uint16), 10, np.zeros((2, 2)))
+        through.finish()
     stream = Stream(2, iter([np.array(when, np.uint8)]), iter([np.array(by, np.uint16)]))
     with pytest.raises(ValueError, match=text):
         loops.advance(stream, 2, KINDS["bf16"], np.zeros(10, np.uint16))
@@ -440,7 +403,10 @@ def test_nothing_is_taken_of_an_empty_chain(loops: ModuleType) -> None:
     reader.finish()
     assert moves.start.tolist() == [0] * 6 and moves.by.dtype == np.uint16
     bits = np.arange(5, dtype=np.uint16)
-    results, lost = loops.predict(moves, bits, np.zeros((0, 2)), KINDS["bf16"])
+    results = np.tile(bits, (2, 1))
+    walk = loops.Walk([], KINDS["bf16"], 0)
+    lost = walk.predict(bits, 5, np.zeros((0, 2)), results)
+    walk.finish()
     assert (results == bits).all() and results.shape == (2, 5) and lost == 0
 
 
@@ -455,10 +421,20 @@ def test_chunks_may_lie_anyhow_but_have_the_right_type(loops: ModuleType) -> Non
 
 
 BF16 = KINDS["bf16"]
+
+
+def walk(loops: ModuleType, states: np.ndarray, bits: np.ndarray, weights: np.ndarray) -> None:
+    results = np.zeros((weights.shape[1], len(bits)), np.uint16)
+    loops.Walk([whole(loops, states)], BF16, 9).predict(bits.copy(), states.shape[1], weights, results)
+
+
 Misuse = Callable[[ModuleType, Moves, np.ndarray], object]
 MISUSES: dict[str, Misuse] = {
-    "few bits to predict": lambda k, moves, states: k.predict(moves, states[0, :-1].copy(), np.ones((9, 1)), BF16),
-    "few weights": lambda k, moves, states: k.predict(moves, states[0].copy(), np.ones((8, 1)), BF16),
+    "few bits to predict": lambda k, moves, states: walk(k, states, states[0, :-1], np.ones((9, 1))),
+    "few weights": lambda k, moves, states: walk(k, states, states[0], np.ones((8, 1))),
+    "few rows": lambda k, moves, states: k.Walk([whole(k, states)], BF16, 9).gram(
+        states[0].copy(), states.shape[1], np.zeros((8, 8))
+    ),
     "few bits to advance": lambda k, moves, states: k.advance(whole(k, states), 9, BF16, states[0, :-1].copy()),
     "bits that stay": lambda k, moves, states: k.advance(
         whole(k, states), 9, BF16, np.frombuffer(bytes(2 * states.shape[1]), np.uint16)
@@ -466,7 +442,6 @@ MISUSES: dict[str, Misuse] = {
     "few names": lambda k, moves, states: k.fold(moves, np.zeros(8, np.int32), BF16),
     "falling names": lambda k, moves, states: k.fold(moves, np.arange(9, 0, -1, dtype=np.int32), BF16),
     "large names": lambda k, moves, states: k.fold(moves, np.full(9, 1 << 16, np.int32), BF16),
-    "few rows": lambda k, moves, states: gram(k, moves, states[0].copy(), BF16, 8),
     "few columns": lambda k, moves, states: k.pack(moves, 8),
     "a cell before that is not before": lambda k, moves, states: k.pack(moves, 9, 2, 9 * 400),
     "a cell before that was not": lambda k, moves, states: found(k, states, BF16, 2, 9 * 400),
@@ -483,7 +458,13 @@ LAYOUTS: dict[str, Misuse] = {
     "bits of another type": lambda k, moves, states: k.increments(moves, states[0].astype(np.uint32), BF16),
     "bits with gaps": lambda k, moves, states: k.increments(moves, np.repeat(states[0], 2)[::2], BF16),
     "factors of another type": lambda k, moves, states: k.product(np.ones((2, 3), np.float32), np.ones((2, 3))),
-    "weights of another type": lambda k, moves, states: k.predict(moves, states[0].copy(), np.ones((9, 1), int), BF16),
+    "weights of another type": lambda k, moves, states: walk(k, states, states[0], np.ones((9, 1), int)),
+    "elements of a base that are not there": lambda k, moves, states: k.Walk([], BF16, 0).gram(
+        states[0].copy(), states.shape[1] + 1, np.zeros((0, 0))
+    ),
+    "results of another shape": lambda k, moves, states: k.Walk([], BF16, 1).predict(
+        states[0].copy(), 0, np.ones((1, 2)), np.zeros((1, states.shape[1]), np.uint16)
+    ),
     "names of another type": lambda k, moves, states: k.fold(moves, np.arange(9), BF16),
     "starts of another type": lambda k, moves, states: k.pack(
         Moves(moves.start.astype(np.int32), moves.row, moves.by), 9

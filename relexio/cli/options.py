@@ -92,7 +92,9 @@ memory = click.option(
     help="Limit on resident memory, e.g. 512MB or 4GiB.",
 )
 workers = click.option(
-    "--workers", type=click.IntRange(min=1), help="Blocks processed at once.  [default: one per core]"
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Blocks processed at once.  [default: one per core; at most 8 to fit or predict]",
 )
 scheduler = click.option(
     "--scheduler",
@@ -137,7 +139,11 @@ evaluation = click.option(
 )
 device = together(
     click.option(
-        "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Where blocks are computed."
+        "--device",
+        type=click.Choice(DEVICES),
+        default="auto",
+        show_default=True,
+        help="Where blocks are computed; auto takes a GPU where that saves time.",
     ),
     click.option("--device-memory", type=SIZE, help="Limit on device memory.  [default: four fifths of what is free]"),
 )

@@ -1,23 +1,24 @@
-"""Kernels over one block, a tile at a time, on NumPy or CuPy: its Gram matrix, operator and prediction."""
+"""Kernels over one block, element by element or a tile at a time, on NumPy or CuPy: its Gram matrix, operator, prediction."""
 
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 import numpy as np
 
-from relexio.dtypes import Array, from_float64, nonfinite, to_float64
-from relexio.engine.device import out_of_memory, to_device, to_host, zeros
-from relexio.engine.tiles import Rows, compact, on_device, pieces, window_tiles
+from relexio.dtypes import Array
+from relexio.engine.device import failures, out_of_memory, to_device, to_host, zeros
+from relexio.engine.tiles import Rows, compact, pieces, walk, window_tables, window_tiles
 from relexio.errors import BudgetError, OverflowedError, RelexioWarning
-from relexio.loops import Moves, dense, gram, increments, plain, predict
+from relexio.loops import dense, increments
 from relexio.methods.linearity import LINEAR, VALUES, r_squared
 from relexio.store.read import dense_width
 from relexio.store.schema import Block
 from relexio.store.store import Store
 
+_NO_ROOM = "the device has no room for the smallest tile: give more --device-memory, end what else runs there, or use --device cpu"
 T = TypeVar("T")
 _SMALLEST_TILE = 1 << 12
 _WAIT, _WAITS = 0.1, 20  # seconds, times
@@ -41,9 +42,11 @@ def _shrinking(kernel: Callable[..., T]) -> Callable[..., T]:
         while True:
             try:
                 return kernel(*bound, tile_bytes, device, block)
-            except out_of_memory() as error:
+            except failures() as error:
+                if not out_of_memory(error):
+                    raise
                 if tile_bytes <= _SMALLEST_TILE and next(waits, None) is None:
-                    raise BudgetError("--device-memory is too small for the smallest tile; give more") from error
+                    raise BudgetError(_NO_ROOM) from error
             warnings.warn(_SHRUNK, RelexioWarning, stacklevel=1)  # out here, since the error holds what did fit
             if tile_bytes <= _SMALLEST_TILE:
                 time.sleep(_WAIT)
@@ -55,29 +58,32 @@ def _shrinking(kernel: Callable[..., T]) -> Callable[..., T]:
 @_shrinking
 def gram_block(store: Store, steps: tuple[int, ...], tile_bytes: int, device: str, block: Block) -> list[np.ndarray]:
     """M M^T over one block, for the part of each of its tensors: float64 [T, T]."""
-    rows, base = Rows.of(store, steps), store.base_bits(block)
+    rows = Rows.of(store, steps)
     totals = [zeros((rows.count, rows.count), device) for _ in block.pieces]
-    for place, span, moves in window_tiles(store, block, rows, tile_bytes):
-        if device == "cpu":
-            gram(moves, base[span], block.kind, totals[place])
-            continue
-        for f in _dense(moves, base[span], block, rows.count, tile_bytes, device):
-            with np.errstate(over="ignore", invalid="ignore"):
-                totals[place] += f.T @ f
+    if device == "cpu":
+        base = store.base_bits(block)
+        with walk(store, block, rows) as through:
+            for piece, total in zip(block.pieces, totals, strict=True):
+                through.gram(base, piece.span.stop, total)
+    else:
+        for place, f in _dense(store, block, rows, tile_bytes, device):
+            totals[place] += f.T @ f
     return [rows.sum_up(rows.sum_up(to_host(total)).T) for total in totals]
 
 
-def _dense(moves: Moves, bits: np.ndarray, block: Block, rows: int, nbytes: int, device: str) -> Iterator[Array]:
-    """F, some elements at a time: float64 [n, R]. On a device, only of those that move, about ``nbytes``."""
+def _dense(store: Store, block: Block, rows: Rows, nbytes: int, device: str) -> Iterator[tuple[int, Array]]:
+    """F, some elements of one tensor at a time: the place of its piece, and float64 [n, R]."""
+    base = store.base_bits(block)
     if device == "cpu":
-        for _, some, base in pieces(moves, bits, dense_width(rows)):
-            if len(some.row):
-                yield dense(some, increments(some, base, block.kind), rows)
+        for place, span, moves in window_tiles(store, block, rows, nbytes):
+            for some, bits in pieces(moves, base[span], dense_width(rows.count)):
+                if len(some.row):
+                    yield place, dense(some, increments(some, bits, block.kind), rows.count)
         return
-    _, moving, start = compact(moves, bits)
-    for _, some, base in pieces(moving, start, max(64, nbytes // (8 * rows))):
-        there, on = on_device(some, base, device)
-        yield plain.dense(there, plain.increments(there, on, block.kind), rows)
+    from relexio.loops import cuda
+
+    for place, span, table in window_tables(store, block, rows, nbytes):
+        yield place, cuda.increments(table, to_device(base[span], device), block.kind).T
 
 
 @_shrinking
@@ -85,15 +91,14 @@ def operator_block(
     store: Store, steps: tuple[int, ...], x: dict[str, np.ndarray], tile_bytes: int, device: str, block: Block
 ) -> list[np.ndarray | None]:
     """M (M^T x) over one block, for the part of each tensor in x [T, k]: float64 [T, k], without ever holding T x T."""
-    rows, base = Rows.of(store, steps), store.base_bits(block)
+    rows = Rows.of(store, steps)
     wanted = [x.get(piece.tensor.name) for piece in block.pieces]
     vectors = [None if some is None else to_device(rows.spread(some), device) for some in wanted]
     totals = [None if some is None else zeros(some.shape, device) for some in vectors]
-    for place, span, moves in window_tiles(store, block, rows, tile_bytes):
+    for place, f in _dense(store, block, rows, tile_bytes, device):
         if vectors[place] is not None:
-            for f in _dense(moves, base[span], block, rows.count, tile_bytes, device):
-                with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told where it is used
-                    totals[place] += f.T @ (f @ vectors[place])
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told where it is used
+                totals[place] += f.T @ (f @ vectors[place])
     return [None if total is None else rows.sum_up(to_host(total)) for total in totals]
 
 
@@ -112,53 +117,55 @@ def combine_block(
     Tensors without weights are as in the base. Raises RequestError where a prediction is not finite though the base is.
     """
     rows, base = Rows.of(store, steps), store.base_bits(block)
-    results = [base.copy() for _ in range(targets)]
-    wanted = [weights.get(piece.tensor.name) for piece in block.pieces]
+    results, wanted = np.tile(base, (targets, 1)), [weights.get(piece.tensor.name) for piece in block.pieces]
     spread = [None if w is None or not w.any() else rows.spread(w) for w in wanted]
-    if all(w is None for w in spread):
-        return results
-    weigh = _weigh if device == "cpu" else _weigh_on_device
-    for place, span, moves in window_tiles(store, block, rows, tile_bytes):
-        weight = spread[place]
-        if weight is not None and len(moves.row):
-            bad = weigh(moves, base[span], weight, block, [r[span] for r in results], tile_bytes, device)
+    if any(w is not None for w in spread):
+        weigh = _weigh if device == "cpu" else partial(_weigh_on_device, tile_bytes)
+        for place, bad in weigh(store, block, rows, base, spread, results):
             if bad:
+                tensor = block.pieces[place].tensor
                 raise OverflowedError(
-                    f"tensor {block.pieces[place].tensor.name}: the prediction overflows "
-                    f"{block.pieces[place].tensor.dtype} in {bad} elements; predict a nearer step or give a smaller --strength"
+                    f"tensor {tensor.name}: the prediction overflows {tensor.dtype} in {bad} elements; predict a nearer step or "
+                    f"give a smaller --strength"
                 )
-    return results
+    return list(results)
 
 
-def _weigh(moves: Moves, base: np.ndarray, weight: np.ndarray, block: Block, results: list[np.ndarray], *_: Any) -> int:
-    """Put base + F w into results; how many are not finite though the base is."""
-    bits, bad = predict(moves, base, weight, block.kind)
-    for result, line in zip(results, bits, strict=True):
-        result[:] = line
-    return bad
+def _weigh(
+    store: Store,
+    block: Block,
+    rows: Rows,
+    base: np.ndarray,
+    weights: list[np.ndarray | None],
+    results: np.ndarray,
+) -> Iterator[tuple[int, int]]:
+    """Put base + F w into results [S, size] for those pieces that have weights [R, S]: their places, and how many are not finite
+    though the base is."""
+    with walk(store, block, rows) as through:
+        for place, (piece, weight) in enumerate(zip(block.pieces, weights, strict=True)):
+            if weight is None:
+                weight = np.zeros((rows.count, 0))  # passed over
+            yield place, through.predict(base, piece.span.stop, weight, results[: weight.shape[1]])
 
 
 def _weigh_on_device(
-    moves: Moves,
-    base: np.ndarray,
-    weight: np.ndarray,
-    block: Block,
-    results: list[np.ndarray],
     nbytes: int,
-    device: str,
-) -> int:
-    places, moving, start = compact(moves, base)
-    on, bad = to_device(weight, device), 0
-    for span, some, bits in pieces(moving, start, max(64, nbytes // (8 * len(weight)))):
-        there, before = on_device(some, bits, device)
-        with np.errstate(over="ignore", invalid="ignore"):
-            values = plain.dense(there, plain.increments(there, before, block.kind), len(weight)) @ on
-            values += to_float64(before.reshape(-1, 1), block.kind)
-        after = from_float64(values, block.kind)
-        bad += int((nonfinite(after, block.kind) & ~nonfinite(before, block.kind).reshape(-1, 1)).sum())
-        for result, column in zip(results, to_host(after).T, strict=True):
-            result[places[span]] = column
-    return bad
+    store: Store,
+    block: Block,
+    rows: Rows,
+    base: np.ndarray,
+    weights: list[np.ndarray | None],
+    results: np.ndarray,
+) -> Iterator[tuple[int, int]]:
+    """The same on a device, some elements of one piece at a time."""
+    from relexio.loops import cuda
+
+    there = [None if weight is None else to_device(weight, "cuda") for weight in weights]
+    for place, span, table in window_tables(store, block, rows, nbytes):
+        if there[place] is not None:
+            bits, bad = cuda.predict(table, to_device(base[span], "cuda"), there[place], block.kind)
+            results[:, span] = to_host(bits)
+            yield place, int(to_host(bad)[0])
 
 
 def linear_block(store: Store, steps: tuple[int, ...], tile_bytes: int, block: Block) -> np.ndarray:
@@ -169,8 +176,7 @@ def linear_block(store: Store, steps: tuple[int, ...], tile_bytes: int, block: B
     rows, base = Rows.of(store, steps), store.base_bits(block)
     numbers, counts = np.array(steps, np.float64), np.zeros(4, np.int64)
     for _, span, moves in window_tiles(store, block, rows, tile_bytes):
-        _, moving, start = compact(moves, base[span])
-        for _, some, bits in pieces(moving, start, dense_width(rows.count)):
+        for some, bits in pieces(*compact(moves, base[span]), dense_width(rows.count)):
             values = np.cumsum(dense(some, increments(some, bits, block.kind), rows.count), axis=1)[:, rows.places]
             values -= values[:, :1].copy()
             values = values[values.any(axis=1)]

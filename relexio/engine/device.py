@@ -1,5 +1,6 @@
-"""NumPy or CuPy: where the arrays of a task live. The kernels themselves are the same."""
+"""NumPy or CuPy: where the arrays of a task live."""
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,13 +88,21 @@ def device_limit(wanted: int | None) -> int:
     return min(wanted or free, free)
 
 
-def out_of_memory() -> tuple[type[BaseException], ...]:
-    """The exceptions by which a device says that an allocation did not fit; none without CuPy."""
-    try:
-        import cupy
-    except ImportError:
+def failures() -> tuple[type[BaseException], ...]:
+    """The exceptions by which a device and its libraries say that they failed; none where CuPy was not imported."""
+    cupy = sys.modules.get("cupy")
+    if cupy is None:
         return ()
-    return (cupy.cuda.memory.OutOfMemoryError,)
+    runtime, driver, cublas = cupy.cuda.runtime, cupy.cuda.driver, cupy.cuda.cublas
+    found = runtime.CUDARuntimeError, driver.CUDADriverError, cublas.CUBLASError
+    return cupy.cuda.memory.OutOfMemoryError, *found
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether one of these is about memory: an array, or what a library needs for itself, did not fit."""
+    return isinstance(error, MemoryError) or any(
+        text in str(error).lower() for text in ("out of memory", "alloc_failed")
+    )
 
 
 def to_device(array: np.ndarray, device: str) -> Array:

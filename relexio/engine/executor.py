@@ -68,7 +68,7 @@ class Executor:
         return Pass()
 
     def run(self, nodes: Pass, tasks: Iterable[Delayed], progress: Progress, keep: Keep | None = None) -> list[Any]:
-        """Compute all tasks and return their results in order, a few thousand blocks at a time: a graph takes memory too.
+        """Compute all tasks and return their results in order, a thousand blocks at a time: a graph takes memory too.
 
         With ``keep`` a result is handed over as soon as it is ready, and not held.
         """
@@ -90,7 +90,7 @@ class Executor:
 
     @contextmanager
     def limits(self) -> Iterator[None]:
-        """Hold this process to the plan while inside: Zarr's threads, those of linear algebra, and the device's memory."""
+        """Hold this process to the plan while inside: threads of linear algebra, and the device's memory."""
         with threadpool_limits(1), limited(self.device, self.device_memory):
             yield
 
@@ -102,7 +102,7 @@ class Executor:
 
 
 def batches(nodes: Pass, tasks: Iterable[Delayed]) -> Iterator[list[Delayed]]:
-    """The tasks, a few thousand blocks at a time, made when needed."""
+    """The tasks, a thousand blocks at a time, made when needed."""
     batch: list[Delayed] = []
     for task in tasks:
         batch.append(task)

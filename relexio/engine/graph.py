@@ -1,6 +1,6 @@
 """Dask graphs over blocks: gram, operator, combine. No paths, no click.
 
-A task opens the store by its address, reads one block a tile at a time, and gives back something small, or hands whole
+A task opens the store by its address, reads one block a chunk at a time, and gives back something small, or hands whole
 blocks to a sink. So tasks can run in any order, in any process, and again. A kernel takes the block last: all else is
 bound once, and travels to workers on its own.
 """
@@ -30,13 +30,13 @@ def _node(nodes: Pass, block: Block, steps: int, kernel: Delayed) -> Delayed:
     return nodes.block(methodcaller("__call__", block), kernel, key=key, size=size)
 
 
-def _add(terms: list[np.ndarray]) -> np.ndarray:
+def _add(*terms: np.ndarray) -> np.ndarray:
     return np.sum(terms, axis=0) if len(terms) > 1 else terms[0]
 
 
-def _add_of(places: list[int], results: list[list[np.ndarray]]) -> np.ndarray:
+def _add_of(places: list[int], *results: list[np.ndarray]) -> np.ndarray:
     """The sum of one tensor's results among those of some blocks."""
-    return _add([result[place] for place, result in zip(places, results, strict=True)])
+    return _add(*(result[place] for place, result in zip(places, results, strict=True)))
 
 
 def _fold(nodes: Pass, terms: list[Delayed], places: list[int], name: str) -> Delayed:
@@ -46,7 +46,7 @@ def _fold(nodes: Pass, terms: list[Delayed], places: list[int], name: str) -> De
     while level == 0 or len(terms) > 1:
         parts = [terms[i : i + _FOLD] for i in range(0, len(terms), _FOLD)]
         terms = [
-            nodes.task(adds[i] if level == 0 else _add, part, key=f"add-{name}-{level}-{i}")
+            nodes.task(adds[i] if level == 0 else _add, *part, key=f"add-{name}-{level}-{i}")
             for i, part in enumerate(parts)
         ]
         level += 1

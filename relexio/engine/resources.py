@@ -2,13 +2,13 @@
 
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from relexio.engine import device as backend
 from relexio.engine import plan
 from relexio.engine.executor import Executor
-from relexio.engine.process import resident_bytes
+from relexio.engine.process import cores, resident_bytes
 from relexio.errors import BudgetError, ClusterError, RequestError
 from relexio.store.cache import SMALL
 from relexio.store.store import Store
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Resources:
-    """Bytes of memory, workers (None for every core), device, bytes of device memory (None for most of it), and where.
+    """Bytes of memory, workers (None for every core; at most eight threads to fit or predict), device, bytes of device memory
+    (None for most of it), and where.
 
     ``scheduler`` is None for threads of this process, ``processes`` for worker processes of this machine, which share the
     memory, or the address of a Dask scheduler, each of whose worker processes has the memory and at most so many threads.
@@ -53,7 +54,8 @@ class Resources:
     def for_gram(self, store: Store, steps: int, whole: bool = True) -> Executor:
         """An executor for the Gram pass over T = ``steps``, or for the matrix-free one. Raises BudgetError."""
         need = plan.fit_need(plan.Shape.of(store), steps, whole)
-        return self._on_device(need, plan.gram_bytes(steps, len(store.tensors), SMALL))
+        worth = whole and self.device == "auto" and self._saved(store) > plan.WORTH_CUDA
+        return self._on_device(need, plan.gram_bytes(steps, len(store.tensors), SMALL), worth)
 
     def check_reading(self, store: Store, steps: int) -> None:
         """Raise BudgetError unless Gram matrices over T = ``steps`` that are kept can be read."""
@@ -62,7 +64,7 @@ class Resources:
     def for_combine(self, store: Store, steps: int, targets: int) -> Executor:
         """An executor for the pass that writes ``targets`` predictions. Raises BudgetError."""
         need = plan.combine_need(plan.Shape.of(store), steps, targets)
-        return self._on_device(need, 8 * steps * targets * len(store.tensors))
+        return self._on_device(need, 8 * steps * targets * len(store.tensors), False)
 
     def on_cpu(self, need: plan.Need, shared: int = 0) -> Executor:
         """An executor for a job of that need that knows no other device; ``shared`` bytes are held once. Raises BudgetError."""
@@ -70,15 +72,31 @@ class Resources:
             return self._link.executor(self._link.plan(need, self.memory, self.held, self.workers, shared), "cpu", 0)
         return Executor(plan.make(need, self.memory, self.held, self.workers, shared))
 
-    def _on_device(self, need: plan.Need, shared: int) -> Executor:
-        device = self._link.device(self.device) if self._link else backend.resolve(self.device)
-        if device == "cuda":
+    def _saved(self, store: Store) -> float:
+        elements = sum(tensor.size for tensor in store.fitted())
+        return plan.saved(store.moves(), elements, self._threads().workers or cores())
+
+    def _threads(self) -> "Resources":
+        """The same, with as many threads as are of use where no number was asked for."""
+        if self.workers is not None or self._link is not None:
+            return self
+        return replace(self, workers=min(cores(), plan.MOST_THREADS))
+
+    def _on_device(self, need: plan.Need, shared: int, worth: bool) -> Executor:
+        """An executor on the device asked for; for ``auto`` on a GPU if that is ``worth`` it and there is one."""
+        asked = self._threads()
+        if asked._choose(worth) == "cuda":
             try:
-                return self._on_cuda(need, shared + plan.CUDA)
+                return asked._on_cuda(need, shared + plan.CUDA)
             except BudgetError:
                 if self.device == "cuda":  # and not auto: the CPU does with less
                     raise
-        return self.on_cpu(need, shared)
+        return asked.on_cpu(need, shared)
+
+    def _choose(self, worth: bool) -> str:
+        if self.device == "auto" and not worth:
+            return "cpu"
+        return self._link.device(self.device) if self._link else backend.resolve(self.device)
 
     def _on_cuda(self, need: plan.Need, shared: int) -> Executor:
         asked = (need, self.memory, self.held, self.workers, shared)

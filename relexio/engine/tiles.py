@@ -1,19 +1,21 @@
-"""The rows of F: where the steps of a window stand in the chain; and tables of moves cut, or put on a device.
+"""The rows of F: where the steps of a window stand in the chain; and tables of its moves, on the host or on a device.
 
 theta_t - theta_0, the rows of M, are running sums of increments: M = S F^T, where F has a column for each step of the
 chain up to the window's end, and S adds up and picks the steps of the window. F is nearly empty, so moves are worked on.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
 from relexio.dtypes import Array
-from relexio.engine.device import to_device
-from relexio.loops import Moves, fold
+from relexio.engine.plan import portion
+from relexio.loops import Moves, Walk, fold
 from relexio.store.read import TILE, tile_width, tiles
 from relexio.store.schema import Block, Segment
+from relexio.store.seal import damage
 from relexio.store.store import Store
 
 
@@ -53,30 +55,41 @@ class Rows:
         return np.ascontiguousarray(np.cumsum(spread[::-1], axis=0)[::-1])
 
 
+@contextmanager
+def walk(store: Store, block: Block, rows: Rows) -> Iterator[Walk]:
+    """A walk through the moves of a block up to a window's end, which must end where they do."""
+    with damage(f"{store.shown}: moves of {block.names}"):
+        through = Walk([store.stream(segment, block) for segment in rows.segments], block.kind, rows.count)
+        yield through
+        through.finish()
+
+
 def window_tiles(store: Store, block: Block, rows: Rows, nbytes: int = TILE) -> Iterator[tuple[int, slice, Moves]]:
     """The moves of a block up to a window's end: as ``read.tiles`` gives them."""
     behind = np.where(np.arange(rows.columns) < rows.count, np.arange(rows.columns), -1).astype(np.int32)
-    for place, span, moves in tiles(store, block, tile_width(rows.columns, nbytes), rows.segments):
+    for place, span, moves in tiles(store, block, tile_width(rows.columns, nbytes), store.reader(block, rows.segments)):
         yield place, span, moves if rows.count == rows.columns else fold(moves, behind, block.kind)
 
 
-def compact(moves: Moves, bits: np.ndarray) -> tuple[np.ndarray, Moves, np.ndarray]:
-    """Only the elements that move: their places [m], their moves, their base bits."""
+def window_tables(store: Store, block: Block, rows: Rows, nbytes: int) -> Iterator[tuple[int, slice, Array]]:
+    """The same on a device: tables [R, n] of ``loops.cuda``, ``nbytes`` in float64."""
+    from relexio.loops import cuda
+
+    streams = [store.stream(segment, block) for segment in rows.segments]
+    reader = cuda.Reader(streams, block.kind, rows.count, portion(nbytes) // len(streams))
+    return tiles(store, block, max(64, nbytes // (8 * rows.count)), reader)
+
+
+def compact(moves: Moves, bits: np.ndarray) -> tuple[Moves, np.ndarray]:
+    """Only the elements that move: their moves, their base bits."""
     moving = np.flatnonzero(np.diff(moves.start))
     start = np.append(moves.start[moving], moves.start[-1])
-    return moving, Moves(start, moves.row, moves.by), bits[moving]
+    return Moves(start, moves.row, moves.by), bits[moving]
 
 
-def pieces(moves: Moves, bits: np.ndarray, width: int) -> Iterator[tuple[slice, Moves, np.ndarray]]:
+def pieces(moves: Moves, bits: np.ndarray, width: int) -> Iterator[tuple[Moves, np.ndarray]]:
     """A table in pieces of at most ``width`` elements, with the base bits of each."""
     for first in range(0, len(bits), width):
         start = moves.start[first : first + width + 1]
         some = slice(int(start[0]), int(start[-1]))
-        span = slice(first, first + len(start) - 1)
-        yield span, Moves(start - start[0], moves.row[some], moves.by[some]), bits[span]
-
-
-def on_device(moves: Moves, bits: np.ndarray, device: str) -> tuple[Moves, Array]:
-    """A table and base bits on the device."""
-    start, row, by, there = (to_device(array, device) for array in (moves.start, moves.row, moves.by, bits))
-    return Moves(start, row, by), there
+        yield Moves(start - start[0], moves.row[some], moves.by[some]), bits[first : first + len(start) - 1]

@@ -13,9 +13,9 @@ from relexio.loops.plain import expand
 COMPILED = find_spec("relexio.loops._loops") is not None
 
 if TYPE_CHECKING or COMPILED:
-    from relexio.loops.compiled import Reader, advance, dense, find, fold, gram, increments, pack, predict, product
+    from relexio.loops.compiled import Reader, Walk, advance, dense, find, fold, increments, pack, product
 else:
-    from relexio.loops.plain import Reader, advance, dense, find, fold, gram, increments, pack, predict, product
+    from relexio.loops.plain import Reader, Walk, advance, dense, find, fold, increments, pack, product
 
 __all__ = [
     "COMPILED",
@@ -23,14 +23,13 @@ __all__ = [
     "Moves",
     "Reader",
     "Stream",
+    "Walk",
     "advance",
     "dense",
     "expand",
     "find",
     "fold",
-    "gram",
     "increments",
     "pack",
-    "predict",
     "product",
 ]

@@ -3,13 +3,12 @@
 Tables come from ``Reader`` and ``fold``, whose starts ascend; that is not checked again.
 """
 
-import ctypes
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import numpy as np
 
 from relexio.dtypes import Kind
+from relexio.loops.library import FLOAT, KIND, SOURCE, address, addresses, library
 from relexio.loops.moves import (
     BEYOND,
     CUT_GAP,
@@ -23,45 +22,10 @@ from relexio.loops.moves import (
     first_rows,
     next_chunk,
 )  # fmt: skip
+from relexio.loops.walk import Walk
 
-_KIND = {"bf16": 0, "f16": 1, "f32": 2, "raw": 3}
-_FLOAT = {"bf16": 0, "f16": 1, "f32": 2}
+__all__ = ["Reader", "Walk", "advance", "dense", "find", "fold", "increments", "pack", "product"]
 _NEVER = 0xFFFFFFFF  # bits that no raw byte has
-
-#: Arguments of each function: p is the address of an array, i an int64; and whether it returns an int64.
-_FUNCTIONS = {
-    "compare": ("piiippi", False), "emit": ("piiiipipppppi", False), "pack": ("ppiiipp", True),
-    "mark": ("piiiip", True), "collect": ("pipiippppi", False),
-    "fold": ("pppippppi", True), "advance": ("piipi", True),
-    "increments": ("pppipi", False), "gram": ("ppppiippi", False), "dense": ("pppiip", False), "predict": ("pppppiipi", True),
-    "product": ("ppiiip", False),
-}  # fmt: skip
-
-
-def _load() -> ctypes.CDLL:
-    spec = find_spec("relexio.loops._loops")
-    if spec is None or spec.origin is None:
-        raise ImportError("relexio was installed without its compiled loops")
-    library = ctypes.CDLL(spec.origin)
-    for name, (arguments, returns) in _FUNCTIONS.items():
-        function = getattr(library, name)
-        function.argtypes = [ctypes.c_void_p if letter == "p" else ctypes.c_int64 for letter in arguments]
-        function.restype = ctypes.c_int64 if returns else None
-    return library
-
-
-_loops = _load()
-
-
-def _at(array: np.ndarray, dtype: str) -> int:
-    """The address of an array in one piece of memory."""
-    if array.dtype != dtype or not array.flags.c_contiguous:
-        raise ValueError(f"an array is not {np.dtype(dtype)} in one piece of memory")
-    return array.ctypes.data
-
-
-def _table(moves: Moves) -> tuple[int, int]:
-    return _at(moves.start, "i8"), _at(moves.row, "u2")
 
 
 # Moves to bytes.
@@ -82,13 +46,13 @@ def find(rows: np.ndarray, base: np.ndarray, kind: Kind, first: int = 0, before:
     mask, moved = np.empty(-(-n // 64) * words, np.uint64), np.empty(columns, np.int64)
     states = rows.ctypes.data, rows.strides[0], columns, n
     marks = mask.ctypes.data
-    _loops.compare(*states, marks, moved.ctypes.data, _KIND[kind.name])
+    library.compare(*states, marks, moved.ctypes.data, KIND[kind.name])
     total = int(np.add.reduce(moved))
     when = np.empty(total + ((first + n) * columns - before) // 255 + 1, np.uint8)
     by, sizes, changed = np.empty(total, kind.bits), np.array([0, before, 0]), np.zeros(columns, np.int64)
-    _loops.emit(
-        *states, first, _at(base, kind.bits), kind.exponent or _NEVER, marks,
-        when.ctypes.data, by.ctypes.data, changed.ctypes.data, sizes.ctypes.data, _KIND[kind.name],
+    library.emit(
+        *states, first, address(base, kind.bits), kind.exponent or _NEVER, marks,
+        when.ctypes.data, by.ctypes.data, changed.ctypes.data, sizes.ctypes.data, KIND[kind.name],
     )  # fmt: skip
     return Found(when[: sizes[0]], by, int(sizes[1]), np.cumsum(changed), int(sizes[2]))
 
@@ -102,17 +66,12 @@ def pack(moves: Moves, columns: int, first: int = 0, before: int = -1) -> tuple[
     check_table(moves, n)
     when = np.empty(len(moves.row) + max(0, (first + n) * columns - before) // 255 + 1, np.uint8)
     sizes = np.array([0, before])
-    if _loops.pack(*_table(moves), n, columns, first, when.ctypes.data, sizes.ctypes.data):
+    if library.pack(*addresses(moves), n, columns, first, when.ctypes.data, sizes.ctypes.data):
         raise ValueError("moves do not ascend, or are at no column, or the cell before is not before them")
     return when[: sizes[0]], int(sizes[1])
 
 
 # Bytes to moves.
-
-#: As Source in loops.c.
-_SOURCE = np.dtype(
-    [(field, np.int64) for field in ("when", "when_left", "by", "by_left", "columns", "row", "next", "open", "marked")]
-)
 
 
 class Reader:
@@ -124,7 +83,7 @@ class Reader:
     def __init__(self, streams: Sequence[Stream], kind: Kind) -> None:
         rows = first_rows(streams)
         self._streams, self._kind, self._next = list(streams), kind, 0
-        self._sources = np.zeros(len(streams), _SOURCE)
+        self._sources = np.zeros(len(streams), SOURCE)
         self._sources["columns"], self._sources["row"] = np.diff(rows), rows[:-1]
         self._of = np.repeat(np.arange(len(streams), dtype=np.uint16), np.diff(rows))
         self._words = max(1, -(-rows[-1] // 64))
@@ -145,9 +104,9 @@ class Reader:
             self._feed_by(int(source))
         total = int(sources["marked"].sum())
         moves = Moves(np.empty(n + 1, np.int64), np.empty(total, np.uint16), np.empty(total, self._kind.bits))
-        _loops.collect(
+        library.collect(
             self._address, len(sources), self._of.ctypes.data, *mask.shape, mask.ctypes.data,
-            *_table(moves), moves.by.ctypes.data, _KIND[self._kind.name],
+            *addresses(moves), moves.by.ctypes.data, KIND[self._kind.name],
         )  # fmt: skip
         self._next = last
         return moves
@@ -155,7 +114,7 @@ class Reader:
     def _mark(self, mask: np.ndarray) -> None:
         """Mark the moves of a tile, with as many more chunks as that needs."""
         source, count, tile = 0, len(self._sources), (*mask.shape, mask.ctypes.data)
-        while (source := _loops.mark(self._address, count, source, *tile)) < count:
+        while (source := library.mark(self._address, count, source, *tile)) < count:
             chunk = next_chunk(self._streams[source].when, "u1")
             if chunk is not None:
                 self._when[source] = chunk
@@ -199,9 +158,9 @@ def fold(moves: Moves, renamed: np.ndarray, kind: Kind) -> Moves:
     check_table(moves, len(moves.start) - 1, len(renamed))
     check_names(renamed)
     start, row, by = np.empty_like(moves.start), np.empty_like(moves.row), np.empty_like(moves.by)
-    left = _loops.fold(
-        *_table(moves), _at(moves.by, kind.bits), len(start) - 1, _at(renamed, "i4"),
-        start.ctypes.data, row.ctypes.data, by.ctypes.data, _KIND[kind.name],
+    left = library.fold(
+        *addresses(moves), address(moves.by, kind.bits), len(start) - 1, address(renamed, "i4"),
+        start.ctypes.data, row.ctypes.data, by.ctypes.data, KIND[kind.name],
     )  # fmt: skip
     return Moves(start, row[:left], by[:left])
 
@@ -213,12 +172,12 @@ def advance(stream: Stream, until: int, kind: Kind, bits: np.ndarray) -> None:
     """
     if not bits.flags.writeable or stream.columns < 1:
         raise ValueError("bits are read-only, or a segment has no columns")
-    source = np.zeros(1, _SOURCE)
+    source = np.zeros(1, SOURCE)
     source["columns"] = stream.columns
     held: dict[str, np.ndarray] = {}  # what the source points to
     wants = {0: ("when", stream.when, "u1"), 1: ("by", stream.by, kind.bits)}
-    where = source.ctypes.data, until, len(bits), _at(bits, kind.bits), _KIND[kind.name]
-    while (state := _loops.advance(*where)) >= 0:
+    where = source.ctypes.data, until, len(bits), address(bits, kind.bits), KIND[kind.name]
+    while (state := library.advance(*where)) >= 0:
         name, chunks, dtype = wants[state]
         chunk = next_chunk(chunks, dtype)
         if chunk is None:
@@ -243,29 +202,18 @@ def increments(moves: Moves, bits: np.ndarray, kind: Kind) -> np.ndarray:
     """
     check_table(moves, len(bits))
     values = np.empty(len(moves.by))
-    _loops.increments(
-        _at(moves.start, "i8"), _at(moves.by, kind.bits), _at(bits, kind.bits), len(bits), values.ctypes.data,
-        _FLOAT[kind.name],
+    library.increments(
+        address(moves.start, "i8"), address(moves.by, kind.bits), address(bits, kind.bits), len(bits), values.ctypes.data,
+        FLOAT[kind.name],
     )  # fmt: skip
     return values
-
-
-def gram(moves: Moves, bits: np.ndarray, kind: Kind, total: np.ndarray) -> None:
-    """Add F^T F of base bits [n] to a symmetric float64 [R, R]: every pair of moves of an element, element after element."""
-    rows = len(total)
-    check_table(moves, len(bits), rows)
-    added = np.empty(rows)
-    _loops.gram(
-        *_table(moves), _at(moves.by, kind.bits), _at(bits, kind.bits), len(bits), rows, added.ctypes.data,
-        _at(total, "f8"), _FLOAT[kind.name],
-    )  # fmt: skip
 
 
 def dense(moves: Moves, values: np.ndarray, rows: int) -> np.ndarray:
     """F: float64 [n, R], from increments [E]."""
     f = np.zeros((len(moves.start) - 1, rows))
     _check_values(moves, values, rows)
-    _loops.dense(*_table(moves), _at(values, "f8"), *f.shape, f.ctypes.data)
+    library.dense(*addresses(moves), address(values, "f8"), *f.shape, f.ctypes.data)
     return f
 
 
@@ -273,22 +221,6 @@ def _check_values(moves: Moves, values: np.ndarray, rows: int) -> None:
     check_table(moves, len(moves.start) - 1, rows)
     if len(values) != len(moves.row):
         raise ValueError(f"there are {len(values)} increments of {len(moves.row)} moves")
-
-
-def predict(moves: Moves, bits: np.ndarray, weights: np.ndarray, kind: Kind) -> tuple[np.ndarray, int]:
-    """Bits [S, n] of base + F w for base bits [n] and weights [R, S], and how many are not finite where the base is.
-
-    An element's increments are weighed and added up in float64 in the order of its moves, the base is added to that,
-    and the result is rounded once. Elements without moves keep their bits. A result that is no number is the same NaN
-    on all machines.
-    """
-    check_table(moves, len(bits), len(weights))
-    result = np.empty((weights.shape[1], len(bits)), kind.bits)
-    lost = _loops.predict(
-        *_table(moves), _at(moves.by, kind.bits), _at(bits, kind.bits), _at(weights, "f8"), *result.shape,
-        result.ctypes.data, _FLOAT[kind.name],
-    )  # fmt: skip
-    return result, int(lost)
 
 
 # Adapters.
@@ -299,5 +231,5 @@ def product(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     if len(rows) != len(columns):
         raise ValueError(f"factors of rank {len(rows)} and {len(columns)}")
     out = np.zeros((rows.shape[1], columns.shape[1]), np.float32)
-    _loops.product(_at(rows, "f8"), _at(columns, "f8"), len(rows), *out.shape, _at(out, "f4"))
+    library.product(address(rows, "f8"), address(columns, "f8"), len(rows), *out.shape, address(out, "f4"))
     return out

@@ -319,8 +319,8 @@ int64_t pack(const int64_t *start, const uint16_t *row, int64_t n, int64_t colum
 
 /* What is at hand of a segment: where its bytes and changes are, and how many. `row`: the chain's row of its column 0.
  * `next`: the cell that the next gap, as far as it was read, leads to, counted from the tile's first; `open`: a part of
- * it was read. `marked`: moves in this tile, zero before. */
-typedef struct { int64_t when, when_left, by, by_left, columns, row, next, open, marked; } Source;
+ * it was read. `marked`: moves in this tile, zero before. The others are for `look`; `inverse` is 2^64 / columns, rounded up. */
+typedef struct { int64_t when, when_left, by, by_left, columns, row, next, open, marked, ahead, at, ended; uint64_t inverse; } Source;
 
 /* Sets bits in mask [n, words]: bit r of an element's is for a move at row r. Each byte is read once, and nothing is
  * sorted. A product finds a cell's element: 2^64 / columns, rounded up, is exact for cells * columns < 2^64. */
@@ -504,23 +504,84 @@ void increments(const int64_t *start, const void *by, const void *bits, int64_t 
     FLOATS(increments_kind, start, by, bits, n, out);
 }
 
-/* Adds F^T F to total [rows, rows], which is symmetric. Every pair of moves of an element, once: the lower half, mirrored at
- * the end. Moves at rows one after the other, without a gap, are vector code. added [rows]: an element's increments. */
-INLINE void gram_kind(const int64_t *start, const uint16_t *row, const void *by, const void *bits, int64_t n, int64_t rows,
-                      double *restrict added, double *restrict total, int kind) {
-    for (int64_t e = 0; e < n; e++) {
-        int64_t first = start[e], count = start[e + 1] - first;
-        if (!count) continue;
-        const uint16_t *at_row = row + first;
-        uint32_t place = order(at(bits, e, kind), kind);
-        double before = value(at(bits, e, kind), kind);
-        for (int64_t j = 0; j < count; j++) {
-            place = moved_by(place, at(by, first + j, kind), kind);
-            double after = value(unorder(place, kind), kind);
-            added[j] = after - before;
-            before = after;
+/* F: out [n, rows], zero before. */
+void dense(const int64_t *start, const uint16_t *row, const double *values, int64_t n, int64_t rows, double *out) {
+    for (int64_t e = 0; e < n; e++)
+        for (int64_t i = start[e]; i < start[e + 1]; i++) out[e * rows + row[i]] = values[i];
+}
+
+/* ---- moves element by element, as bytes give them ---- */
+
+/* The next move of a source: its element is `at`, its cell `ahead`; -1 in `ahead` where it is not known yet. 1: that needs more
+ * bytes. `ended`: there are none. */
+INLINE int look(Source *source) {
+    while (source->ahead < 0) {
+        if (!source->when_left) return !source->ended;
+        uint8_t byte = *(const uint8_t *)(intptr_t)source->when;
+        source->when++;
+        source->when_left--;
+        source->open = byte == 255;
+        if (byte == 255) {
+            source->next += 255;
+            continue;
         }
+        source->ahead = source->next + byte;
+        source->next = source->ahead + 1;
+        source->at = source->columns == 1 ? source->ahead
+                                          : (int64_t)((unsigned __int128)(uint64_t)source->ahead * source->inverse >> 64);
+    }
+    return 0;
+}
+
+/* An element whose moves are gathered, -1 for none; from which source on; how many, and the value after them. */
+typedef struct { int64_t element, source, count, place; double before; } Gathered;
+
+enum { GATHERED = -1, NO_MORE = -2 };
+
+/* The moves of the next element before `last`, in the order of rows, those at the first `rows` of them: what each adds to it, in
+ * added, and where, in at_row. Otherwise 2 j, or 2 j + 1, if source j needs more bytes, or changes: call it again with them. */
+INLINE int64_t gather(Source *sources, int64_t count, int64_t last, int64_t rows, const void *bits, Gathered *to,
+                      double *restrict added, uint16_t *restrict at_row, int kind) {
+    if (to->element < 0) {
+        int64_t next = last;
+        for (int64_t j = 0; j < count; j++) {
+            if (look(sources + j)) return 2 * j;
+            if (sources[j].ahead >= 0 && sources[j].at < next) next = sources[j].at;
+        }
+        if (next == last) return NO_MORE;
+        *to = (Gathered){next, 0, 0, order(at(bits, next, kind), kind), value(at(bits, next, kind), kind)};
+    }
+    for (; to->source < count; to->source++) {
+        Source *source = sources + to->source;
+        for (;;) {
+            if (look(source)) return 2 * to->source;
+            if (source->ahead < 0 || source->at != to->element) break;
+            if (!source->by_left) return 2 * to->source + 1;
+            int64_t row = source->row + source->ahead - source->at * source->columns;
+            uint32_t by = at((const void *)(intptr_t)source->by, 0, kind);
+            source->by += kind == F32 ? 4 : 2;
+            source->by_left--;
+            source->ahead = -1;
+            if (row >= rows || !by) continue; /* no move is by nothing, but in a store that is damaged */
+            to->place = moved_by((uint32_t)to->place, by, kind);
+            double after = value(unorder((uint32_t)to->place, kind), kind);
+            added[to->count] = after - to->before;
+            at_row[to->count++] = (uint16_t)row;
+            to->before = after;
+        }
+    }
+    return GATHERED;
+}
+
+/* Adds F^T F to total [rows, rows], which is symmetric. Every pair of moves of an element, once: the lower half, mirrored at
+ * the end. Moves at rows one after the other, without a gap, are vector code. */
+INLINE int64_t gram_kind(Source *sources, int64_t sources_count, int64_t last, int64_t rows, const void *bits, Gathered *to,
+                         double *restrict added, uint16_t *restrict at_row, double *restrict total, int kind) {
+    int64_t state;
+    while ((state = gather(sources, sources_count, last, rows, bits, to, added, at_row, kind)) == GATHERED) {
+        int64_t count = to->count;
         int full = count >= 8 && at_row[count - 1] - at_row[0] == count - 1;
+        to->element = -1;
         for (int64_t j = 0; j < count; j++) {
             double *restrict line = total + at_row[j] * rows, factor = added[j];
             if (full) {
@@ -531,71 +592,50 @@ INLINE void gram_kind(const int64_t *start, const uint16_t *row, const void *by,
             }
         }
     }
-    for (int64_t i = 0; i < rows; i++)
+    for (int64_t i = 0; state == NO_MORE && i < rows; i++)
         for (int64_t j = 0; j < i; j++) total[j * rows + i] = total[i * rows + j];
+    return state;
 }
 
 #define GRAM(name, kind) \
-    WIDE void name(const int64_t *start, const uint16_t *row, const void *by, const void *bits, int64_t n, int64_t rows, \
-                   double *added, double *total) { \
-        gram_kind(start, row, by, bits, n, rows, added, total, kind); \
+    WIDE int64_t name(Source *sources, int64_t count, int64_t last, int64_t rows, const void *bits, Gathered *to, \
+                      double *added, uint16_t *at_row, double *total) { \
+        return gram_kind(sources, count, last, rows, bits, to, added, at_row, total, kind); \
     }
 GRAM(gram_bf16, BF16)
 GRAM(gram_f16, F16)
 GRAM(gram_f32, F32)
 
-void gram(const int64_t *start, const uint16_t *row, const void *by, const void *bits, int64_t n, int64_t rows,
-          double *added, double *total, int64_t kind) {
-    (kind == F32 ? gram_f32 : kind == F16 ? gram_f16 : gram_bf16)(start, row, by, bits, n, rows, added, total);
+int64_t gram(Source *sources, int64_t count, int64_t last, int64_t rows, const void *bits, Gathered *to, double *added,
+             uint16_t *at_row, double *total, int64_t kind) {
+    return (kind == F32 ? gram_f32 : kind == F16 ? gram_f16 : gram_bf16)(sources, count, last, rows, bits, to, added, at_row, total);
 }
 
-/* F: out [n, rows], zero before. */
-void dense(const int64_t *start, const uint16_t *row, const double *values, int64_t n, int64_t rows, double *out) {
-    for (int64_t e = 0; e < n; e++)
-        for (int64_t i = start[e]; i < start[e + 1]; i++) out[e * rows + row[i]] = values[i];
-}
-
-/* base + F w for weights [rows, targets], rounded: out [targets, n], of `some` targets, from `first` on. Returns how
- * many are not finite where the base is. */
-INLINE int64_t predict_some(const int64_t *start, const uint16_t *row, const void *by, const void *bits,
-                            const double *weights, int64_t targets, int64_t n, void *out, int64_t first, int some,
-                            int kind) {
-    int64_t lost = 0;
-    for (int64_t e = 0; e < n; e++) {
-        uint32_t b = at(bits, e, kind), place = order(b, kind);
-        if (start[e] == start[e + 1]) {
-            for (int t = 0; t < some; t++) put(out, (first + t) * n + e, b, kind);
-            continue;
-        }
-        double base = value(b, kind), before = base, sum[4] = {0};
-        for (int64_t i = start[e]; i < start[e + 1]; i++) {
-            const double *weight = weights + row[i] * targets + first;
-            place = moved_by(place, at(by, i, kind), kind);
-            double after = value(unorder(place, kind), kind);
-            for (int t = 0; t < some; t++) sum[t] += (after - before) * weight[t];
-            before = after;
-        }
-        for (int t = 0; t < some; t++) {
-            uint32_t result = rounded(base + sum[t], kind);
-            lost += is_finite(b, kind) & !is_finite(result, kind);
-            put(out, (first + t) * n + e, result, kind);
+/* base + F w for weights [rows, targets], rounded, in place of the base's bits in out [targets, size]; elements without moves keep
+ * theirs. lost: how many are not finite where the base is. */
+INLINE int64_t predict_kind(Source *sources, int64_t count, int64_t last, int64_t rows, const void *bits, Gathered *to,
+                            double *restrict added, uint16_t *restrict at_row, const double *restrict weights, int64_t targets,
+                            int64_t size, void *out, int64_t *lost, int kind) {
+    int64_t state;
+    while ((state = gather(sources, count, last, rows, bits, to, added, at_row, kind)) == GATHERED) {
+        int64_t e = to->element, moves = to->count;
+        uint32_t before = at(bits, e, kind);
+        to->element = -1;
+        for (int64_t t = 0; moves && t < targets; t++) {
+            double sum = 0;
+            for (int64_t i = 0; i < moves; i++) sum += added[i] * weights[at_row[i] * targets + t];
+            uint32_t result = rounded(value(before, kind) + sum, kind);
+            *lost += is_finite(before, kind) & !is_finite(result, kind);
+            put(out, t * size + e, result, kind);
         }
     }
-    return lost;
+    return state;
 }
 
-INLINE int64_t predict_kind(const int64_t *start, const uint16_t *row, const void *by, const void *bits,
-                            const double *weights, int64_t targets, int64_t n, void *out, int kind) {
-    int64_t lost = 0, t = 0;
-    for (; t + 4 <= targets; t += 4) lost += predict_some(start, row, by, bits, weights, targets, n, out, t, 4, kind);
-    for (; t + 2 <= targets; t += 2) lost += predict_some(start, row, by, bits, weights, targets, n, out, t, 2, kind);
-    for (; t < targets; t++) lost += predict_some(start, row, by, bits, weights, targets, n, out, t, 1, kind);
-    return lost;
-}
-
-WIDE int64_t predict(const int64_t *start, const uint16_t *row, const void *by, const void *bits, const double *weights,
-                     int64_t targets, int64_t n, void *out, int64_t kind) {
-    return FLOATS(predict_kind, start, row, by, bits, weights, targets, n, out);
+WIDE int64_t predict(Source *sources, int64_t count, int64_t last, int64_t rows, const void *bits, Gathered *to, double *added,
+                     uint16_t *at_row, const double *weights, int64_t targets, int64_t size, void *out, int64_t *lost,
+                     int64_t kind) {
+    return FLOATS(predict_kind, sources, count, last, rows, bits, to, added, at_row, weights, targets, size, out, lost);
 }
 
 /* ---- adapters ---- */

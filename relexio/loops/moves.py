@@ -74,6 +74,32 @@ def next_chunk(chunks: Iterator[np.ndarray], dtype: str) -> np.ndarray | None:
     return None
 
 
+class Changes:
+    """A stream's changes, as many at a time as are asked for. Raises ValueError where there are other than those."""
+
+    def __init__(self, chunks: Iterator[np.ndarray], dtype: str) -> None:
+        self._chunks, self._dtype, self._held = chunks, dtype, np.empty(0, dtype)
+
+    def take(self, count: int) -> np.ndarray:
+        """The next ``count`` of them."""
+        parts = []
+        while count > len(self._held):
+            parts.append(self._held)
+            count -= len(self._held)
+            chunk = next_chunk(self._chunks, self._dtype)
+            if chunk is None:
+                raise ValueError(FEW)
+            self._held = chunk
+        parts.append(self._held[:count])
+        self._held = self._held[count:]
+        return np.concatenate(parts)
+
+    def finish(self) -> None:
+        """Nothing may be left."""
+        if len(self._held) or next_chunk(self._chunks, self._dtype) is not None:
+            raise ValueError(MANY)
+
+
 def check_names(renamed: np.ndarray) -> None:
     """Raise ValueError if new names of rows, int32 [R], do not stand in order or are no rows."""
     names = renamed[renamed >= 0]

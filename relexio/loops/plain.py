@@ -1,18 +1,14 @@
-"""The loops in NumPy, for machines without the compiled ones; the tests hold both against each other, bit for bit.
-
-``increments`` and ``dense`` take arrays of CuPy too: each of their operations is one that both libraries have.
-"""
+"""The loops in NumPy, for machines without the compiled ones; the tests hold both against each other, bit for bit."""
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from relexio.dtypes import Array, Kind, from_float64, nonfinite, to_float64
+from relexio.dtypes import Kind, from_float64, nonfinite, to_float64
 from relexio.loops.moves import (
     BEYOND,
     CUT_GAP,
-    FEW,
-    MANY,
+    Changes,
     Found,
     Moves,
     Stream,
@@ -25,6 +21,9 @@ from relexio.loops.moves import (
 #: Bytes of ``when`` that are decoded at once: as cells they take eight times as much.
 _PIECE = 1 << 14
 
+#: Elements times columns of a table.
+_TILE = 1 << 18
+
 #: Pairs of moves that are multiplied at once.
 _PAIRS = 1 << 18
 
@@ -32,7 +31,7 @@ _PAIRS = 1 << 18
 # Bits in the order of the numbers, and differences.
 
 
-def _order(bits: Array, kind: Kind) -> Array:
+def _order(bits: np.ndarray, kind: Kind) -> np.ndarray:
     """Bits as unsigned integers in the order of the numbers; those of raw bytes as they are."""
     if not kind.is_float:
         return bits
@@ -40,7 +39,7 @@ def _order(bits: Array, kind: Kind) -> Array:
     return np.where((bits & top) != 0, ~bits, bits | top)
 
 
-def _bits(order: Array, kind: Kind) -> Array:
+def _bits(order: np.ndarray, kind: Kind) -> np.ndarray:
     """The bits at a place in the order of the numbers."""
     if not kind.is_float:
         return order
@@ -53,13 +52,13 @@ def _top(kind: Kind) -> np.unsignedinteger:
     return dtype(1 << (8 * kind.itemsize - 1))
 
 
-def _zigzag(change: Array, kind: Kind) -> Array:
+def _zigzag(change: np.ndarray, kind: Kind) -> np.ndarray:
     """Differences modulo 2^w, small ones of either sign as small numbers: 0, -1, 1, -2 become 0, 1, 2, 3."""
     dtype = np.dtype(kind.bits).type
     return (change << dtype(1)) ^ (dtype(0) - (change >> dtype(8 * kind.itemsize - 1)))
 
 
-def _unzigzag(by: Array) -> Array:
+def _unzigzag(by: np.ndarray) -> np.ndarray:
     dtype = by.dtype.type
     return (by >> dtype(1)) ^ (dtype(0) - (by & dtype(1)))
 
@@ -153,9 +152,8 @@ class _Source:
     """What is at hand of a stream: bytes, cells, changes."""
 
     def __init__(self, stream: Stream, kind: Kind) -> None:
-        self.columns = stream.columns
-        self._stream, self._dtype = stream, kind.bits
-        self._bytes, self._cells, self._by = np.empty(0, np.uint8), np.empty(0, np.int64), np.empty(0, kind.bits)
+        self.columns, self._when, self._changes = stream.columns, stream.when, Changes(stream.by, kind.bits)
+        self._bytes, self._cells = np.empty(0, np.uint8), np.empty(0, np.int64)
         self._last, self._gap = -1, 0
 
     def cells(self, last: int) -> np.ndarray:
@@ -172,7 +170,7 @@ class _Source:
     def _decode(self) -> bool:
         """Make cells of some more bytes; say whether there were any."""
         if not len(self._bytes):
-            chunk = next_chunk(self._stream.when, "u1")
+            chunk = next_chunk(self._when, "u1")
             if chunk is None:
                 if self._gap:
                     raise ValueError(CUT_GAP)
@@ -189,36 +187,22 @@ class _Source:
 
     def changes(self, count: int) -> np.ndarray:
         """The next ``count`` changes."""
-        parts = []
-        while count > len(self._by):
-            parts.append(self._by)
-            count -= len(self._by)
-            chunk = next_chunk(self._stream.by, self._dtype)
-            if chunk is None:
-                raise ValueError(FEW)
-            self._by = chunk
-        parts.append(self._by[:count])
-        self._by = self._by[count:]
-        return np.concatenate(parts)
+        return self._changes.take(count)
 
     def finish(self) -> None:
         while not len(self._cells) and self._decode():
             pass
         if len(self._cells):
             raise ValueError(BEYOND)
-        if len(self._by) or next_chunk(self._stream.by, self._dtype) is not None:
-            raise ValueError(MANY)
+        self._changes.finish()
 
 
 # Tables to tables and states.
 
 
-def _owner(moves: Moves) -> Array:
+def _owner(moves: Moves) -> np.ndarray:
     """The element of each move: int64 [E]."""
-    if isinstance(moves.start, np.ndarray):
-        return np.repeat(np.arange(len(moves.start) - 1), np.diff(moves.start))
-    number = np.cumsum(np.zeros_like(moves.row, np.int64) + 1) - 1  # CuPy repeats by no array
-    return np.searchsorted(moves.start, number, side="right") - 1
+    return np.repeat(np.arange(len(moves.start) - 1), np.diff(moves.start))
 
 
 def fold(moves: Moves, renamed: np.ndarray, kind: Kind) -> Moves:
@@ -271,7 +255,7 @@ def expand(moves: Moves, rows: int, bits: np.ndarray, kind: Kind) -> np.ndarray:
 # Arithmetic.
 
 
-def increments(moves: Moves, bits: Array, kind: Kind) -> Array:
+def increments(moves: Moves, bits: np.ndarray, kind: Kind) -> np.ndarray:
     """What each move adds to its element of base bits [n]: the value after it less the one before, float64 [E].
 
     The difference is taken in float64, where those of bf16 and fp16 are exact and those of fp32 nearly always.
@@ -285,15 +269,15 @@ def increments(moves: Moves, bits: Array, kind: Kind) -> Array:
         return to_float64(_bits(order, kind), kind) - to_float64(_bits(order - change, kind), kind)
 
 
-def dense(moves: Moves, values: Array, rows: int) -> Array:
+def dense(moves: Moves, values: np.ndarray, rows: int) -> np.ndarray:
     """F: float64 [n, R], from increments [E]."""
     elements = len(moves.start) - 1
-    f = np.zeros_like(values, shape=(elements * rows,))
-    f[_owner(moves) * rows + moves.row.astype(np.int64)] = values
-    return f.reshape(elements, rows)
+    f = np.zeros((elements, rows))
+    f[_owner(moves), moves.row] = values
+    return f
 
 
-def gram(moves: Moves, bits: np.ndarray, kind: Kind, total: np.ndarray) -> None:
+def _gram(moves: Moves, bits: np.ndarray, kind: Kind, total: np.ndarray) -> None:
     """Add F^T F of base bits [n] to a symmetric float64 [R, R]: every pair of moves of an element, element after element."""
     rows = len(total)
     check_table(moves, len(bits), rows)
@@ -314,7 +298,7 @@ def _pairs(moves: Moves) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield right + np.arange(1, len(right) + 1) - np.repeat(np.cumsum(back[places]), back[places]), right
 
 
-def predict(moves: Moves, bits: np.ndarray, weights: np.ndarray, kind: Kind) -> tuple[np.ndarray, int]:
+def _predict(moves: Moves, bits: np.ndarray, weights: np.ndarray, kind: Kind) -> tuple[np.ndarray, int]:
     """Bits [S, n] of base + F w for base bits [n] and weights [R, S], and how many are not finite where the base is.
 
     An element's increments are weighed and added up in float64 in the order of its moves, the base is added to that,
@@ -330,6 +314,39 @@ def predict(moves: Moves, bits: np.ndarray, weights: np.ndarray, kind: Kind) -> 
             total = base + np.bincount(owner, values * weight[moves.row], len(bits))[moving]
             line[moving] = from_float64(np.where(np.isnan(total), np.nan, total), kind)
     return result, int(np.count_nonzero(nonfinite(result, kind) & ~nonfinite(bits, kind)))
+
+
+class Walk:
+    """As the compiled one, by way of tables."""
+
+    def __init__(self, streams: Sequence[Stream], kind: Kind, rows: int) -> None:
+        columns = first_rows(streams)[-1]
+        self._reader, self._kind, self._rows, self._to = Reader(streams, kind), kind, rows, 0
+        self._kept = np.where(np.arange(columns) < rows, np.arange(columns), -1).astype(np.int32)
+        self._width = max(64, _TILE // max(columns, 1))
+
+    def _tables(self, last: int) -> Iterator[tuple[slice, Moves]]:
+        while self._to < last:
+            span = slice(self._to, min(self._to + self._width, last))
+            self._to = span.stop
+            yield span, fold(self._reader.take(span.stop), self._kept, self._kind)
+
+    def gram(self, bits: np.ndarray, last: int, total: np.ndarray) -> None:
+        """Add F^T F of the elements up to ``last`` to a symmetric float64 [R, R]."""
+        for span, moves in self._tables(last):
+            _gram(moves, bits[span], self._kind, total)
+
+    def predict(self, bits: np.ndarray, last: int, weights: np.ndarray, results: np.ndarray) -> int:
+        """Put base + F w for weights [R, S] into results [S, size], and say how many are not finite where the base is."""
+        lost = 0
+        for span, moves in self._tables(last):
+            results[:, span], some = _predict(moves, bits[span], weights, self._kind)
+            lost += some
+        return lost
+
+    def finish(self) -> None:
+        """Raise ValueError if there is more in a stream than was gone through."""
+        self._reader.finish()
 
 
 # Adapters.

@@ -1,11 +1,12 @@
 """Reading the moves of a block a tile at a time, so that memory depends on neither block nor window."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from relexio.loops import Moves, advance
-from relexio.store.schema import Block, Segment
+from relexio.loops import advance
+from relexio.store.schema import Block
 from relexio.store.seal import damage
 from relexio.store.store import Store
 
@@ -26,14 +27,24 @@ def tile_width(rows: int, nbytes: int = TILE) -> int:
     return width * max(1, min(4 * nbytes // _DENSE, _WIDEST // width))
 
 
-def tiles(
-    store: Store, block: Block, width: int, segments: Iterable[Segment] | None = None
-) -> Iterator[tuple[int, slice, Moves]]:
-    """The moves of a block in a chain of segments (all by default), at most ``width`` elements of one tensor at a time.
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Reader(Protocol[T_co]):
+    """Gives a block's moves as tables: ``take`` those of the elements from where the last one ended to ``last``."""
+
+    def take(self, last: int) -> T_co:
+        """A table."""
+
+    def finish(self) -> None:
+        """Raise ValueError if there is more than was taken."""
+
+
+def tiles(store: Store, block: Block, width: int, reader: Reader[T_co]) -> Iterator[tuple[int, slice, T_co]]:
+    """The moves of a block as a reader gives them, at most ``width`` elements of one tensor at a time.
 
     With each tile comes the place of its piece among those of the block, and its elements in the block.
     """
-    reader = store.reader(block, segments)
     with damage(f"{store.shown}: moves of {block.names}"):
         for place, piece in enumerate(block.pieces):
             for first in range(piece.first, piece.span.stop, width):

@@ -55,7 +55,7 @@ def block_states(
     rows = len(store.steps)
     hashes, changed = [xxh3_128() for _ in range(rows)], np.zeros((len(block.pieces), rows), np.int64)
     base, width = store.base_bits(block), max(64, nbytes // (rows * block.kind.itemsize))
-    for place, span, moves in tiles(store, block, width):
+    for place, span, moves in tiles(store, block, width, store.reader(block)):
         bits = expand(moves, rows, base[span], block.kind)
         changed[place] += np.count_nonzero(bits != base[span], axis=1)
         for row, hashed in zip(bits, hashes, strict=True):

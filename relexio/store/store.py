@@ -251,6 +251,12 @@ class Store:
         for done in range(0, count, chunk):
             yield self.chunk(path, (block.index * room + done) // chunk)[: count - done]
 
+    def moves(self) -> int:
+        """How many moves are stored of elements that can be fitted."""
+        blocks = [block for block in self.blocks if block.kind.is_float]
+        pairs = ((segment, block) for segment in self.segments for block in blocks)
+        return sum(int(self.small(f"{segment.path}/{b.kind.name}/index", b.index)[1]) for segment, b in pairs)
+
     def reader(self, block: Block, segments: Iterable[Segment] | None = None) -> Reader:
         """The moves of a block in a chain of segments, of all by default."""
         chain = self.segments if segments is None else segments

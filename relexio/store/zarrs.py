@@ -3,7 +3,9 @@
 Zarr is imported where it is needed: it takes a while, and what only reads does without it.
 """
 
-from typing import TYPE_CHECKING
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from relexio.store.chunks import BLOCKSIZE, CNAME, LEVEL
 from relexio.store.schema import Layout
@@ -15,10 +17,20 @@ if TYPE_CHECKING:
 
 def open_group(address: str, mode: str) -> "zarr.Group":
     """The root group at ``address``, to be written to: ``r+`` for an existing one, ``a`` to create it if needed."""
-    import zarr
-
+    zarr = _zarr()
     store = locate(address).zarr_store()
-    return zarr.open_group(store, mode=mode, zarr_format=3, use_consolidated=False)  # type: ignore[arg-type]
+    return zarr.open_group(store, mode=mode, zarr_format=3, use_consolidated=False)
+
+
+def _zarr() -> Any:
+    """Zarr, which imports CuPy where that is installed: with CUDA's libraries some 150 MB that a job on the CPU has no use for."""
+    if "zarr" in sys.modules or "cupy" in sys.modules:
+        return import_module("zarr")
+    sys.modules["cupy"] = None  # type: ignore[assignment]  # hides it from the import below
+    try:
+        return import_module("zarr")
+    finally:
+        del sys.modules["cupy"]
 
 
 def create(group: "zarr.Group", name: str, layout: Layout, overwrite: bool = False) -> None:

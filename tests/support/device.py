@@ -1,40 +1,46 @@
 """CuPy as far as the package uses it, on NumPy, and stricter: what CuPy refuses, lacks or leaves undefined is an error here.
 
-Read off CuPy's sources (13.6), and its names and signatures (14.2; test_device.py compares them where CuPy is there):
+Read off CuPy's sources (13.6), and its names and signatures (14.2; test_device.py compares them where CuPy is there). Kernels
+are compiled by the C compiler of this machine, and run.
 
-- An array of NumPy is never taken for one of the device, in an operation, an index or an assignment, nor the other way.
-- A NumPy scalar has the type of the array beside it: how others are promoted depends on the version of CuPy.
-- Assigning to a place twice at once is undefined. Single precision has no subnormal numbers (kernels are built so).
+- An array of NumPy is never taken for one of the device, in an operation or a kernel, nor the other way.
+- A kernel takes arrays in one piece of memory, and integers of a stated size. What is not written has no value.
 - An array belongs to the stream of the thread that made it; another thread would have to wait for it.
 - Only the thread that runs no kernels may empty the memory pool.
 """
 
+import ctypes
+import shutil
+import subprocess
+import tempfile
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 
 from relexio.engine.device import limited
 
-UFUNCS = (
-    "add", "subtract", "multiply", "matmul", "absolute", "isnan", "invert", "bitwise_and", "bitwise_or", "bitwise_xor",
-    "left_shift", "right_shift", "equal", "not_equal", "greater",
-)  # fmt: skip
-FUNCTIONS = ("where", "zeros_like", "cumsum", "searchsorted")
-OPERATORS = {
-    "add": "add", "sub": "subtract", "mul": "multiply", "matmul": "matmul", "and": "bitwise_and", "or": "bitwise_or",
-    "xor": "bitwise_xor", "lshift": "left_shift", "rshift": "right_shift", "eq": "equal", "ne": "not_equal",
-    "gt": "greater",
-}  # fmt: skip
 _LETTERS = "?bBhHiIlLqQefd"
-_SMALLEST = np.finfo(np.float32).tiny
+_UNWRITTEN = 0xA5
+_OPTIONS = ("-x", "c", "-O1", "-w", "-ffp-contract=off", "-shared", "-fPIC")
 
 
 class OutOfMemoryError(MemoryError):
+    pass
+
+
+class DriverError(RuntimeError):
+    pass
+
+
+class LibraryError(RuntimeError):
     pass
 
 
@@ -104,7 +110,7 @@ class DeviceArray:
 
     shape = property(lambda self: self.held.shape)
     dtype = property(lambda self: self.held.dtype)
-    ndim = property(lambda self: self.held.ndim)
+    size = property(lambda self: self.held.size)
     T = property(lambda self: self._seen(self.held.T))
 
     def _new(self, values: Any) -> "DeviceArray":
@@ -115,12 +121,6 @@ class DeviceArray:
 
     def __len__(self) -> int:
         return len(self.held)
-
-    def __bool__(self) -> bool:
-        return bool(self.held)
-
-    def __int__(self) -> int:
-        return int(self.held)
 
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed")
@@ -141,101 +141,66 @@ class DeviceArray:
     def copy(self) -> "DeviceArray":
         return self._new(self.held)
 
-    def view(self, dtype: Any) -> "DeviceArray":
-        assert np.dtype(dtype).itemsize == self.held.itemsize
-        return self._seen(self.held.view(dtype))
-
-    def reshape(self, *shape: int) -> "DeviceArray":
-        assert self.held.flags.c_contiguous, "would be a copy"
-        return self._seen(self.held.reshape(*shape))
-
-    def astype(self, dtype: Any) -> "DeviceArray":
-        with np.errstate(all="ignore"):
-            return self._new(_flushed(_flushed(self.held).astype(dtype)))
-
-    def any(self) -> "DeviceArray":
-        return self._new(self.held.any())
-
     def sum(self) -> "DeviceArray":
         return self._new(self.held.sum())
 
-    def _key(self, key: Any) -> Any:
-        if isinstance(key, DeviceArray):
-            assert key.dtype.kind in "iu", "indices are integers"
-            return key.held
-        if isinstance(key, int | slice):
-            return key
-        raise TypeError(f"{type(key).__name__} as an index")
-
-    def __getitem__(self, key: Any) -> "DeviceArray":
-        values = self.held[self._key(key)]
-        return self._new(values) if isinstance(key, DeviceArray) else self._seen(values)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        places = self._key(key)
-        if isinstance(key, DeviceArray):
-            assert len(np.unique(places)) == places.size, "which value stays is undefined"
-        self.held[places] = self._operand(value)
-
-    def _operand(self, value: Any) -> Any:
-        if isinstance(value, DeviceArray):
-            return value.held
-        if isinstance(value, np.generic):
-            assert value.dtype == self.held.dtype, f"{value.dtype} beside {self.held.dtype} depends on CuPy's version"
-        elif not isinstance(value, bool | int | float):
-            raise TypeError(f"Unsupported type {type(value)}")
-        return value
-
-    def _apply(self, name: str, *inputs: Any) -> "DeviceArray":
-        operands = [self._operand(value) for value in inputs]
-        if name == "matmul":
-            assert all(operand.dtype == np.float64 and operand.ndim == 2 for operand in operands)
+    def __matmul__(self, other: Any) -> "DeviceArray":
+        operands = [operand.held for operand in (self, _array(other))]
+        assert all(operand.dtype == np.float64 and operand.ndim == 2 for operand in operands)
         with np.errstate(all="ignore"):
-            return self._new(getattr(np, name)(*operands))
+            return self._new(np.matmul(*operands))
 
-    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **more: Any) -> Any:
-        known = ufunc.__name__ in UFUNCS and method == "__call__" and not more
-        return self._apply(ufunc.__name__, *inputs) if known else NotImplemented
+    def __iadd__(self, other: Any) -> "DeviceArray":
+        with np.errstate(all="ignore"):
+            np.add(self.held, _array(other).held, out=self.held, casting="no")
+        return self
 
-    def __array_function__(self, function: Any, _: Any, args: Any, more: dict[str, Any]) -> Any:
-        if function.__name__ not in FUNCTIONS:
-            return NotImplemented
-        like = [a if isinstance(a, type) else self._operand(a) for a in args]
-        return self._new(function(*like, **more))
-
-    def __invert__(self) -> "DeviceArray":
-        return self._apply("invert", self)
+    def __array_ufunc__(self, *_: Any, **__: Any) -> Any:
+        return NotImplemented
 
 
-def _flushed(values: np.ndarray) -> np.ndarray:
-    if values.dtype != np.float32:
-        return values
-    return np.where(np.abs(values) < _SMALLEST, np.copysign(np.float32(0), values), values)
+def _array(value: Any) -> DeviceArray:
+    if not isinstance(value, DeviceArray):
+        raise TypeError(f"Unsupported type {type(value)}")
+    return value
 
 
-def _add_operators() -> None:
-    def forward(name: str) -> Any:
-        return lambda self, other: self._apply(name, self, other)
-
-    def backward(name: str) -> Any:
-        return lambda self, other: self._apply(name, other, self)
-
-    def in_place(name: str) -> Any:
-        def change(self: DeviceArray, other: Any) -> DeviceArray:
-            result = self._apply(name, self, other)
-            np.copyto(self.held, result.held, casting="same_kind")
-            return self
-
-        return change
-
-    for operator, name in OPERATORS.items():
-        setattr(DeviceArray, f"__{operator}__", forward(name))
-        setattr(DeviceArray, f"__r{operator}__", backward(name))
-        if operator in ("add", "sub"):
-            setattr(DeviceArray, f"__i{operator}__", in_place(name))
+@cache
+def _compiled(code: str, options: tuple[str, ...]) -> ctypes.CDLL:
+    """A module's kernels, as functions of C."""
+    if not (compiler := shutil.which("cc")):
+        pytest.skip("needs a C compiler")
+    with tempfile.TemporaryDirectory() as scratch:
+        source, library = Path(scratch, "kernels.cu"), Path(scratch, "kernels.so")
+        source.write_text(code)
+        definitions = [option for option in options if option.startswith("-D")]
+        subprocess.run([compiler, *_OPTIONS, *definitions, str(source), "-o", str(library)], check=True)
+        return ctypes.CDLL(str(library))
 
 
-_add_operators()
+class RawModule:
+    """Kernels, one call of which does what all threads of a grid do."""
+
+    def __init__(self, code: str, options: tuple[str, ...]) -> None:
+        assert "-fmad=false" in options, "products would not be rounded before they are added"
+        self._library = _compiled(code, options)
+
+    def get_function(self, name: str) -> Callable[[tuple[int], tuple[int], tuple[Any, ...]], None]:
+        function = getattr(self._library, name)
+        function.restype = None
+
+        def kernel(grid: tuple[int], block: tuple[int], arguments: tuple[Any, ...]) -> None:
+            assert 0 < grid[0] < 1 << 31 and 0 < block[0] <= 1024
+            function(*(_argument(argument) for argument in arguments))
+
+        return kernel
+
+
+def _argument(value: Any) -> Any:
+    if type(value) is np.int64:
+        return ctypes.c_longlong(int(value))
+    assert _array(value).held.flags.c_contiguous, "a kernel knows no strides"
+    return ctypes.c_void_p(value.held.ctypes.data)
 
 
 class Stream:
@@ -265,6 +230,7 @@ class StandIn(types.ModuleType):
     """The module: a device with ``room`` bytes left for the pool, though it says it has ``free``."""
 
     __version__ = "of the stand-in"
+    RawModule = RawModule
 
     def __init__(self, room: int = 1 << 40, free: int = 1 << 40) -> None:
         super().__init__("cupy")
@@ -280,6 +246,8 @@ class StandIn(types.ModuleType):
         self.cuda = types.SimpleNamespace(
             memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
             runtime=runtime,
+            driver=types.SimpleNamespace(CUDADriverError=DriverError),
+            cublas=types.SimpleNamespace(CUBLASError=LibraryError),
             Stream=lambda non_blocking=False: Stream(self, non_blocking),
             get_current_stream=self.stream,
             alloc_pinned_memory=bytearray,
@@ -309,6 +277,14 @@ class StandIn(types.ModuleType):
 
     def zeros(self, shape: int | tuple[int, ...], dtype: Any = float) -> DeviceArray:
         return DeviceArray(self, np.zeros(shape, dtype))
+
+    def empty(self, shape: int | tuple[int, ...], dtype: Any = float) -> DeviceArray:
+        array = np.empty(shape, dtype)
+        array.reshape(-1).view(np.uint8)[:] = _UNWRITTEN
+        return DeviceArray(self, array)
+
+    def cumsum(self, values: DeviceArray) -> DeviceArray:
+        return DeviceArray(self, np.cumsum(_array(values).held))
 
     def asarray(self, values: np.ndarray) -> DeviceArray:
         assert isinstance(values, np.ndarray)

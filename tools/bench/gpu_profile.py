@@ -1,11 +1,12 @@
 """Where the time of a pass goes: one worker's on the host, section by section; the device's own, by PyTorch's profiler.
 
-The sections are the steps of relexio/engine/blocks.py. Before and after each the stream is waited for, so that what the device
-does counts where it was asked for. That takes longer than without; the trace has how long the device really works.
+The sections are what relexio/engine/blocks.py does, and what it calls. Before and after each the stream is waited for, so that
+what the device does counts where it was asked for. That takes longer than without; the trace has how long the device really works.
 """
 
 import json
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -15,72 +16,71 @@ from typing import Any
 from unittest import mock
 
 from relexio.engine import blocks, graph
-from relexio.engine.tiles import window_tiles
-from relexio.loops import plain
+from relexio.engine.tiles import window_tables
+from relexio.loops import Walk, cuda
 from relexio.store.store import Store
 from relexio.verbs.output import Sink
 
 #: What is done in a section: where its function is, under which name, and what it is called here.
 SECTIONS: tuple[tuple[Any, str, str], ...] = (
-    (Store, "base_bits", "read base"), (blocks, "compact", "pick those that move"), (blocks, "on_device", "copy up"),
-    (plain, "increments", "increments"), (plain, "dense", "F"), (blocks, "from_float64", "round"),
-    (blocks, "nonfinite", "check"), (blocks, "to_host", "copy down"), (Sink, "__call__", "write"),
-    (blocks, "gram", "compiled loop"), (blocks, "predict", "compiled loop"),
+    (Store, "chunk", "read and decompress"), (Store, "base_bits", "base"), (blocks, "to_device", "copy up"),
+    (cuda, "increments", "increments"), (cuda, "predict", "weigh and round"), (blocks, "to_host", "copy down"),
+    (Walk, "gram", "moves, Gram matrices"), (Walk, "predict", "moves, weigh and round"), (Sink, "__call__", "write"),
 )  # fmt: skip
 #: What follows a section before the next begins, where it is more than bookkeeping.
-AFTER = {"F": "product"}
+AFTER = {"increments": "product"}
 _KINDS = ("kernel", "gpu_memcpy", "gpu_memset")
 _SHOWN = 12
 Figures = dict[str, Any]
 
 
 class Clock:
-    """Seconds and bytes by pass and section, of one worker."""
+    """Seconds by pass and section, of one worker; what a section within another takes counts there alone."""
 
     def __init__(self, device: str) -> None:
-        self.device, self.work, self.last, self.at = device, "", "", 0.0
+        self.device, self.work, self.worker, self.at, self.open = device, "", 0, 0.0, ["else"]
         self.seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-        self.bytes: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
 
-    def _now(self) -> float:
+    def _turn(self) -> None:
+        """Count the time since the last turn where it belongs."""
         if self.device == "cuda":
             import cupy
 
             cupy.cuda.get_current_stream().synchronize()
-        return time.perf_counter()
+        now = time.perf_counter()
+        if self.at:
+            self.seconds[self.work][self.open[-1]] += now - self.at
+        self.at = now
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """Count what is done inside, and what was done since the section before."""
-        begun = self._now()
-        if self.last:
-            self.seconds[self.work][AFTER.get(self.last, "else")] += begun - self.at
+        """Count what is done inside."""
+        self._turn()
+        self.open.append(name)
         yield
-        self.at, self.last = self._now(), name
-        self.seconds[self.work][name] += self.at - begun
+        self._turn()
+        self.open.pop()
+        if len(self.open) == 1:
+            self.open[0] = AFTER.get(name, "else")
 
     def timed(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         """A function whose calls are a section."""
 
         def run(*arguments: Any) -> Any:
+            if threading.get_ident() != self.worker:
+                return function(*arguments)
             with self.section(name):
-                result = function(*arguments)
-            if name == "copy up":
-                moves, bits, _ = arguments
-                self.bytes[self.work][name] += sum(a.nbytes for a in (moves.start, moves.row, moves.by, bits))
-            elif name == "copy down":
-                self.bytes[self.work][name] += result.nbytes
-            return result
+                return function(*arguments)
 
         return run
 
     def tiles(self, tiles: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-        """``window_tiles``, each of whose tiles is a section."""
+        """``window_tables``, each of whose tiles is a section."""
 
         def run(*arguments: Any) -> Iterator[Any]:
             found = tiles(*arguments)
             while True:
-                with self.section("decode"):
+                with self.section("tables of moves"):
                     tile = next(found, None)
                 if tile is None:
                     return
@@ -93,7 +93,7 @@ class Clock:
 
         def run(*arguments: Any) -> Any:
             if self.work != work:
-                self.work, self.last = work, ""
+                self.work, self.worker, self.at = work, threading.get_ident(), 0.0
             return function(*arguments)
 
         return run
@@ -108,13 +108,14 @@ def profile(device: str, work: Callable[[], Figures]) -> Iterator[tuple[str, Fig
         ("gram_block", "fit"), ("combine_block", "predict"),
     )]  # fmt: skip
     with ExitStack() as stack:
-        for owner, name, function in (*wrapped, (blocks, "window_tiles", clock.tiles(window_tiles))):
+        wrapped.append((blocks, "window_tables", clock.tiles(window_tables)))
+        for owner, name, function in wrapped:
             stack.enter_context(mock.patch.object(owner, name, function))
         watched = work()
     for name, seconds in clock.seconds.items():
         figures: Figures = {"unwatched, s": alone[f"{name}, s"], "watched, s": watched[f"{name}, s"]}
         figures |= {f"{section}, s": taken for section, taken in sorted(seconds.items(), key=lambda item: -item[1])}
-        yield name, figures | {f"{section}, MB": size / 1e6 for section, size in clock.bytes[name].items()}
+        yield name, figures
 
 
 def trace(work: Callable[[], Figures]) -> Iterator[tuple[str, Figures]]:

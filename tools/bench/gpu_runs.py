@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from relexio.engine import graph
 from relexio.engine.plan import DEFAULT_MEMORY
 from relexio.engine.process import resident_bytes
 from relexio.engine.resources import Resources
-from relexio.engine.tiles import Rows, window_tiles
 from relexio.fit.fit import fit
 from relexio.methods import Recipe
 from relexio.progress import silent
@@ -57,10 +57,8 @@ class Bench:
         shutil.rmtree(self.run(model) / "cache", ignore_errors=True)
         shutil.rmtree(self.scratch / model / "out", ignore_errors=True)
 
-    def resources(
-        self, device: str, workers: int | None = None, memory: int = DEFAULT_MEMORY, **more: Any
-    ) -> Resources:
-        return Resources(memory, workers, device, held=self.held, **more)
+    def resources(self, device: str, workers: int | None = None, **more: Any) -> Resources:
+        return Resources(DEFAULT_MEMORY, workers, device, held=self.held, **more)
 
     def once(self, model: str, resources: Resources, out: str = "out") -> Figures:
         """Fit (the Gram pass) and predict, with nothing kept from before."""
@@ -93,19 +91,20 @@ class Bench:
         for name, some in took.items():
             row(f"{model}, {name}", {key: statistics.median(one[key] for one in some) for key in some[0]})
 
-    def decode(self, model: str, workers: int | None = None) -> None:
-        """A row: the base and all moves read and decoded and nothing else, which no device can save."""
+    def read(self, model: str, workers: int | None = None) -> None:
+        """A row: the base and all moves read and decompressed and nothing else, which no device can save."""
         store, resources = open_store(self.run(model)), self.resources("cpu", workers)
         executor = resources.for_gram(store, len(store.steps))
-        kernel, begun = partial(_only_decode, store, executor.plan.tile_bytes), time.perf_counter()
+        kernel, begun = partial(_only_read, store), time.perf_counter()
         moves = sum(count for _, count in graph.each(store, len(store.steps), kernel, executor, lambda count: None))
         taken = time.perf_counter() - begun
-        row(f"{model}, decoding alone", {"s": taken, "moves": moves, "workers": executor.plan.workers})
+        row(f"{model}, reading and decompressing alone", {"s": taken, "moves": moves, "workers": executor.plan.workers})
 
 
-def _only_decode(store: Store, nbytes: int, block: Block) -> int:
+def _only_read(store: Store, block: Block) -> int:
     store.base_bits(block)
-    return sum(len(moves.row) for _, _, moves in window_tiles(store, block, Rows.of(store, store.steps), nbytes))
+    streams = [store.stream(segment, block) for segment in store.segments]
+    return sum(len(by) for stream in streams for _, by in zip_longest(stream.when, stream.by, fillvalue=()))
 
 
 @contextmanager

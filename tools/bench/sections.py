@@ -23,8 +23,7 @@ from xxhash import xxh3_128
 from relexio import atomic
 from relexio.checkpoints.write import Output
 from relexio.cli.main import main as command_line
-from relexio.engine import blocks
-from relexio.loops import Reader
+from relexio.loops import Reader, Walk
 from relexio.store import chunks, read
 from relexio.store.storage.local import LocalStorage
 from relexio.verbs.convert import before, encode, merge
@@ -49,7 +48,7 @@ SECTIONS: tuple[tuple[Any, str, str], ...] = (
     (chunks, "decode", "decompress chunks"), (chunks, "short_hash", "hash chunks"), (LocalStorage, "get", "read the store"),
     (LocalStorage, "put", "write the store"), (atomic, "sync_tree", "sync"), (Output, "write", "write the result"),
     (Reader, "take", "order moves by element"), (read, "advance", "put a state together"), (merge, "pack", "merge moves"),
-    (blocks, "gram", "Gram matrices"), (blocks, "predict", "weigh and round"), (before, "doubt_of_base", "look at the base"),
+    (Walk, "gram", "Gram matrices"), (Walk, "predict", "weigh and round"), (before, "doubt_of_base", "look at the base"),
 )  # fmt: skip
 
 

@@ -104,8 +104,8 @@ def rewrite(store: Store, run: tuple[Segment, ...], kept: Sequence[int], executo
 def _rewrite_block(job: _Rewriting, block: Block) -> Written:
     store, columns = job.store, job.segment.columns
     writer = MovesWriter(store, job.segment.path, block)
-    last, whole = -1, columns == len(job.columns)
-    for _, span, moves in tiles(store, block, tile_width(len(job.columns), job.tile_bytes), job.run):
+    last, whole, width = -1, columns == len(job.columns), tile_width(len(job.columns), job.tile_bytes)
+    for _, span, moves in tiles(store, block, width, store.reader(block, job.run)):
         if not whole:
             moves = fold(moves, job.columns, block.kind)
         when, last = pack(moves, columns, span.start, last)
