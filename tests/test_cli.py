@@ -1,6 +1,7 @@
 """What the command line prints: plans, results, JSON; the Python API beside it."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,17 @@ def test_a_kept_fit_is_used_where_the_memory_is_too_small_to_make_it(
     for solver in ("gram", "auto"):
         outputs.append(predict_run(fit_run(store, solver=solver, resources=little), 100, tmp_path / solver, little))
     assert len({(out / "model.safetensors").read_bytes() for out in outputs}) == 1
+
+
+def test_the_memory_that_an_error_asks_for_is_enough(run: Run, tmp_path: Path) -> None:
+    """Even if the program holds a little more when it is run again."""
+    store = store_run(run, tmp_path / "run.zarr")
+    for plan in (lambda r: r.for_gram(store, 5), lambda r: r.for_combine(store, 5, 3)):
+        with pytest.raises(BudgetError) as refusal:
+            plan(Resources(1, 1, "cpu", held=60_300_000))
+        enough = re.search(r"give --memory (\d+MB)", str(refusal.value))
+        assert enough is not None
+        plan(Resources(parse_size(enough[1]), 1, "cpu", held=62_300_000))
 
 
 @pytest.mark.parametrize("removed", [False, True])

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from relexio.dtypes import KINDS, Kind, from_float64, nonfinite, to_float64
 from relexio.loops import Stream, cuda
 from tests.support.device import StandIn
-from tests.support.moves import FLOATS, Case, as_loops_do, cases
+from tests.support.moves import DAMAGED, FLOATS, Case, as_loops_do, cases
 
 BF16 = KINDS["bf16"]
 
@@ -58,15 +58,7 @@ def test_results_are_rounded_once_to_nearest_even(kind: Kind) -> None:
         assert lost.get()[0] == np.count_nonzero(nonfinite(wanted, kind))
 
 
-@pytest.mark.parametrize(
-    ("when", "by", "text"),
-    [
-        ([0, 255], [1], "the last gap between moves has no end"),
-        ([0, 1], [1], "there are more moves than changes"),
-        ([0, 1], [1, 2, 3], "there are more changes than moves"),
-        ([0, 255, 9], [1, 2], "moves are beyond the last element"),
-    ],
-)
+@pytest.mark.parametrize(("when", "by", "text"), DAMAGED)
 def test_damage_is_named(when: list[int], by: list[int], text: str) -> None:
     stream = Stream(2, iter([np.array(when, np.uint8)]), iter([np.array(by, np.uint16)]))
     with standing_in(), pytest.raises(ValueError, match=text):

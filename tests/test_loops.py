@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from relexio.dtypes import KINDS, Kind, from_float64, nonfinite, to_float64
 from relexio.loops import COMPILED, Found, Moves, Stream, plain
-from tests.support.moves import FLOATS, Case, cases, chunks, found, make_states, same, streams, table
+from tests.support.moves import DAMAGED, FLOATS, Case, cases, chunks, found, make_states, same, streams, table
 
 VERSIONS = [plain, *([importlib.import_module("relexio.loops.compiled")] if COMPILED else [])]
 each_version = pytest.mark.parametrize("loops", VERSIONS, ids=lambda module: module.__name__.split(".")[-1])
@@ -373,15 +373,7 @@ def test_any_bytes_are_a_table_or_an_error(parts: list[tuple[bytes, int, int]], 
 
 
 @each_version
-@pytest.mark.parametrize(
-    ("when", "by", "text"),
-    [
-        ([0, 255], [1], "the last gap between moves has no end"),
-        ([0, 1], [1], "there are more moves than changes"),
-        ([0, 1], [1, 2, 3], "there are more changes than moves"),
-        ([0, 255, 9], [1, 2], "moves are beyond the last element"),
-    ],
-)
+@pytest.mark.parametrize(("when", "by", "text"), DAMAGED)
 def test_damage_is_named(loops: ModuleType, when: list[int], by: list[int], text: str) -> None:
     reader = loops.Reader([Stream(2, iter([np.array(when, np.uint8)]), iter([np.array(by, np.uint16)]))], KINDS["bf16"])
     with pytest.raises(ValueError, match=text):

@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, TypeVar
 
 import numpy as np
@@ -120,8 +120,7 @@ def combine_block(
     results, wanted = np.tile(base, (targets, 1)), [weights.get(piece.tensor.name) for piece in block.pieces]
     spread = [None if w is None or not w.any() else rows.spread(w) for w in wanted]
     if any(w is not None for w in spread):
-        weigh = _weigh if device == "cpu" else partial(_weigh_on_device, tile_bytes)
-        for place, bad in weigh(store, block, rows, base, spread, results):
+        for place, bad in _weigh(store, block, rows, base, spread, results, tile_bytes, device):
             if bad:
                 tensor = block.pieces[place].tensor
                 raise OverflowedError(
@@ -138,32 +137,24 @@ def _weigh(
     base: np.ndarray,
     weights: list[np.ndarray | None],
     results: np.ndarray,
+    nbytes: int,
+    device: str,
 ) -> Iterator[tuple[int, int]]:
     """Put base + F w into results [S, size] for those pieces that have weights [R, S]: their places, and how many are not finite
     though the base is."""
-    with walk(store, block, rows) as through:
-        for place, (piece, weight) in enumerate(zip(block.pieces, weights, strict=True)):
-            if weight is None:
-                weight = np.zeros((rows.count, 0))  # passed over
-            yield place, through.predict(base, piece.span.stop, weight, results[: weight.shape[1]])
-
-
-def _weigh_on_device(
-    nbytes: int,
-    store: Store,
-    block: Block,
-    rows: Rows,
-    base: np.ndarray,
-    weights: list[np.ndarray | None],
-    results: np.ndarray,
-) -> Iterator[tuple[int, int]]:
-    """The same on a device, some elements of one piece at a time."""
+    if device == "cpu":
+        with walk(store, block, rows) as through:
+            for place, (piece, weight) in enumerate(zip(block.pieces, weights, strict=True)):
+                if weight is None:
+                    weight = np.zeros((rows.count, 0))  # passed over
+                yield place, through.predict(base, piece.span.stop, weight, results[: weight.shape[1]])
+        return
     from relexio.loops import cuda
 
-    there = [None if weight is None else to_device(weight, "cuda") for weight in weights]
+    there = [None if weight is None else to_device(weight, device) for weight in weights]
     for place, span, table in window_tables(store, block, rows, nbytes):
         if there[place] is not None:
-            bits, bad = cuda.predict(table, to_device(base[span], "cuda"), there[place], block.kind)
+            bits, bad = cuda.predict(table, to_device(base[span], device), there[place], block.kind)
             results[:, span] = to_host(bits)
             yield place, int(to_host(bad)[0])
 

@@ -13,6 +13,13 @@ from relexio import loops
 from relexio.dtypes import KINDS, Kind, from_float64
 from relexio.loops import Found, Moves, Stream
 
+#: ``when`` and ``by`` of a segment of two columns and ten elements, and what is said of them.
+DAMAGED = [
+    ([0, 255], [1], "the last gap between moves has no end"),
+    ([0, 1], [1], "there are more moves than changes"),
+    ([0, 1], [1, 2, 3], "there are more changes than moves"),
+    ([0, 255, 9], [1, 2], "moves are beyond the last element"),
+]
 FLOATS = [kind for kind in KINDS.values() if kind.is_float]
 
 
