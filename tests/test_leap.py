@@ -5,14 +5,12 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from relexio import atomic
 from relexio.errors import EvaluationError, MissingError, RequestError, TrainingError
 from relexio.methods import Recipe
 from relexio.progress import silent
@@ -24,6 +22,7 @@ from relexio.sweep.leap.table import Round, Setting, parse
 from tests.support.command import Outcome, Relexio, snapshot
 from tests.support.make import Run, make_run
 from tests.support.steps import CPU, fit_run, predict_run
+from tests.support.striking import before_changes
 from tests.support.trainer import OPTIMUM, score
 
 SMALL = {"model.embed_tokens.weight": (9, 7), "model.norm.weight": (12,)}
@@ -137,22 +136,16 @@ def test_interrupted_before_any_change_of_its_files(run: Run, tmp_path: Path, mo
 
     left: dict[object, Path] = {}
 
-    def copied(real: Callable[..., object]) -> Callable[..., object]:
-        def call(*arguments: object, **more: object) -> object:
-            names = snapshot(out) if out.exists() else {}
-            state = frozenset(name for name in names if "run.zarr/" not in name and "sweep/" not in name)
-            if state not in left:
-                left[state] = tmp_path / f"left-{len(left)}"
-                if out.exists():
-                    shutil.copytree(out, left[state])
-            return real(*arguments, **more)
-
-        return call
+    def copy() -> None:
+        names = snapshot(out) if out.exists() else {}
+        state = frozenset(name for name in names if "run.zarr" not in name and "sweep/" not in name)
+        if state not in left:
+            left[state] = tmp_path / f"left-{len(left)}"
+            if out.exists():
+                shutil.copytree(out, left[state])
 
     with monkeypatch.context() as watched:
-        for name in ("rename", "replace"):
-            watched.setattr(Path, name, copied(getattr(Path, name)))
-        watched.setattr(atomic, "remove_tree", copied(atomic.remove_tree))
+        before_changes(watched, copy)
         found = leap(asked(out), CPU, silent, Silent(), pytest.fail)
     assert len(left) > 10 and [one.taken for one in found.rounds] == [True, True]
     wanted = snapshot(Files(out).model(2))

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from tests.support.command import Outcome, Relexio, snapshot
 from tests.support.make import Run, make_run
 from tests.support.scoring import score
 from tests.support.steps import CPU, fit_run, predict_run, store_run
+from tests.support.striking import before_changes
 
 ROOT = Path(__file__).parents[1]
 PYTHON = shlex.quote(sys.executable)
@@ -372,20 +372,14 @@ def test_killed_before_any_change_of_its_files(store: Store, tmp_path: Path, mon
     request = Request((10, 20, 30, 40), NUMBER_OF_STEP, tmp_path / "out", (50, 70), methods=("relex",))
     left: dict[object, Path] = {}
 
-    def copied(real: Callable[..., object]) -> Callable[..., object]:
-        def call(*arguments: object, **more: object) -> object:
-            state = tuple(snapshot(request.out).items())
-            begun = any("relex" in name or "best" in name for name, _ in state)
-            if begun is bool(left) and state not in left:  # the first of all, then from the first prediction on
-                left[state] = Path(shutil.copytree(request.out, tmp_path / f"left-{len(left)}"))
-            return real(*arguments, **more)
-
-        return call
+    def copy() -> None:
+        state = tuple(snapshot(request.out).items())
+        begun = any("relex" in name or "best" in name for name, _ in state)
+        if begun is bool(left) and state not in left:  # the first of all, then from the first prediction on
+            left[state] = Path(shutil.copytree(request.out, tmp_path / f"left-{len(left)}"))
 
     with monkeypatch.context() as watched:
-        for name in ("rename", "replace", "write_text"):
-            watched.setattr(Path, name, copied(getattr(Path, name)))
-        watched.setattr(atomic, "remove_tree", copied(atomic.remove_tree))
+        before_changes(watched, copy, "write_text")
         sweep(prepare(store, request, CPU, silent), silent, lambda *_: None, pytest.fail)
     want, names = snapshot(request.out / "best"), ["best", "logs", "results.csv", "results.json"]
     assert len(left) > 10 and json.loads(want["relexio.json"])["step"] == 70

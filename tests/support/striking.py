@@ -1,12 +1,15 @@
-"""Writes that fail: one of a store's, by its number."""
+"""Writes that fail: one of a store's, by its number. What a kill before any change of files would leave."""
 
 import errno
 from collections.abc import Callable
+from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import pytest
 import zarr.storage._local as zarr_local
 
+from relexio import atomic
 from relexio.store.storage import LocalStorage
 
 
@@ -48,3 +51,23 @@ class Killed(BaseException):
 def killed(_: str) -> Killed:
     """The process is killed."""
     return Killed()
+
+
+def before_changes(patch: pytest.MonkeyPatch, look: Callable[[], object], *more: str) -> None:
+    """Looks before each rename and removal, and before these ``more`` methods of ``Path``.
+
+    Other threads make no such change meanwhile: what is looked at is there, and could be left by a kill.
+    """
+    lock = RLock()
+
+    def watched(real: Callable[..., object]) -> Callable[..., object]:
+        def change(*arguments: object, **options: object) -> object:
+            with lock:
+                look()
+                return real(*arguments, **options)
+
+        return change
+
+    for name in ("rename", "replace", "unlink", *more):
+        patch.setattr(Path, name, watched(getattr(Path, name)))
+    patch.setattr(atomic, "remove_tree", watched(atomic.remove_tree))
