@@ -26,6 +26,8 @@ from relexio.loops.walk import Walk
 
 __all__ = ["Reader", "Walk", "advance", "dense", "find", "fold", "increments", "pack", "product"]
 _NEVER = 0xFFFFFFFF  # bits that no raw byte has
+_BEHIND = 9  # a byte for the last gap, and eight that may be written behind it
+_CACHED, _MOST = 1 << 18, 1 << 16  # bytes of states that are compared at once; elements at most
 
 
 # Moves to bytes.
@@ -34,27 +36,24 @@ _NEVER = 0xFFFFFFFF  # bits that no raw byte has
 def find(rows: np.ndarray, base: np.ndarray, kind: Kind, first: int = 0, before: int = -1) -> Found:
     """The moves between states [K + 1, n], the first of which is the one before, of a block's elements from ``first`` on.
 
-    ``base`` [n] are the bits that all began from; ``before`` is the last cell that has moved. A call takes some 15 µs; best
-    are many elements whose states are in cache.
+    ``base`` [n] are the bits that all began from; ``before`` is the last cell that has moved. Memory is taken for a move in every
+    cell, and touched as far as there are any.
     """
     columns, n = len(rows) - 1, rows.shape[1]
     if rows.dtype != kind.bits or (n > 1 and rows.strides[1] != rows.itemsize) or before >= first * columns:
         raise ValueError("states cannot be compared: their type, their layout, or the cell before")
     if len(base) != n:
         raise ValueError(f"{len(base)} elements of a base do not fit {n}")
-    words = 1 if columns == 1 else -(-columns // 64) * 64
-    mask, moved = np.empty(-(-n // 64) * words, np.uint64), np.empty(columns, np.int64)
-    states = rows.ctypes.data, rows.strides[0], columns, n
-    marks = mask.ctypes.data
-    library.compare(*states, marks, moved.ctypes.data, KIND[kind.name])
-    total = int(np.add.reduce(moved))
-    when = np.empty(total + ((first + n) * columns - before) // 255 + 1, np.uint8)
-    by, sizes, changed = np.empty(total, kind.bits), np.array([0, before, 0]), np.zeros(columns, np.int64)
-    library.emit(
-        *states, first, address(base, kind.bits), kind.exponent or _NEVER, marks,
-        when.ctypes.data, by.ctypes.data, changed.ctypes.data, sizes.ctypes.data, KIND[kind.name],
+    tile = min(max(_CACHED // (len(rows) * kind.itemsize) // 64, 1) * 64, _MOST)
+    mask = np.empty(tile // 64 if columns == 1 else tile * -(-columns // 64), np.uint64)
+    when = np.empty(n * columns + ((first + n) * columns - before) // 255 + _BEHIND, np.uint8)
+    by, changed, sizes = np.empty(n * columns, kind.bits), np.zeros(columns, np.int64), np.array([0, 0, before, 0])
+    library.find(
+        rows.ctypes.data, rows.strides[0], columns, n, tile, first, address(base, kind.bits), kind.exponent or _NEVER,
+        mask.ctypes.data, when.ctypes.data, by.ctypes.data, changed.ctypes.data, sizes.ctypes.data, KIND[kind.name],
     )  # fmt: skip
-    return Found(when[: sizes[0]], by, int(sizes[1]), np.cumsum(changed), int(sizes[2]))
+    length, moves, last, lost = sizes.tolist()
+    return Found(when[:length], by[:moves], last, np.cumsum(changed), lost)
 
 
 def pack(moves: Moves, columns: int, first: int = 0, before: int = -1) -> tuple[np.ndarray, int]:
@@ -64,7 +63,7 @@ def pack(moves: Moves, columns: int, first: int = 0, before: int = -1) -> tuple[
     """
     n = len(moves.start) - 1
     check_table(moves, n)
-    when = np.empty(len(moves.row) + max(0, (first + n) * columns - before) // 255 + 1, np.uint8)
+    when = np.empty(len(moves.row) + max(0, (first + n) * columns - before) // 255 + _BEHIND, np.uint8)
     sizes = np.array([0, before])
     if library.pack(*addresses(moves), n, columns, first, when.ctypes.data, sizes.ctypes.data):
         raise ValueError("moves do not ascend, or are at no column, or the cell before is not before them")

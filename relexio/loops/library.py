@@ -17,7 +17,7 @@ SOURCE = np.dtype([
 
 #: Arguments of each function: p is the address of an array, i an int64; and whether it returns an int64.
 _FUNCTIONS = {
-    "compare": ("piiippi", False), "emit": ("piiiipipppppi", False), "pack": ("ppiiipp", True),
+    "find": ("piiiiipipppppi", False), "pack": ("ppiiipp", True),
     "mark": ("piiiip", True), "collect": ("pipiippppi", False),
     "fold": ("pppippppi", True), "advance": ("piipi", True),
     "increments": ("pppipi", False), "dense": ("pppiip", False),

@@ -7,6 +7,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__ || !defined(__SIZEOF_INT128__)
 #error "not for this machine: the loops in NumPy are used" /* the extension is optional */
@@ -41,24 +44,22 @@ INLINE void put(void *array, int64_t i, uint32_t bits, int kind) {
     else ((uint16_t *)array)[i] = (uint16_t)bits;
 }
 
-/* The highest bit, and all bits. */
+/* The highest bit, and all bits; and all of them, or none, as the highest is. Signs follow no rule: no branch depends on one. */
 INLINE uint32_t top(int kind) { return kind == F32 ? 0x80000000u : kind == RAW ? 0x80u : 0x8000u; }
 INLINE uint32_t all(int kind) { return kind == F32 ? 0xFFFFFFFFu : kind == RAW ? 0xFFu : 0xFFFFu; }
+INLINE uint32_t spread(uint32_t bits, int kind) { return (0 - (bits >> (kind == F32 ? 31 : kind == RAW ? 7 : 15))) & all(kind); }
 
 /* Bits as integers in the order of the numbers, and back; raw bytes as they are. */
-INLINE uint32_t order(uint32_t bits, int kind) {
-    if (kind == RAW) return bits;
-    return bits & top(kind) ? ~bits & all(kind) : bits | top(kind);
-}
+INLINE uint32_t order(uint32_t bits, int kind) { return kind == RAW ? bits : bits ^ (spread(bits, kind) | top(kind)); }
 
 INLINE uint32_t unorder(uint32_t place, int kind) {
-    if (kind == RAW) return place;
-    return place & top(kind) ? place ^ top(kind) : ~place & all(kind);
+    return kind == RAW ? place : place ^ (spread(~place & all(kind), kind) | top(kind));
 }
 
 /* Differences modulo 2^w: 0, -1, 1, -2 become 0, 1, 2, 3. */
 INLINE uint32_t zigzag(uint32_t change, int kind) {
-    return ((change << 1) ^ (change & top(kind) ? all(kind) : 0)) & all(kind);
+    change &= all(kind);
+    return (change << 1 & all(kind)) ^ spread(change, kind);
 }
 
 INLINE uint32_t unzigzag(uint32_t by) { return (by >> 1) ^ (0u - (by & 1)); }
@@ -116,7 +117,24 @@ INLINE uint32_t rounded(double x, int kind) {
 
 /* ---- finding moves ---- */
 
-/* Which of 64 elements differ: bit j is for element j. The first loop is vector code, the second packs bytes. */
+/* Which of 64 elements differ: bit j is for element j. */
+#ifdef __SSE2__
+#define SAME(size, j) _mm_cmpeq_epi##size(_mm_loadu_si128(one + (j)), _mm_loadu_si128(other + (j)))
+INLINE uint64_t differing(const void *before, const void *after, int64_t i, int kind) {
+    int64_t first = i * (kind == F32 ? 4 : kind == RAW ? 1 : 2);
+    const __m128i *one = (const __m128i *)((const char *)before + first);
+    const __m128i *other = (const __m128i *)((const char *)after + first);
+    uint64_t found = 0;
+    for (int j = 0; j < 4; j++) { /* a byte for each of sixteen elements, then a bit */
+        __m128i same = kind == RAW   ? SAME(8, j)
+                       : kind == F32 ? _mm_packs_epi16(_mm_packs_epi32(SAME(32, 4 * j), SAME(32, 4 * j + 1)),
+                                                       _mm_packs_epi32(SAME(32, 4 * j + 2), SAME(32, 4 * j + 3)))
+                                     : _mm_packs_epi16(SAME(16, 2 * j), SAME(16, 2 * j + 1));
+        found |= (uint64_t)(_mm_movemask_epi8(same) ^ 0xFFFF) << 16 * j;
+    }
+    return found;
+}
+#else /* the first loop is vector code, the second packs bytes */
 INLINE uint64_t differing(const void *before, const void *after, int64_t i, int kind) {
     uint8_t differs[64];
     uint64_t found = 0, eight;
@@ -127,6 +145,7 @@ INLINE uint64_t differing(const void *before, const void *after, int64_t i, int 
     }
     return found;
 }
+#endif
 
 INLINE uint64_t differing_some(const void *before, const void *after, int64_t i, int64_t n, int kind) {
     uint64_t found = 0;
@@ -137,41 +156,20 @@ INLINE uint64_t differing_some(const void *before, const void *after, int64_t i,
 /* Words of mask that 64 elements have: one a column, zero up to a multiple of 64, so that they can be transposed. */
 INLINE int64_t words_of(int64_t columns) { return columns == 1 ? 1 : (columns + 63) / 64 * 64; }
 
-/* The mask, and how many elements move at each column. One state after the other: that is the order of memory. */
-INLINE void compare_kind(const char *rows, int64_t stride, int64_t columns, int64_t n, uint64_t *mask, int64_t *moved,
-                         int kind) {
-    int64_t words = words_of(columns);
-    for (int64_t k = 0; k < words; k++) {
-        const char *before = rows + k * stride, *after = before + stride;
+/* States [columns + 1] of a block's elements from `first` on. */
+typedef struct { const char *rows; int64_t stride, columns, first; } States;
+
+/* The mask of elements from e to end. One state after the other: that is the order of memory. */
+INLINE void compare(States of, int64_t e, int64_t end, uint64_t *mask, int kind) {
+    int64_t words = words_of(of.columns);
+    memset(mask, 0, (end - e + 63) / 64 * words * sizeof *mask);
+    for (int64_t k = 0; k < of.columns; k++) {
+        const char *before = of.rows + k * of.stride, *after = before + of.stride;
         uint64_t *word = mask + k;
-        if (k >= columns) {
-            for (int64_t i = 0; i < n; i += 64, word += words) *word = 0;
-            continue;
-        }
-        int64_t count = 0, i = 0;
-        for (; i + 64 <= n; i += 64, word += words) {
-            *word = differing(before, after, i, kind);
-            count += __builtin_popcountll(*word);
-        }
-        if (i < n) {
-            *word = differing_some(before, after, i, n - i, kind);
-            count += __builtin_popcountll(*word);
-        }
-        moved[k] = count;
+        int64_t i = e;
+        for (; i + 64 <= end; i += 64, word += words) *word = differing(before, after, i, kind);
+        if (i < end) *word = differing_some(before, after, i, end - i, kind);
     }
-}
-
-#define COMPARE(name, kind) \
-    WIDE void name(const char *rows, int64_t stride, int64_t columns, int64_t n, uint64_t *mask, int64_t *moved) { \
-        compare_kind(rows, stride, columns, n, mask, moved, kind); \
-    }
-COMPARE(compare16, BF16)
-COMPARE(compare32, F32)
-COMPARE(compare8, RAW)
-
-void compare(const char *rows, int64_t stride, int64_t columns, int64_t n, uint64_t *mask, int64_t *moved,
-             int64_t kind) {
-    (kind == F32 ? compare32 : kind == RAW ? compare8 : compare16)(rows, stride, columns, n, mask, moved);
 }
 
 /* Bit j of word i to bit i of word j (Hacker's Delight 7-3), for words that are zero from `rows` on. */
@@ -212,91 +210,138 @@ typedef struct {
     uint32_t exponent;
 } Written;
 
+/* Eight bytes behind what is written may be overwritten. */
 INLINE void write_gap(Written *to, int64_t cell) {
-    int64_t gap = cell - to->last - 1;
+    uint64_t gap = cell - to->last - 1, full = gap / 255;
     to->last = cell;
-    for (; gap >= 255; gap -= 255) to->when[to->bytes++] = 255;
-    to->when[to->bytes++] = (uint8_t)gap;
+    memset(to->when + to->bytes, 255, 8);
+    if (full > 8) memset(to->when + to->bytes + 8, 255, full - 8);
+    to->bytes += full;
+    to->when[to->bytes++] = (uint8_t)(gap - 255 * full);
 }
 
-INLINE void write_move(Written *to, int64_t cell, int64_t k, int64_t e, uint32_t before, uint32_t after, int kind) {
+INLINE void write_move(Written *to, int64_t cell, int64_t k, int64_t e, uint32_t before, uint32_t after, int near, int kind) {
     uint32_t base = at(to->base, e, kind), exponent = to->exponent;
-    write_gap(to, cell);
+    if (near && cell - to->last <= 255) {
+        to->when[to->bytes++] = (uint8_t)(cell - to->last - 1);
+        to->last = cell;
+    } else {
+        write_gap(to, cell);
+    }
     put(to->by, to->moves++, zigzag(order(after, kind) - order(before, kind), kind), kind);
     to->changed[k] += (after != base) - (before != base);
     to->lost += ((before & exponent) == exponent) | ((after & exponent) == exponent);
 }
 
-/* Elements that move at most columns: every cell is looked at. `cell` is the first of e. */
-INLINE void write_full(Written *to, const char *rows, int64_t stride, int64_t columns, int64_t e, int64_t end,
-                       int64_t cell, int kind) {
+INLINE void write_cell(Written *to, States of, int64_t k, int64_t e, int near, int kind) {
+    const char *row = of.rows + k * of.stride;
+    uint32_t before = at(row, e, kind), after = at(row + of.stride, e, kind);
+    write_move(to, (of.first + e) * of.columns + k, k, e, before, after, near, kind);
+}
+
+/* Elements of which many move at most columns: every cell is looked at. */
+INLINE void write_full(Written *to, States of, int64_t e, int64_t end, int kind) {
+    int64_t cell = (of.first + e) * of.columns;
     for (; e < end; e++) {
-        const char *row = rows;
+        const char *row = of.rows;
         uint32_t before = at(row, e, kind);
-        for (int64_t k = 0; k < columns; k++, cell++) {
-            row += stride;
+        for (int64_t k = 0; k < of.columns; k++, cell++) {
+            row += of.stride;
             uint32_t after = at(row, e, kind);
-            if (after != before) write_move(to, cell, k, e, before, after, kind);
+            if (after != before) write_move(to, cell, k, e, before, after, 1, kind);
             before = after;
         }
     }
 }
 
-/* 64 elements from e on, of which those in `moving` move. Their mask is transposed: an element has a bit a column. */
-INLINE void write_few(Written *to, const char *rows, int64_t stride, int64_t columns, int64_t e, int64_t cell,
-                      uint64_t *mask, uint64_t moving, int kind) {
-    for (int64_t w = 0; w < columns; w += 64) transpose(mask + w, columns - w);
-    for (; moving; moving &= moving - 1) {
-        int64_t j = __builtin_ctzll(moving);
-        for (int64_t w = 0; w < columns; w += 64)
-            for (uint64_t left = mask[w + j]; left; left &= left - 1) {
-                int64_t k = w + __builtin_ctzll(left);
-                const char *row = rows + k * stride;
-                write_move(to, cell + j * columns + k, k, e + j, at(row, e + j, kind), at(row + stride, e + j, kind), kind);
-            }
-    }
+/* Moves whose places are known, to be written: elements from `e` on, and columns. What is done for each is the same: where
+ * the next one is, which no processor can guess, does not decide which way a loop goes. */
+enum { LISTED = 1024 };
+typedef struct { int64_t e, count; uint32_t place[LISTED + 64]; } Listed;
+
+INLINE void write_listed(Written *to, States of, Listed *listed, int kind) {
+    for (int64_t i = 0; i < listed->count; i++)
+        write_cell(to, of, listed->place[i] & 0xFFFF, listed->e + (listed->place[i] >> 16), 0, kind);
+    listed->count = 0;
 }
 
-/* The moves that mask has, element by element; mask is used up. changed: zero before. sizes: bytes of when, the last cell,
- * and moves that are lost. */
-INLINE void emit_kind(const char *rows, int64_t stride, int64_t columns, int64_t n, int64_t first, const void *base,
-                      uint32_t exponent, uint64_t *mask, uint8_t *when, void *by, int64_t *changed, int64_t *sizes,
-                      int kind) {
-    Written to = {when, by, base, changed, 0, 0, sizes[1], 0, exponent};
-    for (int64_t e = 0; e < n; e += 64, mask += words_of(columns)) {
-        int64_t cell = (first + e) * columns, count = 0;
+/* Adds a place for each bit of a word: i * step behind the first for bit i. Most words have no more than four. */
+INLINE void list(Listed *listed, uint64_t word, uint32_t first, uint32_t step) {
+    uint32_t *place = listed->place + listed->count;
+    int64_t count = __builtin_popcountll(word);
+    for (int64_t i = 0; i < 4 || i < count; i++, word &= word - 1)
+        place[i] = first + step * (uint32_t)__builtin_ctzll(word | (uint64_t)1 << 63);
+    listed->count += count;
+}
+
+/* The moves that mask has of elements from e to end, element by element; mask is used up. */
+INLINE void emit(Written *to, States of, int64_t e, int64_t end, uint64_t *mask, int kind) {
+    Listed listed;
+    listed.e = e;
+    listed.count = 0;
+    for (; e < end; e += 64, mask += words_of(of.columns)) {
+        int64_t count = 0, cells = 64 * of.columns;
         uint64_t moving = 0;
-        for (int64_t k = 0; k < columns; k++) {
+        for (int64_t k = 0; k < of.columns; k++) {
             moving |= mask[k];
             count += __builtin_popcountll(mask[k]);
         }
-        if (2 * count > 64 * columns)
-            write_full(&to, rows, stride, columns, e, n - e < 64 ? n : e + 64, cell, kind);
-        else if (columns > 1 && moving)
-            write_few(&to, rows, stride, columns, e, cell, mask, moving, kind);
-        else
-            for (; moving; moving &= moving - 1) {
-                int64_t j = __builtin_ctzll(moving);
-                write_move(&to, cell + j, 0, e + j, at(rows, e + j, kind), at(rows + stride, e + j, kind), kind);
+        int many = 16 * count > cells;
+        if (many || listed.count > LISTED - 64) write_listed(to, of, &listed, kind);
+        if (2 * count > cells) {
+            write_full(to, of, e, end - e < 64 ? end : e + 64, kind);
+            continue;
+        }
+        uint32_t behind = (uint32_t)(e - listed.e) << 16;
+        if (of.columns == 1) {
+            list(&listed, moving, behind, 1 << 16);
+            continue;
+        }
+        for (int64_t w = 0; moving && w < of.columns; w += 64) transpose(mask + w, of.columns - w);
+        for (; moving; moving &= moving - 1) { /* an element has a bit a column now */
+            uint32_t j = __builtin_ctzll(moving);
+            for (int64_t w = 0; w < of.columns; w += 64) {
+                uint64_t left = mask[w + j];
+                for (; many && left; left &= left - 1) write_cell(to, of, w + __builtin_ctzll(left), e + j, 1, kind);
+                if (many) continue;
+                if (listed.count > LISTED - 64) write_listed(to, of, &listed, kind);
+                list(&listed, left, behind + (j << 16) + (uint32_t)w, 1);
             }
+        }
     }
-    sizes[0] = to.bytes;
-    sizes[1] = to.last;
-    sizes[2] = to.lost;
+    write_listed(to, of, &listed, kind);
 }
 
-#define EMIT(name, kind) \
-    WIDE void name(const char *rows, int64_t stride, int64_t columns, int64_t n, int64_t first, const void *base, \
-                   uint32_t exponent, uint64_t *mask, uint8_t *when, void *by, int64_t *changed, int64_t *sizes) { \
-        emit_kind(rows, stride, columns, n, first, base, exponent, mask, when, by, changed, sizes, kind); \
+/* The moves between states of n elements: a tile of elements at a time, 2^16 at most and a multiple of 64, whose states stay in
+ * the cache. mask has room for a tile, when and by for every cell; changed: zero before. sizes: bytes of when, moves, the
+ * last cell (at first that before), and moves that are lost. */
+INLINE void find_kind(const char *rows, int64_t stride, int64_t columns, int64_t n, int64_t tile, int64_t first, const void *base,
+                      uint32_t exponent, uint64_t *mask, uint8_t *when, void *by, int64_t *changed, int64_t *sizes, int kind) {
+    States of = {rows, stride, columns, first};
+    Written to = {when, by, base, changed, 0, 0, sizes[2], 0, exponent};
+    for (int64_t e = 0; e < n; e += tile) {
+        int64_t end = n - e < tile ? n : e + tile;
+        compare(of, e, end, mask, kind);
+        emit(&to, of, e, end, mask, kind);
     }
-EMIT(emit16, BF16)
-EMIT(emit32, F32)
-EMIT(emit8, RAW)
+    sizes[0] = to.bytes;
+    sizes[1] = to.moves;
+    sizes[2] = to.last;
+    sizes[3] = to.lost;
+}
 
-void emit(const char *rows, int64_t stride, int64_t columns, int64_t n, int64_t first, const void *base,
+#define FIND(name, kind) \
+    WIDE void name(const char *rows, int64_t stride, int64_t columns, int64_t n, int64_t tile, int64_t first, const void *base, \
+                   uint32_t exponent, uint64_t *mask, uint8_t *when, void *by, int64_t *changed, int64_t *sizes) { \
+        find_kind(rows, stride, columns, n, tile, first, base, exponent, mask, when, by, changed, sizes, kind); \
+    }
+FIND(find16, BF16)
+FIND(find32, F32)
+FIND(find8, RAW)
+
+void find(const char *rows, int64_t stride, int64_t columns, int64_t n, int64_t tile, int64_t first, const void *base,
           int64_t exponent, uint64_t *mask, uint8_t *when, void *by, int64_t *changed, int64_t *sizes, int64_t kind) {
-    (kind == F32 ? emit32 : kind == RAW ? emit8 : emit16)(rows, stride, columns, n, first, base, (uint32_t)exponent, mask,
+    (kind == F32 ? find32 : kind == RAW ? find8 : find16)(rows, stride, columns, n, tile, first, base, (uint32_t)exponent, mask,
                                                           when, by, changed, sizes);
 }
 

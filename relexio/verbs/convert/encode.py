@@ -21,10 +21,9 @@ from relexio.store.read import observed
 from relexio.store.schema import DIGEST, Block, Piece, Segment
 from relexio.store.store import Store
 
-#: Bytes of all states of the elements that are compared at once: they are read, hashed and compared in the cache.
-_CACHED = 3 << 18
-#: Elements that are read at once where there are many states: a read of a hundred kB costs little more than one of ten.
-_READ = 1 << 16
+#: Elements that are read at once where there are many states: a read of a hundred kB costs little more than one of ten; and
+#: bytes of all states where there are few: they are hashed and compared in the cache.
+_READ, _CACHED = 1 << 16, 1 << 20
 #: Bytes of all states that are read ahead at a time: a disk that answers late gives its bandwidth to many reads in flight.
 _AHEAD = 1 << 25
 #: Checkpoints that are open for that besides, where pieces are small; each has a file or two.
@@ -107,8 +106,7 @@ class _Encoder:
         job, block = self.job, self.block
         sources = self._base(), self._before(), *job.checkpoints
         element = len(sources) * self.kind.itemsize
-        tile = max(64, min(job.tile_bytes, _CACHED) // element)
-        wide = min(max(tile, min(_READ, 4 * job.tile_bytes // element)), block.size)
+        wide = min(max(64, min(max(_READ, _CACHED // element), 4 * job.tile_bytes // element)), block.size)
         buffer = np.empty((len(sources), wide), self.kind.bits)
         with closing(self._strips(sources, max(_AHEAD // element // wide, 1) * wide)) as strips:
             for place, strip, fills, stack in strips:
@@ -116,8 +114,7 @@ class _Encoder:
                     for first in range(0, strip.size, wide):
                         rows = buffer[:, : strip.size - first]
                         self._read(rows, fills, first)
-                        for at in range(0, rows.shape[1], tile):
-                            self._take(place, rows[:, at : at + tile], strip.first + first + at)
+                        self._take(place, rows, strip.first + first)
         self._require_stored()
         of_base = self.base_writer.close(_joined(self.hashes[:1])) if self.base_writer else None
         if of_base is not None:
