@@ -158,8 +158,8 @@ def kill_when_marked(marker: Path) -> None:
     [
         ("relexio.verbs.convert.write", "encode_block", ()),
         ("relexio.engine.blocks", "to_host", ("gram",)),
-        ("relexio.engine.blocks", "to_host", ("blocks",)),
-        ("relexio.engine.graph", "combine_block", ("gram",)),
+        pytest.param("relexio.engine.blocks", "to_host", ("blocks",), marks=pytest.mark.slow),
+        pytest.param("relexio.engine.graph", "combine_block", ("gram",), marks=pytest.mark.slow),
     ],
 )
 def test_a_worker_killed_at_work(
@@ -260,7 +260,7 @@ def scheduler(tmp_path: Path) -> Iterator[tuple[int, str]]:
             process.wait()
 
 
-@pytest.mark.parametrize("when", ["pass", "between", "rest"])
+@pytest.mark.parametrize("when", ["pass", pytest.param("between", marks=pytest.mark.slow), "rest"])
 def test_the_end_of_a_scheduler_is_one_line(run: Run, tmp_path: Path, scheduler: tuple[int, str], when: str) -> None:
     """And none where nothing was to be done any more. Nothing that distributed says of it is for the user."""
     store, out = tmp_path / "run.zarr", tmp_path / "out"
@@ -345,7 +345,7 @@ def test_an_error_arrives_whatever_caused_it(run: Run, tmp_path: Path, there: Re
         graph.sums(trajectory, 1, find_damage, there.for_gram(trajectory, 1), lambda count: None, trajectory.tensors)
 
 
-@pytest.mark.parametrize("where", ["processes", "tcp"])
+@pytest.mark.parametrize("where", [pytest.param("processes", marks=pytest.mark.slow), "tcp"])
 def test_the_command_line(
     run: Run, tmp_path: Path, cluster: "distributed.LocalCluster", client: "distributed.Client", where: str
 ) -> None:

@@ -38,6 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return make_run(tmp_path_factory.mktemp("killed"), steps=tuple(range(1, 25)), shapes=SHAPES)
 
 
+@pytest.mark.slow
 def test_convert_killed_at_random(run: Run, tmp_path: Path) -> None:
     rng = random.Random(0)
     out, whole = tmp_path / "run.zarr", tmp_path / "whole.zarr"

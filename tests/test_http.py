@@ -37,6 +37,7 @@ def url(tmp_path: Path) -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_it_is_predicted_swept_and_verified(run: Run, url: str, tmp_path: Path, relexio: Relexio) -> None:
     """In processes of their own, as the connections of one last as long as it does."""
     store, before = tmp_path / "served" / "run.zarr", snapshot(tmp_path / "served")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from relexio.dtypes import KINDS, Kind, from_float64, nonfinite, to_float64
 from relexio.loops import COMPILED, Found, Moves, Stream, plain
+from relexio.loops.moves import compared_at_once
 from tests.support.moves import DAMAGED, FLOATS, Case, cases, chunks, found, make_states, same, streams, table
 
 VERSIONS = [plain, *([importlib.import_module("relexio.loops.compiled")] if COMPILED else [])]
@@ -138,6 +139,29 @@ def test_a_reader_takes_no_more_chunks_than_it_needs(loops: ModuleType) -> None:
         assert taken[0] <= moves + 200 and taken[1] < moves + 100
     reader.finish()
     assert moves == len(one.by) == taken[1]
+
+
+@each_version
+@pytest.mark.parametrize(("columns", "elements"), [(1, 140_000), (40, 7000), (2500, 150)])
+def test_moves_of_many_elements_are_found_in_parts(loops: ModuleType, columns: int, elements: int) -> None:
+    """As many as are compared at once, and more, in any parts; moves far from each other too."""
+    kind, rng = KINDS["bf16"], np.random.default_rng(3)
+    states = make_states(kind, columns, elements, 0.02, False, rng)
+    states[:, elements // 2 : -9] = states[0, elements // 2 : -9]
+    assert 2 * compared_at_once(states) < elements
+    whole, last = found(loops, states, kind), -1
+    cells = np.flatnonzero((states[1:] != states[:-1]).T)
+    gaps = np.diff(cells, prepend=-1) - 1
+    assert bytes(whole.when) == b"".join(b"\xff" * (gap // 255) + bytes([gap % 255]) for gap in gaps.tolist())
+    assert whole.last == cells[-1] and len(whole.by) == len(cells)
+    parts = []
+    for first in range(0, elements, elements // 3):
+        part = slice(first, first + elements // 3)
+        parts.append(loops.find(states[:, part], states[0, part].copy(), kind, first, last))
+        last = parts[-1].last
+    assert b"".join(bytes(part.when) for part in parts) == bytes(whole.when)
+    same(np.concatenate([part.by for part in parts]), whole.by)
+    assert (np.sum([part.changed for part in parts], axis=0) == whole.changed).all()
 
 
 # Both versions.

@@ -19,6 +19,7 @@ from relexio.loops.moves import (
     Stream,
     check_names,
     check_table,
+    compared_at_once,
     first_rows,
     next_chunk,
 )  # fmt: skip
@@ -27,7 +28,6 @@ from relexio.loops.walk import Walk
 __all__ = ["Reader", "Walk", "advance", "dense", "find", "fold", "increments", "pack", "product"]
 _NEVER = 0xFFFFFFFF  # bits that no raw byte has
 _BEHIND = 9  # a byte for the last gap, and eight that may be written behind it
-_CACHED, _MOST = 1 << 18, 1 << 16  # bytes of states that are compared at once; elements at most
 
 
 # Moves to bytes.
@@ -44,7 +44,7 @@ def find(rows: np.ndarray, base: np.ndarray, kind: Kind, first: int = 0, before:
         raise ValueError("states cannot be compared: their type, their layout, or the cell before")
     if len(base) != n:
         raise ValueError(f"{len(base)} elements of a base do not fit {n}")
-    tile = min(max(_CACHED // (len(rows) * kind.itemsize) // 64, 1) * 64, _MOST)
+    tile = compared_at_once(rows)
     mask = np.empty(tile // 64 if columns == 1 else tile * -(-columns // 64), np.uint64)
     when = np.empty(n * columns + ((first + n) * columns - before) // 255 + _BEHIND, np.uint8)
     by, changed, sizes = np.empty(n * columns, kind.bits), np.zeros(columns, np.int64), np.array([0, 0, before, 0])

@@ -13,6 +13,8 @@ import numpy as np
 
 #: Rows of F that a table can have.
 MOST_ROWS = 1 << 16
+#: Bytes of states that are compared at once, so that they stay in the cache; and elements at most.
+_CACHED, _MOST = 1 << 18, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class Found:
     last: int
     changed: np.ndarray
     lost: int
+
+
+def compared_at_once(rows: np.ndarray) -> int:
+    """How many elements of states [K + 1, n] are compared at once: a multiple of 64."""
+    return min(max(_CACHED // (len(rows) * rows.itemsize) // 64, 1) * 64, _MOST)
 
 
 @dataclass(frozen=True)

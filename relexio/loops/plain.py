@@ -11,6 +11,7 @@ from relexio.loops.moves import (
     Stream,
     check_names,
     check_table,
+    compared_at_once,
     first_rows,
 )  # fmt: skip
 from relexio.loops.plain_reader import Reader, Source
@@ -65,12 +66,21 @@ def find(rows: np.ndarray, base: np.ndarray, kind: Kind, first: int = 0, before:
 
     ``base`` [n] are the bits that all began from; ``before`` is the last cell that has moved.
     """
+    n, tile, last, parts = rows.shape[1], compared_at_once(rows), before, list[Found]()
+    for at in range(0, max(n, 1), tile):
+        parts.append(_find(rows[:, at : at + tile], base[at : at + tile], kind, first + at, last))
+        last = parts[-1].last
+    when, by = np.concatenate([part.when for part in parts]), np.concatenate([part.by for part in parts])
+    changed = np.sum([part.changed for part in parts], axis=0)
+    return Found(when, by, last, changed, sum(part.lost for part in parts))
+
+
+def _find(rows: np.ndarray, base: np.ndarray, kind: Kind, first: int, before: int) -> Found:
     columns, n = len(rows) - 1, rows.shape[1]
     places = np.flatnonzero(rows[1:] != rows[:-1])  # step by step, and within a step element by element
     column = places // max(n, 1)
     element = places - column * n
-    narrow = element.astype(np.uint16) if n <= 1 << 16 else element  # NumPy sorts 16 bits by radix
-    order = np.argsort(narrow, kind="stable")
+    order = np.argsort(element.astype(np.uint16), kind="stable")  # by radix; a tile has no more elements
     column, element = column[order], element[order]
     old, new = rows[column, element], rows[column + 1, element]
     differ = [np.count_nonzero(row != base) for row in rows]
