@@ -1,5 +1,6 @@
 """States of a block, their moves, and the streams that a store would keep of them."""
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -7,11 +8,12 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from relexio import loops
 from relexio.dtypes import KINDS, Kind, from_float64
-from relexio.loops import Found, Moves, Stream
+from relexio.loops import COMPILED, Found, Moves, Stream, plain
 
 #: ``when`` and ``by`` of a segment of two columns and ten elements, and what is said of them.
 DAMAGED = [
@@ -21,6 +23,8 @@ DAMAGED = [
     ([0, 255, 9], [1, 2], "moves are beyond the last element"),
 ]
 FLOATS = [kind for kind in KINDS.values() if kind.is_float]
+VERSIONS = [plain, *([importlib.import_module("relexio.loops.compiled")] if COMPILED else [])]
+each_version = pytest.mark.parametrize("loops", VERSIONS, ids=lambda module: module.__name__.split(".")[-1])
 
 
 @dataclass(frozen=True)
@@ -135,3 +139,9 @@ def as_loops_do(cupy: Any, case: Case) -> None:
         lost -= int(some.get()[0])
     reader.finish()
     assert lost == 0
+
+
+def same_moves(a: Moves, b: Moves) -> None:
+    """They are the same tables, bit for bit."""
+    for name in ("start", "row", "by"):
+        same(getattr(a, name), getattr(b, name))
